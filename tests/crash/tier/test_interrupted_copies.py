@@ -191,7 +191,7 @@ def test_a_checkpoint_that_was_removed_after_an_interrupted_deletion_is_not_lost
     assert half_dropped.lies(1) == []
 
 
-@pytest.mark.parametrize("point", ["tier_removal.unplaced", "tier_removal.unmade"])
+@pytest.mark.parametrize("point", ["tier_drop.unplaced", "tier_drop.unmade"])
 def test_a_removal_that_was_interrupted_is_completed_by_the_same_command(folders, point):
     folders.save(1, 2)
     folders.run()
@@ -200,7 +200,7 @@ def test_a_removal_that_was_interrupted_is_completed_by_the_same_command(folders
         app(command, standalone_mode=False)
     assert hook.hit
     n_left = len(list((folders.root / "standard/run/step-1").iterdir()))
-    assert (n_left == len(FILES)) == (point == "tier_removal.unplaced")
+    assert (n_left == len(FILES)) == (point == "tier_drop.unplaced")
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert folders.lies(1) == []

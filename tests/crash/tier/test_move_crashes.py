@@ -109,7 +109,6 @@ def check_all_is_done(world):
 
 ELSEWHERE = {  # points that such a day does not reach, and the tests that strike there
     "test_interrupted_copies.py": {"tier_move.withdrawing", "tier_move.withdrawn", "tier_run.withdrawn"},
-    "test_a_removal_that_was_interrupted": {"tier_removal.unmade", "tier_removal.unplaced"},
     "test_a_change_of_class": {"tier_move.class_changed"},
     "test_tier_get_archive.py": {"tier_recall.held"},
     "test_run_once.py": {f"tier_run.{name}" for name in ("applied", "finished", "planned", "tracked")},

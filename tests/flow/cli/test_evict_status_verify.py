@@ -45,12 +45,6 @@ class TestEvict:
         again = tiercache("evict", "--all", *cache, "--target-size", str(target), "--yes")
         assert again.out == "evicted 0 copies, 0 B\n"
 
-    def test_target_size_may_be_a_share_of_the_limit(self, tiercache, cache, warmed):
-        assert tiercache("evict", "--all", *cache, "--target-size", "50%", "-y", "--json").events[-1]["copies"] == 0
-        assert tiercache("evict", "--all", *cache, "--target-size", "0%", "-y", "--json").events[-1]["copies"] == len(
-            warmed
-        )
-
     def test_copies_in_use_stay_and_the_exit_code_is_3(self, tiercache, data_set, cache, warmed, tmp_path):
         with Cache(tmp_path / "cache", size="100MB") as held:
             store = held.store(open_store(str(data_set)))
@@ -139,15 +133,6 @@ class TestVerify:
         events = tiercache("status", *cache, "--json").events
         assert events[-1]["quarantined"] == 1
         assert "1 corrupt and removed" in tiercache("status", *cache).out
-
-    def test_only_copies_of_the_data_set_and_the_globs_are_read(
-        self, tiercache, data_set, photos, cache, warmed, tmp_path
-    ):
-        tiercache("pack", photos, tmp_path / "other")
-        tiercache("warm", tmp_path / "other", *cache)
-        both = tiercache("verify", *cache, "--json").events[-1]["copies"]
-        assert tiercache("verify", data_set, *cache, "--json").events[-1]["copies"] == len(warmed) < both
-        assert tiercache("verify", data_set, *cache, "--include", "*-000000.tcs", "--json").events[-1]["copies"] == 1
 
     def test_flags_of_verify_for_stores_are_usage_errors(self, tiercache, data_set, cache):
         assert "verify needs a URL, or --cached" in tiercache("verify", code=2).err

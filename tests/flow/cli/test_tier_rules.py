@@ -139,13 +139,6 @@ class TestWarnings:
         folder.rules('[[rules]]\nname = "stays"\nmatch = "keep/**"\n' + rules)
         assert folder.warnings(verb) == []
 
-    def test_a_rule_all_of_whose_objects_belong_to_rules_above_is_named(self, folder, verb):
-        rule = '[[rules]]\nname = "{}"\nmatch = "{}"\nafter = "99d"\nto = "archive"\n'
-        folder.rules(rule.format("all", "**") + rule.format("some", "runs/*"))
-        (warning,) = folder.warnings(verb)
-        assert warning.startswith("some: applies to nothing, because rules above it apply to all 10 objects")
-        assert warning.endswith("the first of these is all")
-
     def test_a_deletion_before_the_move_is_named(self, folder, verb):
         text = '[[rules]]\nname = "r"\nmatch = "runs/**"\nkeep_hot = {last = 1}\nthen = "archive"\nafter = "99d"\n'
         folder.rules(text + 'delete_after = "90d"\n')
@@ -186,13 +179,6 @@ def test_no_checkpoint_in_a_folder_that_is_named_like_a_checkpoint_is_deleted(fo
     folder.tier("run", "--once")
     left = sorted(path.relative_to(folder.root / "hot/ck").as_posix() for path in (folder.root / "hot/ck").glob("*/*"))
     assert left == [f"iter_{run}/checkpoint-{step}" for run in (1, 2) for step in (100, 200, 300)]
-
-
-def test_check_prints_when_each_rule_deletes(folder):
-    folder.rules('[[rules]]\nname = "r"\nmatch = "runs/**"\ndelete_after = "30d"\n')
-    assert "deletes 30 days after the last write, and 24 hours of grace" in folder.tier("check").out
-    folder.rules('[[rules]]\nname = "r"\nmatch = "runs/**"\ndelete_after = "30d"\n', grace="0s")
-    assert "deletes 30 days after the last write\n" in folder.tier("check").out
 
 
 class TestOneFolder:

@@ -67,15 +67,6 @@ class TestPack:
 
 
 class TestListing:
-    def test_shards_are_listed_with_their_totals(self, tiercache, data_set):
-        lines = tiercache("info", data_set, "--shards").out.splitlines()
-        assert lines[0].split() == ["shard", "records", "size", "id"]
-        assert lines[-1].startswith(f"version 1: {len(lines) - 2} shards, 20 records, ")
-        *shards, summary = tiercache("info", data_set, "--shards", "--json").events
-        assert sum(shard["records"] for shard in shards) == summary["records"] == 20
-        assert {shard["event"] for shard in shards} == {"shard"}
-        assert sum(shard["bytes"] for shard in shards) == summary["bytes"]
-
     def test_versions_are_listed(self, tiercache, photos, data_set):
         tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
         *versions, summary = tiercache("info", data_set, "--versions", "--json").events
@@ -110,11 +101,6 @@ class TestHead:
         assert lines[:4] == ["record 3", "  image  <png 1.1 KiB>", "  label  0 (cat)", '  path   "cat/3.png"']
         assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in range(3, 18)]
         assert lines[-1] == "15 of 20 records"
-
-    def test_json_has_the_values(self, tiercache, data_set):
-        *records, summary = tiercache("head", data_set, "--start", "18", "--columns", "path,label", "--json").events
-        assert [r["record"] for r in records] == [{"path": f"dog/{i}.png", "label": 1} for i in (8, 9)]
-        assert summary["shown"] == 2
 
     def test_an_unknown_column_is_an_error(self, tiercache, data_set):
         assert "no such column; there are" in tiercache("head", data_set, "--columns", "x", code=1).err

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tiercache.cache import Cache
-from tiercache.cli.warm import Training, epoch_reads
 from tiercache.data.dataset import Dataset
 from tiercache.load.loader import DataLoader
 from tiercache.load.loader_options import LoaderOptions
@@ -41,15 +40,6 @@ def names(table, shards):
 
 
 class TestWhatATrainingReads:
-    def test_a_rank_gets_its_shards_and_all_ranks_get_all(self, tiercache, data_set, cache):
-        table = shards_of(data_set)
-        tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "1/3")
-        training = Training(7, ranks=(0, 1, 2), world_size=3)
-        reads = epoch_reads(table.n_records, table.n_bytes, training)
-        assert cached(tiercache, cache, data_set) == set(names(table, reads[1].shards.tolist()))
-        tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "0-1/3", "--rank", "2/3")
-        assert cached(tiercache, cache, data_set) == set(table.names.to_pylist())
-
     def test_warm_fetches_first_what_the_loader_reads_first(self, tiercache, data_set, cache):
         flags = "--seed", "7", "--limit", "1B"
         tiercache("warm", data_set, *cache, *flags)
@@ -103,11 +93,6 @@ class TestColumns:
             dataset = Dataset(str(wide), cache=opened, columns=["small"])
             assert dataset[list(range(400))]["small"].tolist() == list(range(400))
             dataset.close()
-
-    def test_all_columns_give_whole_copies(self, tiercache, wide, cache):
-        names = "small,large"
-        whole = tiercache("warm", wide, *cache, "--dry-run", "--json").events[-1]
-        assert tiercache("warm", wide, *cache, "--columns", names, "--dry-run", "--json").events[-1] == whole
 
     def test_an_unknown_column_is_an_error(self, tiercache, wide, cache):
         assert "no such column" in tiercache("warm", wide, *cache, "--columns", "x", code=1).err

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 from tests.support.faults import Fault
-from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, moved_away
+from tests.support.tier_moves import PARTS, HookAt, Killed, World, moved_away
 
 from tiercache.tier.deletions import DeletionFacts
 from tiercache.tier.journal import TierCatalog
@@ -217,17 +217,6 @@ def test_nothing_is_deleted_if_the_rule_file_cannot_be_read_any_more(world):
     assert world.where("f") == ["standard", "archive"]
     world.write_rules()
     assert world.run_due_deletions().n_made == 1
-
-
-def test_the_deletion_of_a_half_deleted_checkpoint_is_finished_although_it_is_pinned(world):
-    """Dst has all of it, and what is left in src is of no use."""
-    world.apply(checkpoint(world))
-    world.later()
-    with HookAt("tier_drop.unmade"), pytest.raises(Killed):
-        world.run_due_deletions()
-    world.write_rules('[[pins]]\nmatch = "ck/step-1"\n')
-    assert world.run_due_deletions().n_made == 1
-    assert [world.where(part) for part in PARTS] == [["archive"]] * len(PARTS)
 
 
 @pytest.mark.parametrize("is_killed", [False, True])

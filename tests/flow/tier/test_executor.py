@@ -41,20 +41,6 @@ def test_a_drop_without_a_verified_copy_is_stopped(world):
     assert "found one that nobody has verified" in applied.stopped[0].reason
 
 
-@pytest.mark.parametrize("stopped", ["before it is begun", "when it is begun"])
-def test_a_move_that_is_stopped_every_day_has_one_journal_row(world, stopped):
-    world.put("standard", "f")
-    if stopped == "when it is begun":
-        world.inner["archive"].put("f", b"another's")
-    move = world.move("f", "standard", "archive")
-    if stopped == "before it is begun":
-        world.inner["standard"].put("f", b"new")
-    for day in range(3):
-        world.later()
-        assert len(world.apply(world.plan(move, name=f"day {day}")).stopped) == 1
-    assert world.rows() == [("day 2", "stopped")]
-
-
 def test_a_temporary_stop_does_not_restart_the_grace_period(world):
     moved_away(world, "f")
     drop = world.move("f", "standard", "archive", action="drop")
@@ -132,16 +118,6 @@ def test_a_pin_stops_a_move_and_a_waiting_deletion(world):
     assert world.where("f") == ["standard", "archive"]
     assert world.row("f") is None
     assert "the paper" in world.apply(world.plan(*plan.moves, name="again")).stopped[0].reason
-
-
-def test_a_pin_that_is_added_while_a_plan_is_applied_keeps_the_storage_class(tmp_path):
-    world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
-    world.put("standard", "f")
-    plan = world.plan(world.move("f", "standard", "archive", action="reclass"))
-    with HookAt("tier_move.begun", do=lambda: world.write_rules('[[pins]]\nmatch = "f"\nwhy = "the paper"\n')):
-        applied = world.apply(plan)
-    assert "the paper" in applied.stopped[0].reason
-    assert (world.inner["standard"].head("f").storage_class or "STANDARD") == "STANDARD"
 
 
 def test_nothing_is_moved_if_the_rule_file_cannot_be_read_any_more(world):

@@ -16,7 +16,6 @@ from tiercache.tier.stores import Stores
 HOUR_S, DAY_S = 3600.0, 86_400.0
 SPRING_S = 1_700_000_000.0
 RULES = '[[rules]]\nmatch = "ck/**"\nkeep_standard = { last = 1 }\nthen = "archive"\nafter = "1h"\n'
-ROLES = {name: name for name in TIERS} | {"deep": "archive"}
 STEPS = tuple(range(1, 9))
 
 
@@ -31,7 +30,7 @@ def folders(tmp_path):
 
 
 def write_rules(folders, rules, tiers=TIERS):
-    text = "".join(f'[tiers.{name}]\nrole = "{ROLES[name]}"\nurl = "{folders.root / name}"\n' for name in tiers)
+    text = "".join(f'[tiers.{name}]\nurl = "{folders.root / name}"\n' for name in tiers)
     text += f'{rules}[tiering]\nstate_dir = "{folders.root / "state"}"\n'
     (folders.root / "tiercache.toml").write_text(text)
 

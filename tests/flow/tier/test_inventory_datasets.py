@@ -1,6 +1,5 @@
 """Data sets in an inventory: the shards that versions name, wherever they lie, and their reported uses."""
 
-import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ from tests.support.faults import Fault, FaultStore
 from tests.support.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
-from tiercache.store import LocalFolder, placement_log, uses
+from tiercache.store import LocalFolder, uses
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
@@ -34,15 +33,6 @@ def local(tmp_path):
 
     names = [p.relative_to(tmp_path / "standard").as_posix() for p in sorted(home.rglob("*.tcs"))]
     return SimpleNamespace(root=tmp_path, home=home, take=take, names=names, store=LocalFolder(home))
-
-
-def test_uses_are_recorded_from_the_start_of_tracking(local):
-    local.store.put(placement_log.TRACKING_MARKER_KEY, placement_log.encode_tracking_marker(0, NOW_S - 5000))
-    for path in local.home.rglob("*.tcs"):
-        os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
-    snapshot = local.take().snapshot
-    assert (snapshot.uses_tracked_since_s == int(NOW_S - 5000)).all()
-    assert (snapshot.last_use_s == snapshot.created_s).all()
 
 
 def test_a_shard_that_lies_only_in_another_tier_is_a_group_there(local):

@@ -172,16 +172,6 @@ def test_a_failing_store_leaves_no_lock_behind(store, verb):
         lock.check()
 
 
-def test_a_lock_that_could_not_be_released_is_a_leftover_of_this_process(store):
-    faulty = FaultStore(store)
-    lock = lock_of(faulty)
-    lock.take()
-    faulty.add(Fault("put"))
-    lock.release()
-    with lock_of(store) as another:
-        another.check()
-
-
 def test_copies_that_a_sleeping_holder_may_delete_are_unreliable(store):
     store.put(key(1), foreign(renewed_s=0.0, dropping=(("s3://a", "f"),)).encode())
     with lock_of(store) as lock:

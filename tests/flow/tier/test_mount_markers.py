@@ -121,19 +121,6 @@ def test_an_unavailable_source_is_not_taken_for_a_deleted_one(tmp_path, clock):
     assert tiers.keys("hot") == ["ck/run/step-2.pt"]
 
 
-def test_no_move_to_an_unavailable_tier_is_planned(tmp_path, clock):
-    tiers = Tiers(tmp_path)
-    tiers.write("archive", "seen")
-    tiers.run()
-    unmount(tiers, "archive")
-    for step in (1, 2):
-        tiers.write("standard", f"ck/run/step-{step}.pt", b"%d" % step)
-    clock.jump(2 * DAY_S)
-    report = tiers.run()
-    assert not report.plan.moves
-    assert ["nothing goes to tier archive" in one.reason for one in report.plan.refusals] == [True]
-
-
 # -- marks ------------------------------------------------------------------------------------------------------------
 
 

@@ -91,17 +91,6 @@ def test_a_damaged_copy_of_which_the_source_was_written_again_is_a_conflict(worl
     assert world.keys("archive") == ["f"]
 
 
-def test_an_unreadable_copy_keeps_its_source_until_it_can_be_read(world):
-    moved_away(world, "f")
-    world.later()
-    world.inner["archive"].fails = True
-    assert "Input/output error" in world.run_due_deletions().stopped[0].reason
-    assert world.where("f")[0] == "standard"
-    world.inner["archive"].fails = False
-    assert world.run_due_deletions().n_made == 1
-    assert world.where("f") == ["archive"]
-
-
 def test_a_copy_that_becomes_corrupt_during_the_deletion_keeps_the_rest_of_the_source(world):
     world.apply(checkpoint(world))
     world.later()

@@ -183,18 +183,6 @@ def test_a_folder_that_is_not_empty_stays(tiers, clock):
     assert [path.name for path in (tiers.root / "standard/ck/run/step-1").iterdir()] == ["more"]
 
 
-def test_folders_that_a_move_empties_are_removed_and_made_again_when_their_files_come_back(tiers, clock):
-    tiers.write_rules('[[rules]]\nmatch = "x/**"\nto = "archive"\nafter = "1d"\n')
-    tiers.write("standard", "x/a/b/file")
-    tiers.write("standard", "y/file")
-    run_twice(tiers, clock)
-    assert not (tiers.root / "standard/x").exists()
-    assert (tiers.root / "standard/y/file").exists()
-    (tiers.root / "archive/x/a/b/file").rename(tiers.root / "file")
-    LocalFolder(tiers.root / "standard").put("x/a/b/file", b"back")
-    assert (tiers.root / "standard/x/a/b/file").read_bytes() == b"back"
-
-
 @pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
 def test_what_a_symbolic_link_points_to_is_not_moved_until_the_link_leads_elsewhere(tiers, clock, target):
     """Lightning's last.ckpt, with save_last="link"."""

@@ -13,7 +13,6 @@ from tiercache.cli.warm import (
     parse_ranks,
     parse_training,
     select_shards,
-    take_bytes,
 )
 from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
@@ -71,16 +70,6 @@ def test_no_ranks_and_no_shards_give_no_reads():
     assert epoch_reads(empty, empty, Training(1))[0].shards.tolist() == []
 
 
-@given(sizes=st.lists(st.integers(1, 1000), max_size=20), n_bytes=st.integers(0, 20_000))
-def test_the_first_bytes_are_the_fewest_first_shards_that_hold_them(sizes, n_bytes):
-    sizes = np.array(sizes, np.int64)
-    chosen = take_bytes(np.arange(len(sizes)), sizes, n_bytes)
-    assert chosen.tolist() == list(range(len(chosen)))
-    total = int(sizes[chosen].sum())
-    assert total >= min(n_bytes, int(sizes.sum()))
-    assert len(chosen) == 0 or total - int(sizes[chosen[-1]]) < n_bytes
-
-
 class TestChoice:
     def test_the_whole_data_set_in_stored_order_is_the_default(self):
         assert select_shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
@@ -100,11 +89,6 @@ class TestFlags:
     def test_what_is_no_rank_is_an_error(self, texts):
         with pytest.raises(ValueError, match="--rank"):
             parse_ranks(texts)
-
-    def test_no_flags_give_no_training_and_a_seed_gives_one(self):
-        assert parse_training(None) is None
-        assert parse_training(seed=3) == Training(3)
-        assert parse_training(7, ["1/4"], "global") == Training(7, 0, (1,), 4, "global")
 
     def test_a_flag_of_the_order_needs_the_seed(self):
         with pytest.raises(ValueError, match="--rank needs --seed"):

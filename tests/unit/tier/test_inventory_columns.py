@@ -10,7 +10,7 @@ from tests.support.scripted_tiers import NOW_S, OLD_S, ScriptedCatalog, scripted
 from tiercache.tier import checkpoint_names, inventory, listing, text_columns
 from tiercache.tier.checkpoint_names import KeyGroups, group_keys
 from tiercache.tier.journal import CatalogEntry, TierCatalog
-from tiercache.tier.text_columns import sort_order, take_rows
+from tiercache.tier.text_columns import sort_order, split_keys, take_rows
 
 PART = (
     *(
@@ -161,3 +161,22 @@ def test_metrics_in_names_are_found_in_parts_too(tmp_path, monkeypatch, n_rows):
         n / 4 for n in range(12)
     ]
     tiers.clear()
+
+
+any_keys = st.lists(st.text("ab/é\n/", max_size=8), max_size=12)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 1 << 16])
+def test_keys_are_split_at_their_last_slash(monkeypatch, n_rows):
+    monkeypatch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
+
+    @given(any_keys, st.integers(0, 3))
+    def check(texts, skipped):
+        folders, folder, names = split_keys(pa.array(texts, pa.large_string()).slice(skipped))
+        expected = [text.rpartition("/") for text in texts[skipped:]]
+        assert [folders[number].as_py() for number in folder.tolist()] == [before + sep for before, sep, _ in expected]
+        assert names.to_pylist() == [name for _, _, name in expected]
+        assert len(set(folders.to_pylist())) == len(folders)
+        names.validate(full=True)
+
+    check()
