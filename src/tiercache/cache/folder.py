@@ -21,7 +21,6 @@ reading a copy checks only the copy's own name; opening the cache and starting a
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -197,33 +196,20 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-# statfs(2) types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be
-# told apart.
-_NETWORK = {
-    0x6969: "NFS",
-    0x517B: "SMB",
-    0xFF534D42: "CIFS",
-    0xFE534D42: "SMB2",
-    0x65735546: "FUSE",
-    0x0BD00BD0: "Lustre",
-    0x47504653: "GPFS",
-    0x19830326: "BeeGFS",
-    0x00C36400: "Ceph",
-    0x5346414F: "AFS",
-    0x01021997: "9P",
-    0x01161970: "GFS2",
-    0x7461636F: "OCFS2",
-}
-_STATFS_BYTES = 512  # larger than struct statfs on any platform
+# Types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be told apart.
+_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "gfs2", "ocfs2")
 
 
 def network_file_system(path: Path) -> str | None:
-    """Return the name of the network file system of path; None: a local file system."""
-    library = ctypes.CDLL(None, use_errno=True)
-    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-    if library.statfs(os.fsencode(path), buffer) != 0:
+    """Return the type of the network file system of path; None: a local file system, or unknown."""
+    try:
+        device = path.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return None
-    return _NETWORK.get(ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF)  # the first member is f_type, a long
+    number = f"{os.major(device)}:{os.minor(device)}"
+    types = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number]
+    return types[0] if types and types[0].split(".")[0] in _NETWORK else None
 
 
 BLOCK_BYTES = 4096

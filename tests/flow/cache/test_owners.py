@@ -73,9 +73,14 @@ def test_the_machine_has_an_identity_without_proc(monkeypatch):
     boot_id.cache_clear()
 
 
-def test_a_local_folder_is_no_network_file_system(tmp_path):
+def test_the_type_of_the_mount_tells_a_network_file_system(tmp_path, monkeypatch):
     assert network_file_system(tmp_path) is None
     assert network_file_system(tmp_path / "nothing") is None
+    device = tmp_path.stat().st_dev
+    mount = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime shared:1 - {{}} server:/export rw\n"
+    for kind, found in (("nfs4", "nfs4"), ("fuse.sshfs", "fuse.sshfs"), ("fuseblk", None), ("ext4", None)):
+        monkeypatch.setattr(Path, "read_text", lambda *_, _kind=kind, **__: mount.format(_kind))
+        assert network_file_system(tmp_path) == found
 
 
 @pytest.mark.parametrize("mended", [True, False])
