@@ -308,4 +308,4 @@ class AccountStates(RuleBasedStateMachine):
 
 
 TestAccountStates = AccountStates.TestCase
-TestAccountStates.settings = settings(max_examples=25, stateful_step_count=25)
+TestAccountStates.settings = settings(stateful_step_count=20)

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.cache.eviction import POLICIES, Trace, next_positions, simulate
@@ -76,14 +76,12 @@ def fewest_fetched(names, sizes, size):
 tiny_traces = st.lists(st.integers(0, 4), max_size=9)
 
 
-@settings(max_examples=25, deadline=None)
 @given(tiny_traces, st.integers(0, 4))
 def test_plan_equals_the_brute_force_optimum(names, size):
     best = fewest_fetched(tuple(names), (1,) * 5, size)
     assert fetched(trace_of(names), "plan", size) == best
 
 
-@settings(max_examples=25, deadline=None)
 @given(tiny_traces, st.tuples(*[st.integers(1, 5)] * 5), st.integers(0, 12))
 def test_no_policy_fetches_less_than_the_brute_force_optimum(names, sizes, size):
     trace = trace_of(names, [sizes[name] for name in names])
