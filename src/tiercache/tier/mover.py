@@ -301,4 +301,5 @@ def _lost_tier_reason(context: MoveContext, row: JournalRow) -> str:
 
 def _is_wanted(context: MoveContext, row: JournalRow, holds: Holds) -> bool:
     """Return whether an interrupted copy shall be finished. The steps of a move check pins and sources."""
-    return holds.of(row.path) is not None if row.rule == RULE else row.rules == context.file.sha256
+    is_held = holds.of(row.path) is not None
+    return is_held if row.rule == RULE else row.rules == context.file.sha256 and not is_held

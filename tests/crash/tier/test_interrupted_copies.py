@@ -116,6 +116,15 @@ def test_a_copy_of_what_is_pinned_since_leaves_no_part(folders, point):
     assert folders.lies(1) == ["hot"]
 
 
+def test_a_copy_of_what_is_held_since_leaves_no_part_and_is_no_error(folders):
+    folders.save(1, 2)
+    interrupt(folders, "tier_move.parts_copied")
+    with Stores(folders.file) as stores:
+        put_hold(stores.store("standard"), ["run/step-1"], until_s=9e9, now_s=1.0, why="recalled")
+    assert folders.run().exit_code == DONE
+    assert folders.lies(1) == ["hot"]
+
+
 def test_parts_beside_a_source_that_was_written_again_are_a_conflict_and_stay(folders):
     folders.save(1, 2)
     interrupt(folders, "tier_move.parts_copied")
