@@ -36,12 +36,6 @@ class MemoryGroup:
         """Return the command that starts a program inside the group, so that all its memory is counted."""
         return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.folder), *arguments]
 
-    @property
-    def usage_bytes(self) -> int:
-        """Return the memory in use, including pages of files."""
-        names = ("memory.current", "memory.usage_in_bytes")
-        return next(int((self.folder / name).read_text()) for name in names if (self.folder / name).exists())
-
 
 @contextlib.contextmanager
 def memory_group(limit_bytes: int, root: Path = Path("/")) -> Iterator[MemoryGroup]:

@@ -65,11 +65,6 @@ class Gate:
         if not self._reached.wait(self.timeout_s):
             raise AssertionError(f"no call reached {self.point} of {self.keys} within {self.timeout_s:g} s")
 
-    @property
-    def is_reached(self) -> bool:
-        """Return whether a call has stopped at the gate."""
-        return self._reached.is_set()
-
     def open(self) -> None:
         """Let the stopped call continue."""
         self._opened.set()
