@@ -68,7 +68,6 @@ _DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def format_dollars(amount: float) -> str:
-    """Return an amount as "1,234.50"; an amount below 0.01 with two significant digits: "0.00012"."""
     if amount == 0 or abs(amount) >= 0.01:
         return f"{amount:,.2f}"
     digits = 1 - math.floor(math.log10(abs(amount)))
@@ -84,7 +83,6 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Return a time, given in seconds since the epoch, in ISO format in UTC, with whole seconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
@@ -102,7 +100,6 @@ def format_copy(copy: Mapping[str, Any]) -> str:
 def print_holdings(
     output: Output, tiers: Sequence[str], before: Mapping[str, TierTotals], after: Mapping[str, TierTotals]
 ) -> None:
-    """Print a row for each tier with what it holds before and after."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for name in tiers:
@@ -124,15 +121,12 @@ _SIGNS = "*?[{"
 
 @dataclass(frozen=True, slots=True)
 class OpenTiers:
-    """The opened tiers of a rule file."""
-
     file: RuleFile  # the rule file
     stores: Stores  # stores of the tiers
     catalog: TierCatalog  # catalog of this machine
     prices: tuple[Prices | None, ...]  # prices of each tier; None: no prices are known
 
     def read_inventory(self, output: Output) -> Inventory:
-        """Take the inventory: all objects in the tiers now. A progress bar counts the objects."""
         # All keys exist from the start, because threads set their values.
         listed = {tier.name: 0 for tier in self.file.tiers}
 
@@ -146,7 +140,6 @@ class OpenTiers:
             return take_inventory(self.file, self.stores, self.catalog, now_s=time.time(), on_progress=progress)
 
     def print_untracked(self, output: Output, inventory: Inventory, paths: pa.Array) -> None:
-        """Print a note for each data set among paths whose use is not tracked: whether it is idle is unknown."""
         for found in inventory.facts.get("datasets", ()):
             if not found.is_tracked and not found.problem and pc.any(pc.starts_with(paths, found.folder)).as_py():
                 folder = found.folder.rstrip("/") or "/"
@@ -155,20 +148,17 @@ class OpenTiers:
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
 
     def unpriced_note(self) -> str:
-        """Return the end of a summary that names tiers without prices; "" if all tiers have prices."""
         names = [tier.name for tier, prices in zip(self.file.tiers, self.prices, strict=True) if prices is None]
         return f"; dollars exclude {', '.join(names)}, which has no prices" if names else ""
 
 
 def print_rule_warnings(output: Output, found: Iterable[RuleWarning]) -> None:
-    """Print a warning for each rule or pin that probably does not do what was meant."""
     for one in found:
         level = "note" if one.kind == "unmatched" else "warning"
         output.event("rule_warning", asdict(one), printable(f"{level}: {one.text}"))
 
 
 def print_unavailable(output: Output, file: RuleFile, unavailable: Mapping[str, str]) -> None:
-    """Print a warning for each tier whose copies cannot be seen, and a note for each other tier without a folder."""
     for tier, reason in unavailable.items():
         text = f"tiers.{tier} cannot be seen: {reason}"
         output.event("unseen", {"tier": tier, "reason": reason}, printable(f"warning: {text}"))
@@ -178,14 +168,12 @@ def print_unavailable(output: Output, file: RuleFile, unavailable: Mapping[str, 
 
 
 def print_notes(output: Output, notes: Iterable[str]) -> None:
-    """Print notes on settings that are valid but probably not intended, as events `doubt`."""
     for note in notes:
         output.event("doubt", {"text": note}, f"note: {note}")
 
 
 @contextmanager
 def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
-    """Yield the opened tiers of the rule file, and close them at the end."""
     file = load_rule_file(rules)
     prices = tuple(prices_if_known(tier) for tier in file.tiers)
     urls = {tier.name: tier.url for tier in file.tiers}
@@ -229,12 +217,10 @@ def _whole(location: ParsedUrl) -> str:
 
 
 def is_glob(text: str) -> bool:
-    """Return whether an argument is a glob, in the syntax of rules."""
     return any(sign in text for sign in _SIGNS)
 
 
 def base_folder(text: str) -> str:
-    """Return the deepest folder that contains everything a path or glob matches; "" for all."""
     if not is_glob(text):
         return text
     first = min(text.index(sign) for sign in _SIGNS if sign in text)
@@ -280,7 +266,6 @@ def plan(
 
 
 def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
-    """Return a plan of what is in the tiers now."""
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
@@ -307,14 +292,12 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
 
 
 def _print_exceeded(output: Output, exceeded: Sequence[ExceededLimit]) -> None:
-    """Print why nothing of the plan was done: these rules delete too much without a confirmation."""
     for one in exceeded:
         text = f"{one.text}: nothing of the plan was done; look at `tiercache tier plan`, and give --yes if it is right"
         output.event("exceeded", asdict(one), f"STOPPED: {text}")
 
 
 def print_moves(output: Output, moves: Sequence[Move]) -> None:
-    """Print a row for each move."""
     texts = [
         {"does": move.action, "path": move.path, "from": move.src, "to": move.dst or ""}
         | {"size": format_bytes(move.n_bytes), "cost": format_dollars(move.cost)}
@@ -326,13 +309,11 @@ def print_moves(output: Output, moves: Sequence[Move]) -> None:
 
 
 def _back_in(move: Move) -> str:
-    """Return the time after which a move is paid back; "": never."""
     days = break_even_days(np.array([move.cost]), np.array([move.saving_month]))[0]
     return "" if np.isinf(days) else format_duration(days * 86400.0) if days > 0 else "at once"
 
 
 def print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
-    """Print a row for each refused move."""
     texts = [
         {"refused": one.action, "path": one.path, "from": one.src, "to": one.dst or ""}
         | {"size": format_bytes(one.n_bytes), "why": f"{one.rule}: {one.reason}"}
@@ -350,7 +331,6 @@ _HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
 
 
 def move_facts(move: Move) -> dict[str, Any]:
-    """Return a move for JSON output: as in the plan file, without its objects."""
     head = {name: getattr(move, name) for name in _HEAD}
     return (
         {"id": move.number}
@@ -365,13 +345,11 @@ def move_facts(move: Move) -> dict[str, Any]:
 
 
 def plan_facts(made: Plan) -> dict[str, Any]:
-    """Return the summary of a plan for JSON output."""
     numbers = {"plan": made.id, "n_moves": len(made.moves), "n_refused": len(made.refusals)}
     return numbers | asdict(made.totals)
 
 
 def plan_text(made: Plan) -> str:
-    """Return the summary of a plan for people."""
     facts = plan_facts(made)
     text = f"{count(facts['n_moves'], 'move')}, {format_bytes(facts['n_bytes'])}"
     text += f", costs ${format_dollars(facts['cost'])}, saves ${format_dollars(facts['saving_month'])} a month"
@@ -421,7 +399,6 @@ def apply(
 
 
 def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
-    """Make a plan's moves with a progress bar, and print the moves that were stopped, with the reason."""
     with output.byte_progress("moving") as advance, open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
         applied = apply_plan(context, plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_stopped(output, applied.stopped)
@@ -429,14 +406,12 @@ def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
 
 
 def print_stopped(output: Output, stopped: Sequence[StoppedMove]) -> None:
-    """Print the moves that were not made, with the reason."""
     for one in stopped:
         facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
         output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
 
 
 def tracked_text(newly_tracked: Sequence[str]) -> str:
-    """Return the end of a summary, which counts data sets that are tracked from now on."""
     return f"; {count(len(newly_tracked), 'data set')} tracked from now on" if newly_tracked else ""
 
 
@@ -495,7 +470,6 @@ def run(
 
 
 def _run_text(report: RunReport) -> str:
-    """Return the summary for people."""
     if report.is_unconfirmed:
         return f"nothing of the plan was done: {plan_text(report.plan)}; deletions must be confirmed with --yes"
     applied, settled = report.applied, report.deletions
@@ -552,12 +526,10 @@ def ls(
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Return a sort key that orders numbers in paths by value: step-9 before step-10."""
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(_DIGITS.split(path))]
 
 
 def monthly(snapshot: Snapshot, prices: Sequence[Prices | None]) -> NDArray[np.float64]:
-    """Return the dollars per month of each copy, float64[n_copies]; 0 if its tier has no prices."""
     found = np.zeros(snapshot.n_copies)
     for tier, price in enumerate(prices):
         copies = np.flatnonzero(snapshot.tier == tier)
@@ -567,7 +539,6 @@ def monthly(snapshot: Snapshot, prices: Sequence[Prices | None]) -> NDArray[np.f
 
 
 def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[np.float64]) -> dict[str, Any]:
-    """Return a group for JSON output."""
     last_use_s = float(snapshot.last_use_s[group])
     return {
         "path": snapshot.paths[group].as_py(),
@@ -599,7 +570,6 @@ def _copy(snapshot: Snapshot, copy: int, month: NDArray[np.float64]) -> dict[str
 
 
 def _row_text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
-    """Return a row of _row() for people."""
     used = "now" if row["in_use"] else f"{format_duration(now_s - row['last_use_s'])} ago"
     return {
         "path": row["path"],
@@ -624,7 +594,6 @@ def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: 
 
 
 def parse_speed(text: str) -> Speed:
-    """Return the value of --speed. Raises ValueError."""
     for speed in SPEEDS:
         if speed == text:
             return speed
@@ -718,7 +687,6 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
 
 
 def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
-    """Print a row for each rule with the objects that it matches, and a row for objects that no rule matches."""
     snapshot = inventory.snapshot
     matched, sizes = rules_of(snapshot, file), largest_copies(snapshot)
     rows: list[dict[str, Any]] = []
@@ -735,7 +703,6 @@ def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
 
 
 def _print_left_alone(output: Output, facts: Mapping[str, Any]) -> None:
-    """Print the objects that no plan touches."""
     for name, what in _LEFT_ALONE.items():
         n, names = facts.get(name, (0, ()))
         if n:
@@ -749,7 +716,6 @@ def _print_left_alone(output: Output, facts: Mapping[str, Any]) -> None:
 
 
 def _print_incomplete(output: Output, facts: Mapping[str, Any]) -> None:
-    """Print the checkpoints that no rule moves or deletes because they are not complete."""
     for lack, n in facts.get("incomplete", {}).items():
         names = facts["incomplete_names"][lack]
         shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
@@ -758,7 +724,6 @@ def _print_incomplete(output: Output, facts: Mapping[str, Any]) -> None:
 
 
 def _does(rule: Rule, grace_s: float) -> str:
-    """Return a short description of what a rule does."""
     parts = []
     if rule.to is not None:
         when = [("not used for", rule.idle_s), ("written before", rule.after_s)]
@@ -774,7 +739,6 @@ def _does(rule: Rule, grace_s: float) -> str:
 
 
 def _setting_notes(file: RuleFile) -> Iterator[str]:
-    """Yield a note for each setting that is valid but probably not intended."""
     for tier in file.tiers:
         if tier.prices is None and not tier.is_local:
             yield f"tiers.{tier.name} has no prices, so plans contain no dollars for it"
@@ -799,7 +763,6 @@ def _sum_up(output: Output, file: RuleFile, n_unreached: int) -> None:
 
 
 def print_prices(output: Output) -> None:
-    """Print the built-in price table."""
     dated, table = price_table()
     rows = [asdict(prices) for prices in table.values()]
     names = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
@@ -889,7 +852,6 @@ def init(
 
 
 def _tier_table(name: str, url: str | None) -> str:
-    """Return the table of a tier; without a URL, as a comment."""
     known = url or {"standard": "s3://BUCKET/train", "archive": "s3://BUCKET-cold/train"}[name]
     lines = [f"[tiers.{name}]"]
     if "://" in known:

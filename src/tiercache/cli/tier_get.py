@@ -61,8 +61,6 @@ _RENEWED_AFTER = 0.01
 
 @dataclass(frozen=True, slots=True)
 class GetOptions:
-    """Options of a recall."""
-
     to: str | None  # name of the destination tier; None: the first tier, for shards home
     hold: str | None  # duration of the hold; None: that of the rule file
     wait: bool  # whether to wait until all objects are restored
@@ -113,8 +111,6 @@ def get(
 
 
 class _Recall:
-    """One call of the verb."""
-
     def __init__(self, output: Output, tiers: OpenTiers, what: Sequence[str], options: GetOptions) -> None:
         self._output, self._tiers, self._options = output, tiers, options
         self._what = [tier_path(tiers.file, text) for text in what]
@@ -123,7 +119,6 @@ class _Recall:
         self._held_until_s = 0.0
 
     def run(self) -> int:
-        """Make the recall as far as possible now; return the exit code."""
         options = self._options
         if not options.dry_run:
             self._finish_deletions()
@@ -193,7 +188,6 @@ class _Recall:
         self._held_until_s = now_s + self._hold_s
 
     def _restore(self, plan: RecallPlan) -> int:
-        """Request the restores, and wait for them if that was asked for. Return the number of unreadable objects."""
         if plan.restore is None:
             return 0
         request_restore(self._tiers.stores, plan.restore)
@@ -208,7 +202,6 @@ class _Recall:
     # -- words ------------------------------------------------------------------------------------------------------
 
     def _text(self, plan: RecallPlan) -> str:
-        """Return what a plan does, costs and takes, for people."""
         n = len(plan.copies.moves) + len(plan.later.moves)
         there = f" ({count(len(plan.here), 'group')} there already)" if plan.here else ""
         cost = "at an unknown price" if plan.cost is None else f"for ${format_dollars(plan.cost)}"
@@ -273,7 +266,6 @@ def select_groups(inventory: Inventory, paths: Sequence[str]) -> NDArray[np.int6
 
 
 def _above(snapshot: Snapshot, path: str) -> NDArray[np.bool_]:
-    """Return the group that a path lies in, if there is one; bool[n_groups]."""
     folders = [path[:end] for end in range(1, len(path)) if path[end] == "/"]
     found = pc.is_in(snapshot.paths, value_set=pa.array(folders, snapshot.paths.type))
     return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_)

@@ -132,8 +132,6 @@ _PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
 
 @dataclass(frozen=True, slots=True)
 class UserLayout:
-    """Names of checkpoints that a rule describes. pattern: See layout_pattern(). match, exclude: Globs of the rule."""
-
     pattern: str
     match: tuple[str, ...] = ("**",)
     exclude: tuple[str, ...] = ()
@@ -160,7 +158,6 @@ def layout_pattern(pattern: str) -> str:
 
 
 def _written_in_own_names(paths: pa.Array) -> NDArray[np.float64]:
-    """Return the time of writing in each of our own names, in seconds since the epoch; NaN where it is no time."""
     parts = pc.extract_regex(paths, _WRITTEN)
     texts, ms = pc.struct_field(parts, "time"), pc.struct_field(parts, "ms")
     times = pc.strptime(texts, format="%Y%m%dT%H%M%S", unit="s", error_is_null=True).cast(pa.int64())
@@ -328,7 +325,6 @@ def _find_nesting(
 
 
 def _file_columns(names: pa.Array) -> dict[str, pa.Array]:
-    """Return the parts of names that _FILE_NAME matches, with an empty folder."""
     parts = pc.extract_regex(names, _FILE_NAME)
     columns = {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS[1:], "number")}
     return columns | {"parent": pa.array([""] * len(names), pa.large_string())}
@@ -340,7 +336,6 @@ _STEP_RUN_PATH = pa.schema([*_STEP_AND_RUN, ("path", pa.large_string())])
 def _user_folders(
     folders: pa.Array, rows: NDArray[np.int64], layouts: Sequence[UserLayout]
 ) -> tuple[NDArray[np.int64], pa.Table]:
-    """Return the folders in or below checkpoints of users' layouts, and step, run and path of the checkpoint."""
     found, tables = [np.empty(0, np.int64)], [_STEP_RUN_PATH.empty_table()]
     for layout in layouts:
         pattern = rf"^(?P<parent>(?:[^/]+/)*?)(?P<name>{layout_pattern(layout.pattern[:-1])})/"
@@ -356,7 +351,6 @@ def _user_folders(
 
 
 def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.Table:
-    """Return step and run of checkpoints of a user's layout. parts: Groups of layout_pattern()."""
     step = pc.struct_field(parts, "number").cast(pa.int64())
     pattern = pa.array([layout.pattern] * len(parts), pa.large_string())
     run = _joined([parent, pc.struct_field(parts, "head"), pc.struct_field(parts, "tail"), pattern], "\n")
@@ -389,7 +383,6 @@ def _number_folders(
 
 
 def _numbered_above(folder: str) -> Iterator[str]:
-    """Yield the ancestors of the folder, and itself, whose name is a number; the outermost first."""
     parts = folder[:-1].split("/")
     return ("/".join(parts[: n + 1]) for n, part in enumerate(parts) if _NUMBER_NAME.fullmatch(part))
 
@@ -401,7 +394,6 @@ def _checkpoint_files(
     rest: NDArray[np.int64],
     layouts: Sequence[UserLayout],
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return step and run of the keys in `rest` that are a checkpoint each, and their positions in `rest`."""
     tables, rows = [_STEP_AND_RUN.empty_table()], [np.empty(0, np.int64)]
     for start in range(0, len(rest), ROWS_AT_A_TIME):
         some = rest[start : start + ROWS_AT_A_TIME]
@@ -479,7 +471,6 @@ def _numbered(
 def _on_top(
     folders: pa.Array, folder: NDArray[np.int64], paths: pa.Array, group: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """Return whether each key lies directly in the folder of its group; bool[n_keys]."""
     group_bytes = np.append(as_numpy(pc.binary_length(paths), np.int64), NO_GROUP)  # entry -1 matches no length
     folder_bytes = as_numpy(pc.binary_length(folders), np.int64)
     return np.asarray((group != NO_GROUP) & (folder_bytes[folder] == group_bytes[group] + 1), np.bool_)
@@ -522,11 +513,9 @@ class _Members:
         self.manifest[self._is_in] &= is_own[group[self._is_in]]
 
     def called(self, name: str) -> NDArray[np.bool_]:
-        """Return whether each key belongs to a group and has this name; bool[n_keys]."""
         return np.asarray(pc.equal(self.names, name).to_numpy(zero_copy_only=False), np.bool_) & self._is_in
 
     def named(self, pattern: str) -> NDArray[np.bool_]:
-        """Return whether each key belongs to a checkpoint and its name contains the pattern; bool[n_keys]."""
         found = np.zeros(len(self.names), np.bool_)
         found[self._rows[match_regex(self._names, pattern)]] = True
         return found
@@ -537,13 +526,11 @@ class _Members:
         return has
 
     def beside(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return whether each folder directly contains one of the members; bool[n_folders]."""
         has = np.zeros(self._n_folders, np.bool_)
         has[self.folder[members]] = True
         return has
 
     def are_completing(self) -> NDArray[np.bool_]:
-        """Return whether each object is a completing one, which a writer writes last; bool[n_keys]."""
         of_others = self.metadata | self.trainer_state
         of_others[self._is_in] &= ~self.is_own[self.group[self._is_in]]
         return of_others | self.manifest
@@ -554,7 +541,6 @@ class _Members:
         return rank
 
     def count_wrong(self) -> NDArray[np.bool_]:
-        """Return the groups that miss shards according to names such as model-00001-of-00004.bin; bool[n_groups]."""
         at = np.flatnonzero(self.named(_COUNTED))
         found = pc.extract_regex(self.names.take(pa.array(at)), _COUNTED)
         columns = {name: pc.struct_field(found, name) for name in ("stem", "total", "suffix", "number")}
@@ -567,7 +553,6 @@ class _Members:
 
 
 def _lacking(members: _Members, run: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Return what each group lacks, as indices of LACKS; meaningless for files."""
     lacks = np.full(len(run), NOTHING, np.uint8)
     weights = members.named(_WEIGHTS) & ~members.named(_NO_WEIGHTS)
     # Either of two files in any checkpoint of the run identifies Trainer: other libraries write checkpoint-N too.
@@ -706,7 +691,6 @@ def metrics_in_name(name: str) -> dict[str, float]:
 
 
 def finite_metric(name: str, value: float) -> dict[str, float]:
-    """Return the metric as a dict; empty if the value is not finite or too large."""
     try:
         number = float(value)
     except OverflowError:

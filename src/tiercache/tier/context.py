@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StoppedMove:
-    """A move that was not made. plan, number: Identify the move. reason: What was expected, and what was found."""
-
     number: int
     reason: str
     path: str = ""
@@ -59,12 +57,8 @@ class StoppedMove:
 class ApplyResult:
     """Result of apply_plan() or run_due_deletions().
 
-    Attributes:
-        n_made: Number of moves that were made, now or earlier. It includes moves whose deletions wait for the grace
-            period, unlike the journal's state "done", after which nothing is left to do.
-        stopped: Moves that were not made, with reasons.
-        waiting_drops: Number of deletions of all plans that wait for their grace period.
-        n_bytes: Bytes that were copied; of run_due_deletions(): bytes that were deleted.
+    n_made includes moves whose deletions wait for the grace period, unlike the journal's state "done". n_bytes: Bytes
+    that were copied; of run_due_deletions(): bytes that were deleted.
     """
 
     n_made: int = 0
@@ -73,10 +67,7 @@ class ApplyResult:
     n_bytes: int = 0
 
     def followed_by(self, later: ApplyResult) -> ApplyResult:
-        """Return the results of two calls of run_due_deletions() as one.
-
-        The second call has checked again what the first one left.
-        """
+        """Return the results of two calls as one. The second call has checked again what the first one left."""
         again = {(move.plan, move.number) for move in later.stopped}
         stopped = tuple(move for move in self.stopped if (move.plan, move.number) not in again)
         n_bytes = self.n_bytes + later.n_bytes
@@ -85,8 +76,6 @@ class ApplyResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a plan. done_bytes: Bytes copied."""
-
     done_moves: int
     n_moves: int
     done_bytes: int
@@ -124,10 +113,7 @@ class Heads:
 
 @dataclass(slots=True)
 class MoveContext:
-    """The tiers that moves work on, with the lock that admits them, threads, and checks. Thread-safe.
-
-    mover.open_mover() makes one.
-    """
+    """The tiers that moves work on, with the lock that admits them, threads, and checks. Thread-safe."""
 
     file: RuleFile
     stores: Stores
@@ -141,15 +127,12 @@ class MoveContext:
     # -- objects ----------------------------------------------------------------------------------------------------
 
     def head(self, tier: str, key: str) -> ObjectInfo | None:
-        """Return the store's metadata of an object; None if it does not exist. Raises StoreError."""
         try:
             return self.stores.head(tier, key)
         except NotFound:
             return None
 
     def heads(self, pairs: Iterable[tuple[str, str]]) -> Heads:
-        """Return head() of many (tier, key) pairs, queried in parallel."""
-
         def ask(pair: tuple[str, str]) -> ObjectInfo | StoreError | None:
             try:
                 return self.head(*pair)
@@ -181,7 +164,6 @@ class MoveContext:
         return "" if crc == obj.crc32c else f"{at}: expected CRC-32C {obj.crc32c:08x}, found {crc:08x}"
 
     def extra_object_reason(self, tier: str, path: str, keys: Iterable[str]) -> str:
-        """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
         planned = set(keys)
         if planned == {path}:
             return ""
@@ -221,7 +203,6 @@ class MoveContext:
         return ""
 
     def unconfirmed_move_reason(self, row: JournalRow, copies: Infos) -> str:
-        """Return why the copies of a move in dst cannot be relied on; "" if all can. Raises StoreError."""
         entries = self.catalog.entries(row.dst, [obj.key for obj in row.objects])
         reasons = (self.unconfirmed_reason(row.dst, key, copies[key], entries.get(key)) for key, *_ in row.objects)
         return next(filter(None, reasons), "")
@@ -296,10 +277,6 @@ class MoveContext:
         return reasons
 
     def ensure_tier_marker(self, tier: str, *, gets: bool = True) -> str:
-        """Return why a local tier may not be the one used before, or ""; on first use, create its mount marker.
-
-        See stores.ensure_mount_marker().
-        """
         try:
             return ensure_mount_marker(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
         except StoreError as error:
@@ -338,7 +315,6 @@ class BatchLimits:
 
 
 def in_batches(items: Sequence[R], limits: BatchLimits) -> Iterator[list[R]]:
-    """Yield items, each with a journal row, in batches that keep to the limits."""
     batch: list[R] = []
     n_objects = n_bytes = 0
     for item in items:
@@ -357,7 +333,6 @@ def matches_entry(info: ObjectInfo, entry: CatalogEntry) -> bool:
 
 
 def first_written_s(obj: PlannedObject, entry: CatalogEntry | None) -> float | None:
-    """Return when an object was first written: its date, or an earlier one that the catalog has of this very object."""
     is_it = entry is not None and obj.etag is not None and (entry.n_bytes, entry.etag) == (obj.n_bytes, obj.etag)
     return earliest(obj.modified_s, entry.written_s if entry is not None and is_it else None)
 
@@ -422,12 +397,10 @@ class PlacementUpdates:
         return found
 
     def _url(self, tier: str, folder: str) -> str:
-        """Return the URL of a folder in a tier, as placement rows have it."""
         root = self._context.file.tier(tier).url.rstrip("/")
         return f"{root}/{folder}" if folder else root or "/"
 
     def is_home(self, tier: str) -> bool:
-        """Return whether a tier has the same location as home."""
         return self._stores.same_url(tier, self.home_name)
 
     def deciding_tiers(self, row: JournalRow) -> list[str]:
@@ -464,7 +437,6 @@ class PlacementUpdates:
         return folder, changes
 
     def commit(self, changes: Iterable[tuple[T, str, RowChanges]]) -> list[tuple[T, str]]:
-        """Commit the changes of moves, each with its folder. Return the moves for which that failed, with reasons."""
         merged: dict[str, RowChanges] = defaultdict(dict)
         owners: dict[str, list[T]] = defaultdict(list)
         for owner, folder, some in changes:
@@ -485,21 +457,15 @@ class PlacementUpdates:
     # -- reading placements -----------------------------------------------------------------------------------------
 
     def forget_placements(self) -> None:
-        """Drop the cached placements, so that they are read again."""
         self._placements.clear()
 
     def _row(self, folder: str, key: str) -> PlacementRow | None:
-        """Return the placement row of an object; None if it is at home. key: Relative to home."""
         if folder not in self._placements:
             self._placements[folder] = placement_log.read_placement(self._log(folder))
         found = self._placements[folder]
         return None if found is None else found.find(_relative(folder, key))
 
     def stale_placement_reason(self, row: JournalRow, at_home: Infos) -> str:
-        """Return why readers would still look where a move deletes; "" if all are redirected.
-
-        Raises as read_placement().
-        """
         folder = self._folder(row)
         target = self._url(row.dst, folder)
         for obj in row.objects:
@@ -537,7 +503,6 @@ class PlacementUpdates:
         return {(row.plan, row.number): reason for row, reason in failed + self.commit(changes)}
 
     def _reverse_changes(self, row: JournalRow) -> tuple[str, RowChanges]:
-        """Return the folder, and the changes that undo the redirect of a move. Raises as read_placement()."""
         folder = self._folder(row)
         if row.action == "delete":
             return folder, self._rows_of_last_copies(row, folder)
@@ -574,7 +539,6 @@ def _relative(folder: str, key: str) -> str:
 
 
 def _is_complete(row: JournalRow, copies: Infos) -> bool:
-    """Return whether these copies are all objects of a move, by their sizes."""
     found = [(copies.get(obj.key), obj.n_bytes) for obj in row.objects]
     return bool(copies) and all(info is not None and info.n_bytes == n_bytes for info, n_bytes in found)
 
@@ -584,7 +548,6 @@ def _equal_urls(first: str, second: str) -> bool:
 
 
 def dataset_folder_above(home_store: Store, folder: str) -> str | None:
-    """Return the nearest folder, from `folder` upwards, that holds versions of a data set. Raises StoreError."""
     while True:
         prefix = f"{folder}/{VERSIONS_FOLDER}" if folder else VERSIONS_FOLDER
         if next(iter(home_store.list(prefix)), None) is not None:
@@ -595,7 +558,6 @@ def dataset_folder_above(home_store: Store, folder: str) -> str | None:
 
 
 def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
-    """Start tracking the data sets at home that a rule covers. Return the folders of the newly tracked ones."""
     file, snapshot = stores.file, inventory.snapshot
     shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
     ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.exclude) for rule in file.rules]) >= 0))
@@ -612,7 +574,6 @@ def track_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
 
 
 def track_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
-    """Start tracking the data sets at home whose shards a plan moves or refuses. Return the newly tracked folders."""
     home_store = stores.store(stores.file.home_tier.name)
     shards = [move.path for move in plan.moves if move.kind == "shard"]
     shards += [refusal.path for refusal in plan.refusals if refusal.kind == "shard"]
@@ -622,7 +583,6 @@ def track_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
 
 
 def _start_tracking(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
-    """Start tracking data sets at home. Return the folders of the newly tracked ones."""
     home_store, newly_tracked = stores.store(stores.file.home_tier.name), []
     for folder in folders:
         # A store that cannot be written: the moves report that.

@@ -53,27 +53,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeletionFacts:
-    """State of the tiers, as far as deletions depend on it. Paths are paths of groups.
+    """State of the tiers, as far as deletions depend on it."""
 
-    Attributes:
-        in_use: Paths that a reader uses now.
-        protected: Newest complete checkpoint of each run, and the newest one that can be read now.
-        deletes: Paths whose last copies the rules delete now.
-        asked: (path, tier) pairs from which the rules take a copy away now.
-        linked: (path, tier) -> symbolic link that leads to the group there, or lies in it.
-        used_s: Path -> last read of a file or checkpoint through a cache of this machine, in seconds since the epoch.
-    """
-
-    in_use: frozenset[str] = frozenset()
-    protected: frozenset[str] = frozenset()
-    deletes: frozenset[str] = frozenset()
-    asked: frozenset[tuple[str, str]] = frozenset()
+    in_use: frozenset[str] = frozenset()  # paths that a reader uses now
+    protected: frozenset[str] = frozenset()  # newest complete checkpoint of each run, and newest that can be read
+    deletes: frozenset[str] = frozenset()  # paths whose last copies the rules delete now
+    asked: frozenset[tuple[str, str]] = frozenset()  # (path, tier) from which the rules take a copy away now
+    # (path, tier) -> symbolic link that leads to the group there, or lies in it
     linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    used_s: Mapping[str, float] = field(default_factory=dict)
+    used_s: Mapping[str, float] = field(default_factory=dict)  # last read through a cache of this machine
 
 
 def take_deletion_facts(file: RuleFile, stores: Stores, catalog: TierCatalog, now_s: float) -> DeletionFacts:
-    """List all tiers and plan once more. Raises as take_inventory()."""
     snapshot = take_inventory(file, stores, catalog, now_s=now_s).snapshot
     return deletion_facts_of(snapshot, decide_now(snapshot, file, stores, catalog)[0])
 
@@ -126,23 +117,15 @@ _FACTS_MAX_AGE_S = 600.0
 
 @dataclass(slots=True)
 class DueDeletion:
-    """A move whose grace period is over: something is deleted, or gets a class that ends its readability.
-
-    Attributes:
-        verdict: Decision of the checks so far, and `reason`: why.
-        present: Objects that exist where something is deleted, as (tier, object).
-        is_whole: Whether these are all the objects that there were.
-        is_begun: Whether deletions may have been made already.
-        is_unwanted: Whether it is cancelled because a rule, a pin, a hold or a reader speaks against it.
-    """
+    """A move whose grace period is over: something is deleted, or gets a class that ends its readability."""
 
     row: JournalRow
     verdict: Verdict = "go"
     reason: str = ""
-    present: list[tuple[str, PlannedObject]] = field(default_factory=list)
-    is_whole: bool = True
-    is_begun: bool = False
-    is_unwanted: bool = False
+    present: list[tuple[str, PlannedObject]] = field(default_factory=list)  # what exists, as (tier, object)
+    is_whole: bool = True  # whether `present` has all the objects that there were
+    is_begun: bool = False  # whether deletions may have been made already
+    is_unwanted: bool = False  # cancelled because a rule, a pin, a hold or a reader speaks against it
 
     def set_verdict(self, verdict: Verdict, reason: str) -> None:
         """Set the verdict, if there is no earlier one. reason: As a check returns it; "": the verdict stays.
@@ -181,15 +164,11 @@ def run_due_deletions(
     facts: tuple[DeletionFacts, float] | None = None,
     only_begun: bool = False,
 ) -> ApplyResult:
-    """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
+    """Make the deletions and class changes whose grace period is over, and finish those that were interrupted.
 
-    Each of them is checked again: what is not in the required state stays, and is reported. Raises as apply_plan().
-
-    Args:
-        context: Tiers, with the lock.
-        facts: Facts of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: the tiers are listed
-            and planned again, before anything is deleted.
-        only_begun: Whether to finish interrupted deletions only.
+    What is not in the required state stays, and is reported. Raises as apply_plan(). facts: Of a listing that was made
+    already, and when it began, by SYSTEM_CLOCK. None: the tiers are listed and planned again, before anything is
+    deleted. only_begun: Whether to finish interrupted deletions only.
     """
     return DeferredDeletions(context, facts).run(only_begun=only_begun)
 
@@ -219,7 +198,6 @@ class DeferredDeletions:
         return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes)
 
     def remove(self, due: Sequence[DueDeletion]) -> None:
-        """Make deletions that a user asks for; each keeps its verdict."""
         facts = DeletionFacts(deletes=frozenset(deletion.row.path for deletion in due))
         for batch in in_batches(due, _BATCH_LIMITS):
             self._context.lock.check()
@@ -290,7 +268,6 @@ class DeferredDeletions:
                     deletion.set_verdict("wait", str(error))
 
     def _pin_reasons(self, due: Sequence[DueDeletion]) -> Mapping[tuple[str, int], str]:
-        """Return the moves that a pin protects now, with reasons. All wait where the pins are unknown."""
         try:
             return self._context.pin_reasons([deletion.row for deletion in due], self._now_s)
         except TierCacheError as error:
@@ -305,7 +282,6 @@ class DeferredDeletions:
             deletion.cancel_unwanted(pinned.get((deletion.row.plan, deletion.row.number), ""))
 
     def _changed_tiers_reason(self, row: JournalRow) -> str:
-        """Return why the rule file no longer has the tiers of a move; "" if it has."""
         urls = {tier.name: tier.url for tier in self._file.tiers}
         for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
             if name and urls.get(name) != url:
@@ -344,7 +320,6 @@ class DeferredDeletions:
             deletion.cancel_unwanted(f"{row.path}: the rule file was changed and no longer asks for this")
 
     def _change_reason(self, deletion: DueDeletion, heads: Heads) -> str:
-        """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
         row, context, changed = deletion.row, self._context, ""
         where_of = {obj: obj.tier if row.action == "delete" else row.src for obj in row.objects}
         for planned, tier in where_of.items():
@@ -367,7 +342,6 @@ class DeferredDeletions:
         return changed or (self._new_copy_reason(row, heads) if row.action == "delete" else "")
 
     def _equals_copy(self, row: JournalRow, info: ObjectInfo) -> bool:
-        """Return whether an object in src has the bytes of its verified copy in dst, which is the reason to drop it."""
         if row.action not in ("move", "drop") or needs_restore(info):
             return False
         entry = self._catalog.entries(row.dst, [info.key]).get(info.key)
@@ -376,7 +350,6 @@ class DeferredDeletions:
         return self._context.transfer.checksum_of(row.src, info) == entry.crc32c
 
     def _new_copy_reason(self, row: JournalRow, heads: Heads) -> str:
-        """Return why there are more copies than the last copies that were to be deleted; "" if there are not."""
         stores, planned = self._context.stores, {(obj.tier, obj.key) for obj in row.objects}
         for tier in self._file.tiers:
             for info in heads.infos(tier.name, row).values():
@@ -453,7 +426,6 @@ class DeferredDeletions:
                 deletion.set_verdict(*finding)
 
     def _read_back_copy(self, copy: tuple[DueDeletion, str, CatalogEntry | None]) -> tuple[Verdict, str] | None:
-        """Return None if a copy's bytes on the disk equal its source; otherwise the verdict and the reason."""
         (deletion, key, entry), context = copy, self._context
         dst = deletion.row.dst
         try:
@@ -615,7 +587,6 @@ class DeferredDeletions:
                 remove_empty_folders(self._context, row, tier)
 
     def _revert_placements(self, due: Sequence[DueDeletion]) -> None:
-        """Revert the placement where src stays, before the redirect is forgotten."""
         failed = self._placements.revert([deletion.row for deletion in due])
         for deletion in due:
             if reason := failed.get((deletion.row.plan, deletion.row.number)):
@@ -628,8 +599,6 @@ class DeferredDeletions:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A checkpoint that was removed, or the reason why it was not. n_bytes: Size of its objects in all tiers."""
-
     path: str
     n_bytes: int
     tiers: tuple[str, ...]
@@ -643,14 +612,7 @@ def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[i
     stays if a pin or a hold protects it, or if an object has changed since the inventory. Nothing is deleted while a
     tier cannot be seen, because a copy in it would stay. A job that reads a checkpoint is not noticed.
 
-    Args:
-        context: Tiers, with the lock.
-        inventory: Inventory of these tiers.
-        groups: Numbers of checkpoints in the inventory.
-
-    Raises:
-        CommitConflict: The tier lock was lost to another process.
-        StoreError: A tier cannot be seen.
+    Raises CommitConflict if the tier lock was lost, StoreError if a tier cannot be seen.
     """
     unavailable = unavailable_tiers(context.file, context.stores, context.catalog)
     for tier, reason in unavailable.items():
@@ -673,7 +635,6 @@ def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[i
 
 
 def _row(context: MoveContext, inventory: Inventory, group: int, plan: str, number: int) -> JournalRow:
-    """Return the removal in the form of a journal row: a delete of the objects of all tiers."""
     snapshot, file = inventory.snapshot, context.file
     objects: list[PlannedObject] = []
     tiers = snapshot.tier[snapshot.group == group]

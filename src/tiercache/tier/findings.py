@@ -39,8 +39,6 @@ _WILDCARD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True, slots=True)
 class RuleWarning:
-    """Something in a rule file that is valid, and probably not what was meant."""
-
     kind: Literal["no_match", "order", "durations", "no_metric", "unmatched"]
     rule: str  # name of the rule, or "pins[N]"
     text: str  # message for people
@@ -73,7 +71,6 @@ def _bad_durations(file: RuleFile) -> Iterator[RuleWarning]:
 
 
 def _bad_order(file: RuleFile) -> Iterator[RuleWarning]:
-    """Yield a warning for each rule below another that applies to all that it is to protect."""
     for number, rule in enumerate(file.rules):
         paths = pa.array([sample_path(glob) for glob in rule.match], pa.large_string())
         for above in file.rules[:number]:
@@ -86,7 +83,6 @@ def _bad_order(file: RuleFile) -> Iterator[RuleWarning]:
 
 
 def _harm(above: Rule, rule: Rule) -> str:
-    """Return what a rule does with objects that another rule leaves alone; "": nothing."""
     if above.delete_after_s is not None and rule.delete_after_s is None:
         return "deletes"
     is_idle = rule.to is None and not rule.keep and rule.delete_after_s is None
@@ -94,7 +90,6 @@ def _harm(above: Rule, rule: Rule) -> str:
 
 
 def _unused_rules(file: RuleFile, snapshot: Snapshot, rule_of: NDArray[np.int16]) -> Iterator[RuleWarning]:
-    """Yield a warning for each rule, and each glob of `except`, that matches nothing."""
     paths = snapshot.paths.cast(pa.large_string())
     for number, rule in enumerate(file.rules):
         matched = first_match(paths, [(rule.match, ())]) >= 0
@@ -117,7 +112,6 @@ def _unused_rules(file: RuleFile, snapshot: Snapshot, rule_of: NDArray[np.int16]
 
 
 def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
-    """Yield a warning for each glob of a pin in force that matches nothing."""
     paths = snapshot.paths.cast(pa.large_string())
     for number, pin in enumerate(file.pins, start=1):
         for glob in pin.match if pin.until_s is None or pin.until_s > snapshot.now_s else ():
@@ -128,7 +122,6 @@ def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
 
 
 def _near_globs(globs: Sequence[str], paths: pa.Array) -> str:
-    """Return the end of a message that names the globs that were probably meant."""
     near = [found for glob in globs if (found := _nearest_glob(glob, paths)) is not None]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
@@ -177,7 +170,6 @@ def _missing_metrics(
 def _metrics_that_exist(
     snapshot: Snapshot, run: NDArray[np.int64], metrics: Sequence[str], in_files: Mapping[int, frozenset[str]]
 ) -> str:
-    """Return the metrics of a run's checkpoints, and the one that was probably meant, for people."""
     names = {name for group in run.tolist() for name in in_files.get(group, ())}
     for group in run[:_MOST_NAMES].tolist():
         names |= metrics_in_name(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
@@ -191,7 +183,6 @@ def _metrics_that_exist(
 
 
 def _unmatched(rule: Rule, snapshot: Snapshot, files: NDArray[np.int64]) -> Iterator[RuleWarning]:
-    """Yield a warning of the files that a rule with keep lists matches and that belong to no checkpoint."""
     if len(files):
         names = ", ".join(snapshot.paths.take(pa.array(files[:_SHOWN])).to_pylist())
         more = ", ..." if len(files) > _SHOWN else ""

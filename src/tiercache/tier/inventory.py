@@ -138,15 +138,9 @@ def take_inventory(
 ) -> Inventory:
     """List all tiers and return their content.
 
-    Args:
-        file: Rule file.
-        stores: Stores of its tiers.
-        catalog: Catalog of this machine, whose checksums and dates of copies are used.
-        now_s: Current time, in seconds since the epoch.
-        on_progress: Callback that receives (tier, number of objects listed so far), from several threads.
-        may_miss: Tiers that are left out if they cannot be listed; `facts["unlisted"]` names them.
-
-    Raises StoreError if a tier cannot be listed, or an object that decides about moves cannot be read now.
+    on_progress: Called from several threads. may_miss: Tiers that are left out if they cannot be listed;
+    `facts["unlisted"]` names them. Raises StoreError if a tier cannot be listed, or an object that decides about moves
+    cannot be read now.
     """
     listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
     release_memory()
@@ -211,7 +205,6 @@ class Grouped:
     no_keys: pa.Array  # names that are not valid keys
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
-        """Expand a column of the layout's groups to all groups."""
         found = np.full(len(self.kind), otherwise, column.dtype)
         found[self.of >= 0] = column[self.of[self.of >= 0]]
         return found
@@ -264,7 +257,6 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layout
 
 
 def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
-    """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
     order = sort_order(encoded.dictionary)
     position = inverse(order)
@@ -314,7 +306,6 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
 
 
 def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | None:
-    """Return the copy, in a tier, of the group that is this key or a folder above it; None: there is none."""
     above = _with_folders(key) if key else []
     for row in index_in(pa.array(above, pa.large_string()), paths).tolist():
         copy = copies.find(row, tier) if row >= 0 else None
@@ -324,7 +315,6 @@ def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | N
 
 
 def _interrupted_copies(file: RuleFile, catalog: TierCatalog) -> frozenset[tuple[int, str]]:
-    """Return (tier, path) of the copies that the mover has begun to make and has not finished, by the journal."""
     numbers = {tier.url: number for number, tier in enumerate(file.tiers)}
     rows = catalog.open_moves(file.home_tier.url, "begun")
     return frozenset(
@@ -348,7 +338,6 @@ def _without_interrupted(grouped: Grouped, copies: Copies, interrupted: Collecti
 def _shards_elsewhere(
     file: RuleFile, stores: Stores, grouped: Grouped, datasets: Collection[FoundDataset]
 ) -> dict[int, str]:
-    """Return the shards of data sets outside the home tier, with the reason why none of them can be moved."""
     found: dict[int, str] = {}
     home, shards = file.home_tier, np.flatnonzero(grouped.kind == SHARD)
     paths = grouped.paths.take(pa.array(shards))
@@ -472,7 +461,6 @@ def _facts(
 
 
 def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:
-    """Return the number of keys, and the first few."""
     return len(keys), tuple(keys.slice(0, _MANY).to_pylist())
 
 
@@ -551,10 +539,7 @@ def _no_shards() -> LiveShards:
 def read_datasets(
     file: RuleFile, stores: Stores, listed: Listing, own: pa.Array, *, now_s: float
 ) -> tuple[LiveShards, tuple[FoundDataset, ...]]:
-    """Read all data sets whose versions are among the listed objects. Raises StoreError.
-
-    own: Rows of tiercache's own objects (in a _tiercache/ folder).
-    """
+    """Read all data sets whose versions are among the listed objects. own: Rows of tiercache's own objects."""
     shards, found = [], []
     own_keys = listed.keys.take(own)
     for (folder, tier), numbers in sorted(_versions_of(file, listed, own, own_keys).items()):
@@ -628,7 +613,6 @@ class _DatasetReader:
         return [version for version in found if version is not None]
 
     def _table(self, versions: Sequence[Version]) -> ShardTable:
-        """Return all shards that any version names, each once. Segments that versions share are read once."""
         refs: dict[tuple[str, str], SegmentRef] = {}
         for version in versions:
             for ref in version.segments:
@@ -642,7 +626,6 @@ class _DatasetReader:
 
 
 def _joined(shards: Sequence[LiveShards]) -> LiveShards:
-    """Concatenate the shards of all data sets; of duplicate keys, the first is kept."""
     every = [_no_shards(), *shards]
     keys = pa.concat_arrays([one.keys for one in every])
     rows = np.flatnonzero(index_in(keys, keys) == np.arange(len(keys)))
@@ -679,7 +662,6 @@ def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
 
 
 def _file_name(key: str) -> str:
-    """Return the entry of METRIC_FILES that the key ends with, or else its last segment."""
     parts = key.split("/")
     name = "/".join(parts[-2:])
     return name if name in METRIC_FILES else parts[-1]
@@ -703,7 +685,6 @@ def read_metrics(store: Store, objects: Sequence[ObjectInfo]) -> dict[str, float
 
 
 def parse_metrics(name: str, data: bytes) -> dict[str, float]:
-    """Return the metrics in the content of a file with this name; empty if it cannot be parsed."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -737,10 +718,7 @@ _MAY_NAME = r"=|\d\.\d"
 
 
 def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
-    """Return the metrics that keep lists use, sorted.
-
-    Each is a tuple of names; a run uses the first name that any of its checkpoints has.
-    """
+    """Return the metrics that keep lists use, sorted; a run uses the first name that any of its checkpoints has."""
     keeps = [keep for rule in file.rules for keep in rule.keep.values()]
     return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
 
@@ -806,7 +784,6 @@ def find_metrics(
 
 
 def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) -> dict[int, int | None]:
-    """Return, by group with a metrics file, the first readable copy that has one; None: no such copy is readable."""
     is_asked_for = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
     is_asked_for[groups] = True
     copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)

@@ -38,7 +38,6 @@ _ENTRY_SCHEMA = pa.schema(
 
 
 def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
-    """Return batches of rows (key, n_bytes, etag, crc32c, verified, written_s) as one table."""
     made = []
     for rows in batches:
         columns = [*zip(*rows, strict=True)] or [()] * len(_ENTRY_SCHEMA)
@@ -181,7 +180,6 @@ class TierCatalog:
     """
 
     def __init__(self, path: Path, urls: Mapping[str, str] | None = None) -> None:
-        """Store the path. urls: Names of tiers -> their URLs; see bind()."""
         self.path = path
         self._urls = dict(urls or {})
         # No WAL: by default the file is in a home folder, which may be on NFS, and there are few commits, each of many
@@ -223,7 +221,6 @@ class TierCatalog:
         return self._database.run(work)
 
     def has_entries(self, tier: str) -> bool:
-        """Return whether a tier has held an object, as far as this machine knows."""
         query = "SELECT EXISTS (SELECT 1 FROM copies WHERE place = ?)"
         return bool(self._database.run(lambda db: db.execute(query, (self.url(tier),)).fetchone()[0]))
 
@@ -244,7 +241,6 @@ class TierCatalog:
             self._database.run(lambda db: db.executemany(query, rows))
 
     def forget(self, copies: Iterable[tuple[str, str]]) -> None:
-        """Forget copies that are gone or no longer trusted. copies: (tier, key) pairs."""
         rows = [(self.url(tier), key) for tier, key in copies]
         if rows:
             self._database.run(lambda db: db.executemany("DELETE FROM copies WHERE place = ? AND key = ?", rows))
@@ -252,13 +248,11 @@ class TierCatalog:
     # -- markers of tiers -------------------------------------------------------------------------------------------
 
     def mount_marker(self, tier: str) -> str | None:
-        """Return the marker that distinguishes a tier from an empty folder at its path; None if it was never used."""
         query, url = "SELECT mark FROM marks WHERE place = ?", self.url(tier)
         found = self._database.run(lambda db: db.execute(query, (url,)).fetchone())
         return None if found is None else str(found[0])
 
     def record_mount_marker(self, tier: str, marker: str) -> None:
-        """Record the marker that distinguishes a tier from an empty folder at its path."""
         row = self.url(tier), marker
         self._database.run(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", row))
 
@@ -284,7 +278,6 @@ class TierCatalog:
         return {row.number: row for row in self._rows("plan = ?", (plan,))}
 
     def open_moves(self, home: str, *states: MoveState) -> tuple[JournalRow, ...]:
-        """Return the moves of a home that are in one of these states (none: in any open state), oldest change first."""
         wanted = states or OPEN_STATES
         marks = ", ".join("?" * len(wanted))
         return self._rows(f"home = ? AND state IN ({marks})", (home, *wanted))

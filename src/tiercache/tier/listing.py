@@ -119,7 +119,6 @@ def list_tiers(
 
 
 def _batches(file: RuleFile, stores: Stores, names: tuple[str, ...]) -> Iterator[list[tuple[int, ObjectInfo]]]:
-    """Yield the objects at the URL of these tiers, each with the number of its tier; the last batch may be empty."""
     numbers = {name: file.index(name) for name in names}
     archive = stores.s3_classes(names[0])
     batch = []
@@ -196,7 +195,6 @@ class ObjectTable:
         return np.asarray(sums[self.start[1:]] - sums[self.start[:-1]], np.int64)
 
     def named(self, start: int, end: int) -> Iterator[tuple[str, int, str | None, float | None, int | None]]:
-        """Yield (key, n_bytes, etag, modified_s, crc32c) of each object of the copies from start to end."""
         part = slice(*self.start[[start, end]].tolist())
         row = self.row[part]
         return zip(
@@ -425,7 +423,6 @@ def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDAr
 
 
 def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> NDArray[np.bool_]:
-    """Return whether each key has two different values; bool[n_keys]."""
     least, most = np.full(n_keys, np.iinfo(np.int64).max), np.full(n_keys, -1, np.int64)
     np.minimum.at(least, key, value)
     np.maximum.at(most, key, value)
@@ -503,7 +500,6 @@ def find_conflicts(
 
 
 def _are_candidates(copies: Copies, n_groups: int) -> NDArray[np.bool_]:
-    """Return the groups of which two copies differ, or of which the catalog knows one copy and not another."""
     differs, has_recorded, has_other = (np.zeros(n_groups, np.bool_) for _ in range(3))
     differs[copies.group[np.searchsorted(copies.start, copies.differing, side="right") - 1]] = True
     is_recorded = np.logical_and.reduceat(copies.recorded, copies.start[:-1]) if len(copies.group) else copies.whole
@@ -521,7 +517,6 @@ def _objects(listed: Listing, copies: Copies, copy: int) -> dict[str, _ListedObj
 
 
 def _differing_key(one: dict[str, _ListedObject], other: dict[str, _ListedObject]) -> str | None:
-    """Return a key whose objects have different sizes or checksums; None if there is none."""
     for key in sorted(one.keys() & other.keys()):
         sums = one[key].crc32c, other[key].crc32c
         if one[key].n_bytes != other[key].n_bytes or (NO_CRC not in sums and sums[0] != sums[1]):

@@ -102,7 +102,6 @@ class LockRecord:
 
     @classmethod
     def parse(cls, data: bytes) -> LockRecord | None:
-        """Return the record that encode() wrote; None if data is not a record."""
         try:
             body: dict[str, Any] = json.loads(data)
             body.pop("format")
@@ -210,12 +209,10 @@ class TierLock:
         raise self._refusal("others, again and again, are")
 
     def _newest(self) -> tuple[int, LockRecord | None]:
-        """Return the newest number, 0 if there is none, and its record, None if it cannot be read."""
         number = max(self._log.numbers(), default=0)
         return number, LockRecord.parse(self._log.get(number) or b"")
 
     def _wait_until_free(self, number: int, record: LockRecord | None) -> None:
-        """Wait until the holder of a number no longer holds the lock. Raise CommitConflict if it does."""
         if record is not None:
             if record.released or record.runs is False:
                 return
@@ -311,7 +308,6 @@ class TierLock:
 
 
 def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, str, float], ...]:
-    """Return the copies that the next holder must not rely on. before: Record of the previous holder."""
     if before is None:
         return ()
     since: dict[tuple[str, str], float] = {}
@@ -325,7 +321,6 @@ def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, s
 
 
 def boot_id() -> str:
-    """Return the id of this boot of this machine, as records have it; "0" where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -50,14 +50,9 @@ def open_mover(
     clock: Callable[[], float] | None = None,
     lock: TierLock | None = None,
 ) -> Iterator[MoveContext]:
-    """Yield the context for apply_plan() and run_due_deletions(): it holds the lock of the home tier, and threads.
+    """Yield the context of moves: it holds the lock of the home tier, and threads. The arguments stay the caller's.
 
-    One mover works at a time, on all machines. The caller keeps the ownership of the arguments. clock: Returns seconds
-    since the epoch. lock: Lock that the caller already holds.
-
-    Raises:
-        CommitConflict: Another process moves data between these tiers.
-        StoreError: The store of the home tier failed.
+    Raises CommitConflict if another process moves data between these tiers, on any machine.
     """
     catalog.bind({tier.name: tier.url for tier in file.tiers})
     tiering, cancel = file.tiering, Event()
@@ -81,22 +76,7 @@ DONE, PARTLY, PENDING, UNCONFIRMED = 0, 3, 5, 7
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """Result of a run.
-
-    Attributes:
-        plan: Plan that the run made and applied.
-        applied: Result of applying the plan.
-        resumed: Result of finishing copies that were interrupted.
-        deletions: Deletions whose grace period was over, and those that an earlier run had left unfinished.
-        newly_tracked: Folders of data sets whose use is tracked from now on.
-        unavailable: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
-            stores.unavailable_tiers().
-        n_groups: Number of groups (shards, checkpoints, files) in all tiers.
-        n_restoring: Number of copies whose restore is in progress.
-        seconds: Duration of the run, in seconds.
-        is_unconfirmed: Whether the run moved and deleted nothing that it planned, because rules would delete more than
-            they may without a confirmation: see plan.exceeded.
-    """
+    """Result of a run. is_unconfirmed: Nothing of the plan was done, see plan.exceeded."""
 
     plan: Plan
     applied: ApplyResult = field(default_factory=ApplyResult)
@@ -111,16 +91,11 @@ class RunReport:
 
     @property
     def stopped(self) -> tuple[StoppedMove, ...]:
-        """All moves that were not made, with reasons."""
         return self.resumed.stopped + self.applied.stopped + self.deletions.stopped
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command.
-
-        7: deletions must be confirmed. 3: moves were stopped, or a tier cannot be seen. 5: restores
-        are in progress. Otherwise 0.
-        """
+        """7: deletions must be confirmed. 3: moves were stopped, or a tier cannot be seen. 5: restores are running."""
         if self.is_unconfirmed:
             return UNCONFIRMED
         if self.stopped or self.unavailable:
@@ -128,7 +103,6 @@ class RunReport:
         return PENDING if self.n_restoring else DONE
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as one flat JSON object; only `stopped`, `before` and `after` are nested."""
         return {
             "plan": self.plan.id,
             "rules": self.plan.rules,
@@ -158,7 +132,6 @@ class RunReport:
 
 
 def catalog_path(file: RuleFile) -> Path:
-    """Return the path of this machine's tier catalog for a rule file."""
     return (file.tiering.state_dir or config.state_folder(file.path.parent)) / "tiers.sqlite"
 
 
@@ -171,13 +144,8 @@ def run_once(
 ) -> RunReport:
     """Do everything that is due now. A run may be killed at any instant and run again.
 
-    Args:
-        file: Rule file.
-        confirmed: Whether a person has confirmed that rules may delete more than their `max_delete`. Otherwise a run
-            that would do so ends before it moves or deletes anything that it planned.
-        on_progress: Function that receives the progress of interrupted copies, then of the plan; called from several
-            threads.
-        stores: Stores of the file's tiers, which stay the caller's. None: the run opens and closes them.
+    confirmed: Whether rules may delete more than their `max_delete`. Otherwise a run that would do so ends before it
+    moves or deletes anything that it planned. on_progress: Called from several threads. stores: Stay the caller's.
 
     Raises:
         CommitConflict: Another process moves data between these tiers.
@@ -222,7 +190,6 @@ def run_once(
 def _plan(
     file: RuleFile, stores: Stores, catalog: TierCatalog, *, confirmed: bool
 ) -> tuple[RunReport, Inventory, Decisions]:
-    """Return a report of the plan that is due now, with the inventory and the decisions behind it."""
     now_s = time.time()
     inventory = take_inventory(file, stores, catalog, now_s=now_s)
     snapshot = inventory.snapshot
@@ -288,7 +255,6 @@ def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], obj
 
 
 def _lost_tier_reason(context: MoveContext, row: JournalRow) -> str:
-    """Return why the tiers of a move cannot be used any more: the rule file has other ones. "" if it has them."""
     urls: Mapping[str, str] = {tier.name: tier.url for tier in context.file.tiers}
     for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
         if urls.get(name) != url:

@@ -97,7 +97,6 @@ class MoveJob:
                 self.stop_reason, self.may_continue = reason, may_continue
 
     def stop_if(self, reason: str) -> None:
-        """Stop the move if a check gave a reason; "" means that the check found nothing."""
         if reason:
             self.stop(reason)
 
@@ -151,7 +150,6 @@ class CopyMaker:
     # -- the intent -------------------------------------------------------------------------------------------------
 
     def note_absent_objects(self, jobs: Sequence[MoveJob]) -> None:
-        """Note in the rows of jobs which objects dst lacks, before the caller writes these rows into the journal."""
         heads = self._context.heads((job.row.dst, obj.key) for job in jobs for obj in job.row.objects)
         for job in jobs:
             row = job.row
@@ -220,7 +218,6 @@ class CopyMaker:
         return None
 
     def _no_room_reason(self, group: _GroupCopy) -> str:
-        """Return why a local destination has no room for a group; "" if it has, or if that is not known."""
         row, store = group.job.row, self._context.stores.store(group.job.row.dst)
         if not isinstance(store, LocalFolder):
             return ""
@@ -354,7 +351,6 @@ class CopyMaker:
         return False
 
     def _found(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, *, is_recorded: bool) -> Literal[True]:
-        """Record that dst has a copy already. is_recorded: Whether the catalog has it as verified."""
         if not is_recorded:
             self._begin_anew(job)
         self._record_copy(job, obj, copy, 0)
@@ -362,7 +358,6 @@ class CopyMaker:
         return True
 
     def _expected_checksum(self, job: MoveJob, obj: PlannedObject) -> int | None:
-        """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
         if obj.crc32c is not None:
             return obj.crc32c
         context, src = self._context, job.row.src
@@ -380,7 +375,6 @@ def _source_checksum(context: MoveContext, src: str, obj: PlannedObject, info: O
 
 
 def _is_damaged_copy(info: ObjectInfo, entry: CatalogEntry, expected: int | None) -> bool:
-    """Return whether an object is the very one that was verified as a copy of these bytes, and found damaged since."""
     return not entry.verified and expected is not None and entry.crc32c == expected and matches_entry(info, entry)
 
 
@@ -466,13 +460,11 @@ def is_complete(context: MoveContext, row: JournalRow, copies: Infos) -> bool:
 
 
 def _is_unchanged(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
-    """Return whether no object of a move was written again in src. Objects that are gone do not count."""
     infos = ((obj, heads.info(row.src, obj.key)) for obj in row.objects)
     return not any(info is not None and context.change_reason(row.src, info, obj) for obj, info in infos)
 
 
 def _own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, heads: Heads) -> ObjectInfo | None:
-    """Return an object that dst lacked before, if it equals the one in src, which is as it was planned; else None."""
     info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
     if info is None or source is None:
         return None
@@ -481,7 +473,6 @@ def _own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, heads: 
 
 
 def _is_equal_copy(context: MoveContext, dst: str, obj: PlannedObject, info: ObjectInfo, expected: int | None) -> bool:
-    """Return whether an object in dst, which a move has made, has the size and the checksum of its source."""
     if info.n_bytes != obj.n_bytes:
         return False
     if needs_restore(info):
@@ -491,7 +482,6 @@ def _is_equal_copy(context: MoveContext, dst: str, obj: PlannedObject, info: Obj
 
 
 def _record_complete(context: MoveContext, row: JournalRow, heads: Heads) -> None:
-    """Record a complete copy that the mover has made, and its source, if the two are equal."""
     made: list[tuple[str, str, CatalogEntry]] = []
     for obj in row.objects:
         info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
@@ -568,12 +558,10 @@ def apply_plan(
     """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
 
     A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
-    run_due_deletions(). on_progress: Receives the progress; called from several threads.
+    run_due_deletions(). on_progress: Called from several threads.
 
-    Raises:
-        CommitConflict: The tier lock was lost to another process.
-        StoreError: The store of the home tier failed.
-        OSError: The catalog of this machine cannot be written.
+    Raises CommitConflict if the tier lock was lost, StoreError if the store of the home tier failed, and OSError if the
+    catalog of this machine cannot be written.
     """
     catalog, home = context.catalog, context.file.home_tier.url
     catalog.prune(context.clock())
@@ -618,14 +606,11 @@ def _row(context: MoveContext, plan: Plan, move: Move) -> JournalRow:
 
 
 def _with_absent_of(row: JournalRow, old: JournalRow) -> tuple[PlannedObject, ...]:
-    """Return the objects of a row, where those were absent that an older row of the same copy has as absent."""
     absent = {obj.key for obj in old.objects if obj.was_absent}
     return tuple(obj._replace(was_absent=obj.was_absent or obj.key in absent) for obj in row.objects)
 
 
 class _PlanChecks:
-    """Which moves of a plan the rule file, as it is now, allows."""
-
     def __init__(self, context: MoveContext, plan: Plan) -> None:
         self._context, self._plan = context, plan
         self._n_of_path = Counter(move.path for move in plan.moves)
@@ -638,7 +623,6 @@ class _PlanChecks:
         }
 
     def unfit_reason(self, move: Move) -> str:
-        """Return the reason why the rule file, as it is now, does not allow a move; "" if it does."""
         if not move.objects:
             return "expected the objects of the move, found none in the plan"
         if self._n_of_path[move.path] > 1:
@@ -689,7 +673,6 @@ class MoveExecutor:
         self._stopped: list[StoppedMove] = []
 
     def run(self, jobs: Sequence[MoveJob]) -> ApplyResult:
-        """Make the moves. A move that cannot be made is stopped, and the others go on. Raises as apply_plan()."""
         self._n_bytes = sum(obj.n_bytes for job in jobs if job.copies for obj in job.row.objects)
         for old in self._catalog.open_moves(self._file.home_tier.url):
             self._open[old.path].append(old)
@@ -725,7 +708,6 @@ class MoveExecutor:
         crash_point("tier_move.ended")
 
     def _check_sources(self, jobs: Sequence[MoveJob]) -> None:
-        """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
         names = [tier.name for tier in self._file.tiers]
         heads = self._context.heads(
             (tier, obj.key)
@@ -826,7 +808,6 @@ class MoveExecutor:
         return ""
 
     def _merge_parts(self, job: MoveJob) -> None:
-        """Note in the row of a job what interrupted copies of its path to the same tier have made."""
         for old in self._open[job.row.path] if job.copies else ():
             if _has_parts(old) and old.dst_url == job.row.dst_url:
                 job.row = replace(job.row, objects=_with_absent_of(job.row, old))
@@ -848,7 +829,6 @@ class MoveExecutor:
         return [(old.plan, old.number) for old in others]
 
     def _make(self, jobs: Sequence[MoveJob]) -> None:
-        """Make the copies, and the class changes that leave objects readable."""
         self._copies.copy([job for job in jobs if job.copies])
         reclassed = [j for j in jobs if j.row.action == "reclass" and not self._context.ends_readability(j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
@@ -920,7 +900,6 @@ class MoveExecutor:
         self._report_progress()
 
     def _stopped_row(self, job: MoveJob) -> JournalRow:
-        """Return the journal row of a move that was not made, after removing what it has copied."""
         self._merge_parts(job)
         row = job.row
         if job.copies:
@@ -933,7 +912,6 @@ class MoveExecutor:
 
 
 def _has_parts(row: JournalRow) -> bool:
-    """Return whether a journal row is that of a copy which was interrupted, so that dst may have parts of it."""
     return row.state == "begun" and row.action in ("copy", "move")
 
 

@@ -69,7 +69,6 @@ class Move:
 
     @property
     def n_bytes(self) -> int:
-        """Total size of the objects."""
         return sum(one.n_bytes for one in self.objects)
 
 
@@ -99,8 +98,6 @@ class PlannedTier:
 
 @dataclass(frozen=True, slots=True)
 class TierTotals:
-    """Totals of one tier: bytes, objects and monthly cost in US dollars."""
-
     n_bytes: int = 0
     n_objects: int = 0
     dollars_month: float = 0.0
@@ -108,8 +105,6 @@ class TierTotals:
 
 @dataclass(frozen=True, slots=True)
 class PlanTotals:
-    """Totals of all moves of a plan: bytes, and US dollars."""
-
     n_bytes: int = 0
     cost: float = 0.0
     saving_month: float = 0.0
@@ -175,7 +170,6 @@ class PlanTable(Sequence[T], Generic[T]):
         return len(self.columns)
 
     def heads(self, start: int, end: int) -> Iterator[tuple[str, Kind, Action, str, str | None, str, str]]:
-        """Yield path, kind, action, src, dst (None: delete), rule and reason of rows from start to end."""
         columns, part = self.columns, slice(start, end)
         destinations = (*self.tiers, None)  # -1 is the last one
         rows = zip(
@@ -190,8 +184,6 @@ class PlanTable(Sequence[T], Generic[T]):
 
 
 class RefusalTable(PlanTable[Refusal]):
-    """The refusals of a plan."""
-
     __slots__ = ()
 
     def create(self, start: int, end: int) -> Iterator[Refusal]:
@@ -282,10 +274,7 @@ _HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write a plan to a file, which replaces an existing file atomically.
-
-    Raises ValueError if the plan has a figure that JSON cannot represent, and OSError.
-    """
+    """Write a plan to a file, atomically. Raises ValueError if it has a figure that JSON cannot represent."""
     with open_folder(path.absolute().parent, [], make=True) as folder_fd:
         new = NewFile(folder_fd)
         try:
@@ -319,11 +308,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read the plan from a file.
-
-    Raises ValueError if the file is not a plan, has another version, was truncated or changed, or has an invalid line;
-    the message contains the line, what was expected and what was found. Raises OSError if the file cannot be read.
-    """
+    """Read a plan. Raises ValueError, with the line, if it is not a whole and unchanged plan of this version."""
     moves: list[Move] = []
     refusals: list[Refusal] = []
     number = 1
@@ -378,7 +363,6 @@ def _plan(row: dict[str, Any]) -> Plan:
 
 
 def _checked(row: Any) -> Any:
-    """Return a move or refusal. Raises ValueError for keys that no planner writes."""
     if (row.dst is None) != (row.action == "delete"):
         raise ValueError(f"dst: expected a tier, or null for a delete, got {row.dst!r} for a {row.action}")
     keys = [one.key for one in row.objects] if isinstance(row, Move) else []

@@ -82,7 +82,6 @@ class SnapshotIndex:
 
     @classmethod
     def of(cls, snapshot: Snapshot, file: RuleFile, prices: Sequence[Prices | None]) -> SnapshotIndex:
-        """Index a snapshot. Raises ValueError if its tiers differ from those of the rule file."""
         names = tuple(tier.name for tier in file.tiers)
         if snapshot.tiers != names:
             raise ValueError(f"the snapshot has tiers {snapshot.tiers}, and {file.path} has {names}: take a new one")
@@ -122,25 +121,20 @@ class SnapshotIndex:
 
     @property
     def n_tiers(self) -> int:
-        """Number of tiers."""
         return len(self.at)
 
     def name(self, tier: int) -> str:
-        """Return the name of a tier."""
         return self.snapshot.tiers[tier]
 
     def has(self, tier: int, rows: Rows) -> Flags:
-        """Return whether each of the groups has a copy in the tier; bool[n_rows]."""
         return np.asarray(self.at[tier, rows] >= 0)
 
 
 def rules_of(snapshot: Snapshot, file: RuleFile) -> NDArray[np.int16]:
-    """Return the number of the first rule whose globs match each group; -1: none. int16[n_groups]."""
     return first_match(snapshot.paths, [(rule.match, rule.exclude) for rule in file.rules])
 
 
 def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
-    """Return the size in bytes of each group's largest copy; int64[n_groups]."""
     n_bytes = np.zeros(snapshot.n_groups, np.int64)
     np.maximum.at(n_bytes, snapshot.group, snapshot.n_bytes)
     return n_bytes
@@ -171,8 +165,6 @@ Reasons = NDArray[np.object_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RuleProposals:
-    """The proposals of one rule."""
-
     rows: Rows  # groups that the rule applies to and does not delete
     proposed: MoveColumns
     refused: MoveColumns  # moves that the rule implies and that are refused already
@@ -206,7 +198,6 @@ def hours(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def span(seconds: float) -> str:
-    """Format a duration for people: "45 days", "36 hours", "10 minutes", "5 s"."""
     for unit_s, name, least in ((86400, "days", 2), (3600, "hours", 2), (60, "minutes", 2)):
         if seconds >= unit_s * least:
             return f"{seconds / unit_s:.4g} {name}"
@@ -214,7 +205,6 @@ def span(seconds: float) -> str:
 
 
 def ago(n_hours: int) -> str:
-    """Format a result of hours() for people."""
     if n_hours == 1:
         return "1 hour"
     return f"{n_hours} hours" if n_hours < 48 else f"{n_hours // 24} days"
@@ -272,7 +262,6 @@ def droppable(index: SnapshotIndex, rows: Rows, src: int, dst: int) -> Flags:
 
 
 def transfer_dollars(index: SnapshotIndex, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
-    """Return the cost to copy the groups from src to dst, or to change their class; 0 if a tier has no prices."""
     src_prices, dst_prices = index.prices[src], index.prices[dst]
     if src_prices is None or dst_prices is None:
         return np.zeros(len(rows))
@@ -305,7 +294,6 @@ def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Reasons:
 
 
 def propose(index: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
-    """Return the proposals of a rule for the groups that it applies to."""
     rows = np.flatnonzero(index.rule == number)
     if rule.keep:
         return _by_keep_lists(index, rule, number, rows[index.snapshot.kind[rows] == CHECKPOINT])
@@ -334,8 +322,6 @@ _UNREPORTED = "its use is not known yet: a machine that may have used it has not
 
 
 def _untracked_reasons(index: SnapshotIndex, waiting: MoveColumns) -> Reasons:
-    """Explain why a rule with `idle` does not move groups whose uses are not tracked."""
-
     def words(is_shard: bool) -> str:
         if is_shard:
             how = "machines report uses only after the first `tier apply` or `tier run --once`"
@@ -347,10 +333,7 @@ def _untracked_reasons(index: SnapshotIndex, waiting: MoveColumns) -> Reasons:
 
 
 def _left(index: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
-    """Return the rows that will not be deleted.
-
-    The newest checkpoint of a run is never deleted, so that the rule moves it as it does others.
-    """
+    """Return the rows that will not be deleted; a newest checkpoint never is, so that the rule moves it as others."""
     out = np.zeros(index.snapshot.n_groups, np.bool_)
     out[deletes.group] = True
     return rows[~out[rows] | index.newest[rows]]
@@ -388,7 +371,6 @@ def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Reasons:
 
 
 def _deletes(index: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> MoveColumns:
-    """Propose to delete the rows that are old enough and that no keep list keeps."""
     limit_s = rule.delete_after_s
     if limit_s is None:
         return NO_MOVES
@@ -443,12 +425,10 @@ def _by_keep_lists(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) ->
 
 
 def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
-    """Format the metrics of several `best` keys for people."""
     return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
 def _then(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[MoveColumns, MoveColumns]:
-    """Propose to move what no keep list keeps to the tier of `then`, from any tier, once it is old enough."""
     if rule.then is None:
         return NO_MOVES, NO_MOVES
     dst = index.file.index(rule.then)
@@ -488,13 +468,10 @@ def propose_down(
 
 @dataclass(frozen=True, slots=True)
 class KeepReason:
-    """A reason why a checkpoint is kept.
+    """A reason why a checkpoint is kept, in the words of the rule file where it is one of its keys.
 
-    Attributes:
-        kind: What keeps the checkpoint.
-        rule: Name of the rule; "pins[N]" for a pin; "" for what holds under every rule.
-        tier: Tier whose keep list names the checkpoint; None: every tier where it is.
-        text: Condition, in the words of the rule file where it is one of its keys.
+    rule: "pins[N]" for a pin; "" for what holds under every rule. tier: Whose keep list names the checkpoint; None:
+    every tier where it is.
     """
 
     kind: Literal["rule", "newest", "incomplete", "pin", "hold"]
@@ -503,7 +480,6 @@ class KeepReason:
     text: str
 
     def __str__(self) -> str:
-        """Return the reason for people: "runs: keep_hot last = 2"."""
         where = "" if self.tier is None else f"keep_{self.tier} "
         return f"{self.rule}: {where}{self.text}" if self.rule else self.text
 
@@ -531,7 +507,6 @@ def keep_reasons(snapshot: Snapshot, file: RuleFile) -> Mapping[int, tuple[KeepR
 
 
 def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
-    """Add the reasons that hold under every rule."""
     snapshot = index.snapshot
     is_checkpoint = snapshot.kind == CHECKPOINT
     for group in np.flatnonzero(index.newest & is_checkpoint).tolist():
@@ -552,7 +527,6 @@ def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
 
 
 def _keys(keep: KeepList) -> Iterator[tuple[str, KeepList]]:
-    """Yield each key of a keep list, as a text and as a keep list of its own."""
     if keep.last is not None:
         yield f"last = {keep.last}", KeepList(last=keep.last)
     if keep.every_steps is not None:
@@ -578,7 +552,6 @@ _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or objects of it a
 
 
 def with_costs(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
-    """Return the moves with their costs; zero where a tier has no prices."""
     once, saving_month = np.zeros(len(moves)), np.zeros(len(moves))
     deleted_in_s = _seconds_until_deletion(index, moves)
 
@@ -611,7 +584,6 @@ def with_costs(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
 
 
 def _seconds_until_deletion(index: SnapshotIndex, moves: MoveColumns) -> NDArray[np.float64]:
-    """Return the seconds from now until the rule of each proposed move deletes its group; inf: never."""
     limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in index.file.rules]
     by_rule = np.array([*limits, np.inf])[np.where(moves.rule < 0, len(limits), moves.rule)]
     by_rule[index.newest[moves.group]] = np.inf  # never deleted
@@ -630,7 +602,6 @@ def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Re
 
 
 def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves of groups that are immovable, pinned, held, in use or incomplete."""
     immovable = np.isin(moves.group, [*index.snapshot.immovable])
     whys = [index.snapshot.immovable[group] for group in moves.group[immovable].tolist()]
     moves = refuse(moves, refused, immovable, np.array(whys, np.object_))
@@ -651,7 +622,6 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
 
 
 def _protected_by_hold(index: SnapshotIndex) -> Flags:
-    """Return whether a hold protects each group; bool[n_groups]."""
     found = np.zeros(index.snapshot.n_groups, np.bool_)
     found[[*index.snapshot.held]] = True
     return found
@@ -675,7 +645,6 @@ def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColu
 
 
 def refuse_linked(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves that would take away a copy to which a symbolic link points, or in whose folder one lies."""
     links = index.snapshot.links
     if not links:
         return moves
@@ -702,7 +671,6 @@ def refuse_unavailable(
 
 
 def _readable_elsewhere(index: SnapshotIndex, moves: MoveColumns) -> Flags:
-    """Return whether another tier than src holds a verified copy that stays readable; bool[n_rows]."""
     found = np.zeros(len(moves), np.bool_)
     is_readable = np.append(index.snapshot.state == READABLE, False)  # index -1 (no copy) is the last entry
     for tier in range(index.n_tiers):
@@ -724,10 +692,7 @@ def refuse_unprofitable(index: SnapshotIndex, moves: MoveColumns, refused: list[
 
 
 def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
-    """Return whether each move is about cost: storage in src has a price.
-
-    A local disk has none, and costs are not compared.
-    """
+    """Return whether storage in src has a price. A local disk has none, and costs are not compared."""
     paid = np.array([price is not None and price.store_gb_month > 0 for price in index.prices], np.bool_)
     known = np.array([price is not None for price in index.prices], np.bool_)
     is_move = (moves.action == MOVE) | (moves.action == RECLASS)
@@ -775,10 +740,7 @@ def _refuse_immovable(index: SnapshotIndex) -> MoveColumns:
 
 
 class CapacityLedger:
-    """Bytes in each tier: stored, arriving and leaving.
-
-    Leaving bytes still occupy the tier until the grace period is over.
-    """
+    """Bytes in each tier: stored, arriving and leaving. Leaving bytes occupy it until the grace period is over."""
 
     def __init__(self, index: SnapshotIndex, capacity_bytes: Sequence[int | None]) -> None:
         snapshot = index.snapshot
@@ -788,7 +750,6 @@ class CapacityLedger:
         self.arriving_bytes, self.leaving_bytes = np.zeros_like(self.stored_bytes), np.zeros_like(self.stored_bytes)
 
     def fitting(self, moves: MoveColumns) -> Flags:
-        """Return which proposed moves fit, in their order; bool[n]."""
         fits = np.ones(len(moves), np.bool_)
         for tier, limit in enumerate(self.limits):
             rows = np.flatnonzero((moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST))
@@ -815,7 +776,6 @@ class CapacityLedger:
 
 
 def bytes_of(index: SnapshotIndex, moves: MoveColumns) -> NDArray[np.int64]:
-    """Return the size in bytes of each move's copy in src; int64[n]."""
     return index.snapshot.n_bytes[index.at[moves.src, moves.group]]
 
 
@@ -840,16 +800,8 @@ def decide(
 ) -> Decisions:
     """Return the moves and refusals for a snapshot. Deterministic: equal inputs give equal decisions.
 
-    Args:
-        snapshot: Snapshot of the tiers of the rule file.
-        file: Rule file, for its tiers, rules and pins.
-        prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
-        capacity_bytes: Capacity of each tier in bytes; None: unlimited.
-        unavailable: Name of each tier that is unavailable (perhaps not mounted), and the reason. Nothing moves to such
-            a tier, and nothing is deleted while there is one.
-
-    Raises ValueError if the snapshot has other tiers than the file, if prices or capacities do not have one entry per
-    tier, or if a glob is malformed.
+    prices, capacity_bytes: Of each tier; None: unknown, so that costs are not considered, and unlimited. unavailable:
+    Reason by tier that is perhaps not mounted. Nothing moves to such a tier, and nothing is deleted while there is one.
     """
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):
@@ -864,12 +816,6 @@ def decide_now(
 
     Unlike decide(), it asks the tiers for their capacity, and whether their copies can be seen, and finds the deletions
     that a person must confirm.
-
-    Args:
-        snapshot: Snapshot of the tiers, which was just taken.
-        file: Rule file, for its tiers, rules, pins and prices.
-        stores: Stores of its tiers.
-        catalog: Catalog of this machine.
     """
     unavailable = unavailable_tiers(file, stores, catalog)
     prices = [prices_if_known(tier) for tier in file.tiers]
@@ -922,7 +868,6 @@ class _Policy:
         self.refused: list[MoveColumns] = []
 
     def decide(self) -> Decisions:
-        """Run both steps of the policy."""
         index, refused = self.index, self.refused
         refused.append(_refuse_immovable(index))
         proposals = [propose(index, rule, number) for number, rule in enumerate(index.file.rules)]

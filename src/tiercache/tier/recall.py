@@ -65,29 +65,18 @@ _NOT_WHOLE = "no copy of it is whole: it is being written, or objects of it are 
 
 @dataclass(frozen=True, slots=True)
 class RecallPlan:
-    """Plan of a recall.
+    """Plan of a recall."""
 
-    Attributes:
-        paths: Paths of all selected groups that are, or will be, in their tier.
-        here: Paths of groups that are in their tier already.
-        copies: Moves that can be made now, and refusals.
-        later: Moves that can be made when their sources are restored.
-        restore: Objects that must be restored first; None: no object.
-        cost: Dollars of the copies and of the restores that are not requested yet. None if a price is unknown.
-        hours: Maximum hours until the last object can be read, by the price table. None if it does not say.
-    """
-
-    paths: tuple[str, ...]
-    here: tuple[str, ...]
-    copies: Plan
-    later: Plan
-    restore: RestorePlan | None
-    cost: float | None
-    hours: float | None
+    paths: tuple[str, ...]  # of all selected groups that are, or will be, in their tier
+    here: tuple[str, ...]  # of groups that are in their tier already
+    copies: Plan  # moves that can be made now, and refusals
+    later: Plan  # moves that can be made when their sources are restored
+    restore: RestorePlan | None  # None: no object must be restored first
+    cost: float | None  # dollars, with the restores that are not requested yet; None if a price is unknown
+    hours: float | None  # most hours until the last object can be read, by the price table; None if it does not say
 
     @property
     def n_bytes(self) -> int:
-        """Size of what is copied, now or after a restore, in bytes."""
         return self.copies.totals.n_bytes + self.later.totals.n_bytes
 
     @property
@@ -108,15 +97,8 @@ def plan_recall(
 ) -> RecallPlan:
     """Plan the recall of some groups. Asks the tiers about objects that must be restored; changes nothing.
 
-    Args:
-        inventory: Present contents of the tiers.
-        file: Rule file.
-        stores: Stores of its tiers.
-        prices: Prices of each tier; None where they are unknown.
-        groups: Numbers of the groups in the snapshot.
-        to: Name of the destination tier. None: the first tier; for shards always the home tier.
-        speed: Speed of restores.
-        unavailable: Name of each tier that is unavailable (perhaps not mounted), and the reason.
+    prices: Of each tier; None where they are unknown. groups: Numbers in the snapshot. to: Name of the destination
+    tier; None: the first tier, for shards always the home tier. unavailable: Reason by tier that may be unmounted.
 
     Raises:
         ValueError: There is no such tier, what is in it must be restored before it can be read, or an archive has no
@@ -268,7 +250,6 @@ def _paths(index: SnapshotIndex, rows: NDArray[np.int64]) -> tuple[str, ...]:
 
 
 def hold_groups(stores: Stores, paths: Sequence[str], *, hold_s: float, now_s: float, why: str = "recalled") -> None:
-    """Hold recalled groups from now on for hold_s seconds; 0 ends their holds. Raises StoreError."""
     if paths:
         put_hold(stores.store(stores.file.home_tier.name), paths, until_s=now_s + hold_s, now_s=now_s, why=why)
     crash_point("tier_recall.held")
@@ -287,8 +268,6 @@ def recall_command(file: RuleFile, paths: Sequence[str], *, to: str | None = Non
 
 @dataclass(frozen=True, slots=True)
 class ArchivedObject:
-    """An archived object, as the store describes it. state: ARCHIVED, RESTORING or RESTORED."""
-
     tier: str
     key: str
     n_bytes: int
@@ -298,20 +277,12 @@ class ArchivedObject:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """Plan of a restore.
+    """Plan of a restore."""
 
-    Attributes:
-        objects: Objects that must be restored, sorted by key; each once, from the tier whose copy is readable soonest.
-        speed: "expedited", "standard" or "bulk".
-        cost: Dollars for requests that are not made yet: retrieval, the temporary copies in the standard class, and the
-            copy to the destination. None if a price is unknown.
-        hours: Maximum hours until the last object can be read, by the price table. None if it does not say.
-    """
-
-    objects: tuple[ArchivedObject, ...]
+    objects: tuple[ArchivedObject, ...]  # sorted by key; each once, from the tier whose copy is readable soonest
     speed: Speed
-    cost: float | None
-    hours: float | None
+    cost: float | None  # dollars for requests that are not made yet, and the copy; None if a price is unknown
+    hours: float | None  # most hours until the last object can be read; None if the price table does not say
 
 
 def plan_restore(
@@ -417,13 +388,9 @@ def wait_restored(
 ) -> tuple[ArchivedObject, ...]:
     """Wait until all objects of a plan can be read. Return those that cannot at the deadline.
 
-    The stores are asked at most once a minute, about 16 of the missing objects. deadline_s: Maximum wait; None: no
-    limit. on_progress: Receives the number of readable objects, and of all objects.
-
-    Raises:
-        NotFound: An object is gone.
-        StoreError: .archived: an object is neither restored nor being restored: request it again. Otherwise a store
-            failed.
+    The stores are asked at most once a minute, about 16 of the missing objects. on_progress: Receives the number of
+    readable objects, and of all objects. Raises NotFound if an object is gone, StoreError (.archived) if one is neither
+    restored nor being restored.
     """
     waiting = [one for one in plan.objects if one.state != RESTORED]
 

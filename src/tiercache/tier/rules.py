@@ -58,14 +58,12 @@ def read_seconds(value: object) -> float:
 
 
 def read_bytes(value: object) -> int:
-    """Return the bytes of a size such as "2TB", or of a number of bytes. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"expected a size such as '64KiB', '2TB' or a number of bytes, got {value!r}")
     return parse_bytes(value)
 
 
 def read_rate(value: object) -> int:
-    """Return the bytes per second of "200MB/s" or "200MB". Raises ValueError."""
     n_bytes = read_bytes(value.strip().removesuffix("/s") if isinstance(value, str) else value)
     if n_bytes < 1:
         raise ValueError(f"expected a rate of at least 1 byte per second, got {value!r}")
@@ -73,7 +71,6 @@ def read_rate(value: object) -> int:
 
 
 def read_capacity(value: object) -> str:
-    """Return a size, or a percentage (of a disk, of all bytes), as it is written in the file. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"expected a size such as '2TB' or a percentage such as '80%', got {value!r}")
     parse_bytes(value, whole_bytes=1)
@@ -81,7 +78,6 @@ def read_capacity(value: object) -> str:
 
 
 def read_texts(value: object) -> tuple[str, ...]:
-    """Return a string, or a list of strings, as a tuple. Raises ValueError."""
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"expected a string or a list of strings, none of them empty, got {value!r}")
@@ -89,14 +85,12 @@ def read_texts(value: object) -> tuple[str, ...]:
 
 
 def require_values(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the values. Raises ValueError if there are none."""
     if not values:
         raise ValueError("expected one or more values, got an empty list")
     return values
 
 
 def read_globs(value: object) -> tuple[str, ...]:
-    """Return a glob, or a list of globs, as a tuple. Raises ValueError for one that is malformed or matches no path."""
     globs = read_texts(value)
     for glob in globs:
         if glob.startswith("/") or "//" in glob or "\\" in glob:
@@ -108,7 +102,6 @@ def read_globs(value: object) -> tuple[str, ...]:
 
 
 def read_layouts(value: object) -> tuple[str, ...]:
-    """Return a pattern such as "model_{step}.pt", or a list of patterns, as a tuple. Raises ValueError."""
     patterns = read_texts(value)
     for pattern in patterns:
         layout_pattern(pattern)
@@ -135,7 +128,6 @@ def read_moment(value: object) -> float:
 
 
 def read_path(value: object) -> object:
-    """Return a string as a path, with "~" expanded; pydantic rejects other values."""
     return Path(value).expanduser() if isinstance(value, str) and value else value
 
 
@@ -150,8 +142,6 @@ _URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
 
 
 class RuleTable(BaseModel):
-    """Base class of the tables of a rule file: frozen, and without unknown keys."""
-
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -162,8 +152,6 @@ class RuleTable(BaseModel):
 
 
 class Tier(RuleTable):
-    """A storage location that holds copies: a local folder or a URL."""
-
     name: str  # name in the rule file
     url: str  # URL or absolute path below which the tier's objects lie
     storage_class: str | None = None  # S3 storage class of new copies; None: the store's default class
@@ -180,7 +168,6 @@ class Tier(RuleTable):
 
     @property
     def is_percentage(self) -> bool:
-        """Whether the capacity is a percentage of a disk."""
         return self.capacity is not None and self.capacity.strip().endswith("%")
 
     def capacity_bytes(self, disk_bytes: int | None) -> int | None:
@@ -245,7 +232,6 @@ class Rule(RuleTable):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
-        """Check that the rule has `to` with conditions, or keep lists with `then`, and no key without effect."""
         if self.keep and (self.to is not None or self.idle_s is not None):
             key = "to" if self.to is not None else "idle"
             raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
@@ -261,8 +247,6 @@ class Rule(RuleTable):
 
 
 class Pin(RuleTable):
-    """Globs of objects that no rule may move."""
-
     match: Globs  # globs of paths
     # End of the pin, in seconds since the epoch; None: the pin does not expire.
     until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
@@ -280,8 +264,6 @@ class TieringOptions(RuleTable):
 
 
 class RuleFile(RuleTable):
-    """A rule file."""
-
     path: Path  # path of the file
     sha256: str  # SHA-256 of the file's bytes, in hex; "": there is no file, see is_from_file
     tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
@@ -290,11 +272,9 @@ class RuleFile(RuleTable):
     tiering: TieringOptions = TieringOptions()  # options of the planner and the mover
 
     def tier(self, name: str) -> Tier:
-        """Return the tier of this name. Raises ValueError, which lists the names of all tiers."""
         return self.tiers[self.index(name)]
 
     def index(self, name: str) -> int:
-        """Return the number of a tier, 0 for the fastest. Raises ValueError, which lists the names of all tiers."""
         names = [tier.name for tier in self.tiers]
         if name not in names:
             raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
@@ -307,17 +287,13 @@ class RuleFile(RuleTable):
 
     @property
     def layouts(self) -> tuple[UserLayout, ...]:
-        """Layouts of checkpoints that the rules describe, in the order of the file."""
         return tuple(
             UserLayout(pattern, rule.match, rule.exclude) for rule in self.rules for pattern in rule.checkpoint
         )
 
     @property
     def home_tier(self) -> Tier:
-        """The home tier: the one that is named "standard", or else the first tier.
-
-        It holds the versions of data sets, the placements and the lock.
-        """
+        """The tier with the versions of data sets, the placements and the lock: "standard", or else the first."""
         return next((tier for tier in self.tiers if tier.name == HOME_NAME), self.tiers[0])
 
 
@@ -336,8 +312,7 @@ _COMPLETE = ("value_error", "missing")
 def load_rule_file(path: Path | None = None, *, start: Path | None = None) -> RuleFile:
     """Read a rule file. path: None: the tiercache.toml that applies to the folder start, or to the working folder.
 
-    Raises ValueError if there is no file, if it is not TOML, or for a wrong key or value. The message names the file
-    and the key, or the line of a syntax error.
+    Raises ValueError, which names the file and the key, or the line of a syntax error.
     """
     here = Path.cwd() if start is None else start.absolute()
     found = config.find_file(here) if path is None else path.absolute()
@@ -418,7 +393,6 @@ def _check_pair(other: Tier, tier: Tier) -> None:
 
 
 def _location(tier: Tier) -> str:
-    """Return the URL or path without a slash at its end."""
     if not tier.is_local:
         return tier.url.rstrip("/")
     text = tier.url
@@ -469,7 +443,6 @@ def _table(given: object, where: str) -> Mapping[str, Any]:
 
 
 def _keys(model: type[RuleTable]) -> dict[str, str]:
-    """Return a dict from each key of the file to the attribute of the model."""
     fields = model.model_fields.items()
     return {(f.validation_alias if isinstance(f.validation_alias, str) else name): name for name, f in fields}
 

@@ -85,16 +85,13 @@ class Snapshot(CheckpointColumns):
 
     @property
     def n_groups(self) -> int:
-        """Number of groups."""
         return len(self.kind)
 
     @property
     def n_copies(self) -> int:
-        """Number of copies of all groups."""
         return len(self.group)
 
     def sizes(self, copies: NDArray[np.int64]) -> Sizes:
-        """Return the sizes of the copies with these numbers."""
         return Sizes(self.n_objects[copies].astype(np.int64), self.n_bytes[copies], self.smallest_bytes[copies])
 
 
@@ -125,12 +122,10 @@ class MoveColumns:
 
     @classmethod
     def concat(cls, parts: Iterable[MoveColumns]) -> MoveColumns:
-        """Concatenate the parts."""
         parts = [NO_MOVES, *parts]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
     def take(self, chosen: NDArray[Any]) -> MoveColumns:
-        """Return the rows that a boolean mask, or an array of row numbers, selects."""
         return MoveColumns(*(getattr(self, name)[chosen] for name in MoveColumns.__slots__))
 
 
@@ -139,8 +134,6 @@ NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 @dataclass(frozen=True, slots=True)
 class ExceededLimit:
-    """A rule that would delete more bytes for good than it may without a confirmation (policy.exceeded_limits())."""
-
     rule: str
     n_bytes: int  # bytes that would be deleted
     matched_bytes: int  # bytes that the rule matches
@@ -148,7 +141,6 @@ class ExceededLimit:
 
     @property
     def text(self) -> str:
-        """The message for people."""
         deleted, matched = format_bytes(self.n_bytes), format_bytes(self.matched_bytes)
         return f"{self.rule}: would delete {deleted} of {matched} for good, and its max_delete is {self.max_delete}"
 

@@ -71,7 +71,6 @@ def needs_restore(info: ObjectInfo) -> bool:
 
 
 def restored_until(info: ObjectInfo) -> float | None:
-    """Return the expiry of a restored copy, in seconds since the epoch; None: the store gives none."""
     match = _EXPIRY.search(info.restore or "")
     if match is None:
         return None
@@ -122,7 +121,6 @@ class Stores:
             store.close()
 
     def store(self, name: str) -> Store:
-        """Return the store of a tier. Raises ValueError if there is no such tier, or if its URL is invalid."""
         given = self._given.get(name)
         if given is not None:
             return given
@@ -149,10 +147,7 @@ class Stores:
             return self._s3_classes[name]
 
     def head(self, name: str, key: str) -> ObjectInfo:
-        """Return an object's info with storage class, restore state and checksum, where the store has them.
-
-        Raises NotFound.
-        """
+        """Return an object's info with storage class, restore state and checksum, where the store has them."""
         client = self.s3_classes(name)
         return self.store(name).head(key) if client is None else client.head(key)
 
@@ -169,7 +164,6 @@ class Stores:
         return (info for info in found if self.tier_of(sharing, info) == name)
 
     def sharing(self, name: str) -> tuple[str, ...]:
-        """Return the names of the tiers with this tier's URL, including itself, in the file's order."""
         return tuple(tier.name for tier in self.file.tiers if tier.name == name or self.same_url(tier.name, name))
 
     def tier_of(self, sharing: Sequence[str], info: ObjectInfo) -> str:
@@ -181,7 +175,6 @@ class Stores:
         return by_class.get(info.storage_class or STANDARD) or by_class.get(STANDARD) or sharing[0]
 
     def class_of(self, name: str) -> str:
-        """Return the storage class of a tier's copies: "STANDARD" if the file names none."""
         return self.file.tier(name).storage_class or STANDARD
 
     def same_url(self, first: str, second: str) -> bool:
@@ -189,7 +182,6 @@ class Stores:
         return first == second or self._location(first) == self._location(second)
 
     def same_endpoint(self, first: str, second: str) -> bool:
-        """Return whether the server itself can copy from the first tier to the second."""
         src, dst = self.s3_classes(first), self.s3_classes(second)
         return src is not None and dst is not None and dst.can_copy_from(src)
 
@@ -206,7 +198,6 @@ class Stores:
         return self._locations[name]
 
     def capacity(self, name: str) -> int | None:
-        """Return the capacity of a tier in bytes; None: unlimited. A percentage refers to the disk of a local path."""
         tier = self.file.tier(name)
         location = ParsedUrl.parse(tier.url)
         if tier.capacity is None or location.scheme:
@@ -252,7 +243,6 @@ MOUNT_MARKER_KEY = "_tiercache/tier.id"
 
 
 def read_mount_marker(store: Store) -> str | None:
-    """Return the content of a tier's mount marker; None: there is none. Raises StoreError."""
     try:
         return store.get(MOUNT_MARKER_KEY).decode(errors="replace").strip()
     except NotFound:
@@ -260,7 +250,6 @@ def read_mount_marker(store: Store) -> str | None:
 
 
 def mount_marker_mismatch(tier: str, store: Store, found: str | None, before: str | None) -> str:
-    """Return why a tier's marker differs from the remembered one; "": it is the same, or none was remembered."""
     at = f"{store.url}/{MOUNT_MARKER_KEY}"
     if before is None or found == before:
         return ""
@@ -288,10 +277,9 @@ def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
 def unavailable_tiers(
     file: RuleFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return the reason for each unavailable tier, by name: it may be unmounted, or cannot be reached. Writes nothing.
+    """Return the reason for each unavailable tier: it may be unmounted, or cannot be reached. Writes nothing.
 
-    A local tier that this machine has never used and whose folder does not exist is not included; for it see
-    missing_folder_message(). but: Names of tiers that are not checked.
+    Not included is a local tier that was never used and has no folder; see missing_folder_message().
     """
     found = {}
     for tier in file.tiers:
@@ -340,9 +328,7 @@ def ensure_mount_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets:
 
 
 def deletion_block_reason(unavailable: Mapping[str, str]) -> str:
-    """Return why nothing may be deleted while a tier is unavailable; "": none is.
-
-    unavailable: Reason of each unavailable tier; "" for a tier that is available.
+    """Return why nothing may be deleted while a tier is unavailable; "": none is. unavailable: Reason by tier, or "".
 
     A rule would delete a group from all tiers although its pin, its use and whether it is the newest were computed
     without its copy in the unmounted tier.
@@ -354,7 +340,6 @@ def deletion_block_reason(unavailable: Mapping[str, str]) -> str:
 
 
 def emptied_tier_reason(store: Store) -> str:
-    """Return why a tier is unavailable that has no marker and is empty although copies in it are known."""
     return (
         f"{store.url} is empty, although it held copies before: is its disk mounted? If it is, write any text to "
         f"{store.url}/{MOUNT_MARKER_KEY}"
@@ -366,7 +351,6 @@ def _is_empty(store: Store) -> bool:
 
 
 def missing_folder_message(tier: Tier) -> str:
-    """Return the message for a local tier whose folder does not exist, and which is listed as empty; "": it exists."""
     path = Path(ParsedUrl.parse(tier.url).path)
     if not tier.is_local or path.exists():
         return ""
@@ -382,15 +366,7 @@ _THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A hold.
-
-    Attributes:
-        paths: Paths of the groups, below the URLs of the tiers.
-        until_s: End, in seconds since the epoch.
-        made_s: Time at which it was made, in seconds since the epoch.
-        why: Reason, for people.
-        key: Key of its object, below the home.
-    """
+    """A pin with an end. paths: Of groups. key: Of its object, below the home."""
 
     paths: tuple[str, ...]
     until_s: float
@@ -408,7 +384,6 @@ class Holds:
     """The holds of a home at one time. Immutable and thread-safe."""
 
     def __init__(self, holds: Iterable[Hold], now_s: float) -> None:
-        """Store the holds. now_s: Time at which they are evaluated, in seconds since the epoch."""
         self._now_s = now_s
         self._all = sorted(holds, key=lambda hold: (hold.made_s, hold.key))
         self._newest: dict[str, Hold] = {path: hold for hold in self._all for path in hold.paths}
@@ -445,7 +420,6 @@ class Holds:
 
 
 def put_hold(store: Store, paths: Iterable[str], *, until_s: float, now_s: float, why: str) -> Hold:
-    """Write a hold beside the home. Raises StoreError. store: Store of the home tier. why: See Hold."""
     hold = Hold(tuple(sorted(set(paths))), until_s, now_s, why, f"{HOLDS_FOLDER}{secrets.token_hex(16)}.json")
     store.put(hold.key, encode_hold(hold))
     return hold
@@ -484,7 +458,6 @@ def encode_hold(hold: Hold) -> bytes:
 
 
 def decode_hold(data: bytes, key: str, *, url: str) -> Hold:
-    """Return the hold in an object. url: URL of the home, for errors. Raises StoreError for what is not a hold."""
     try:
         body: dict[str, Any] = json.loads(data[: _MOST_BYTES + 1])
         if body["format"] != FORMAT or body["version"] != VERSION:

@@ -59,7 +59,6 @@ def sort_order(texts: pa.Array) -> NDArray[np.int64]:
 
 
 def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the position of each row in an order of all rows."""
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
     return position
@@ -73,20 +72,17 @@ def take_rows(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
 
 
 def match_regex(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
-    """Return whether each text contains the pattern; bool[len(texts)]."""
     found = pc.match_substring_regex(texts, pattern)
     return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_) if len(texts) else np.empty(0, np.bool_)
 
 
 def index_in(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return the first row of each text in `among`, -1 if there is none; int64[len(texts)]."""
     if not len(texts) or not len(among):
         return np.full(len(texts), -1, np.int64)
     return as_numpy(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
 
 
 def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[Any]) -> NDArray[Any]:
-    """Return a column without nulls as a numpy array, without pandas."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
         column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
@@ -138,12 +134,10 @@ def sample_path(glob: str) -> str:
 
 
 def check_globs(globs: tuple[str, ...]) -> None:
-    """Raise ValueError for a malformed glob; the message names the glob and the error."""
     _pattern(globs)
 
 
 def _pattern(globs: tuple[str, ...]) -> str:
-    """Return the expression that matches what any of the globs matches."""
     parts: list[str] = []
     for glob in globs:
         try:
@@ -154,7 +148,6 @@ def _pattern(globs: tuple[str, ...]) -> str:
 
 
 def _translated(glob: str) -> str:
-    """Translate a glob to RE2."""
     if _CLASS_SIGN in glob:
         raise ValueError("a path cannot contain a NUL character")
     for sign, message in _REFUSED.items():
@@ -170,7 +163,6 @@ def _translated(glob: str) -> str:
 
 
 def _segment(segment: str, classes: Sequence[str]) -> str:
-    """Translate a path segment other than `**`."""
     texts = segment.split(_CLASS_SIGN)  # every second one is the number of a class
     texts[1::2] = [classes[int(number)] for number in texts[1::2]]
     texts[::2] = [re.escape(text).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for text in texts[::2]]

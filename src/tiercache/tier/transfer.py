@@ -45,7 +45,6 @@ class PartBufferPool:
         self._free: SimpleQueue[memoryview] = SimpleQueue()
 
     def take(self, n_bytes: int) -> memoryview:
-        """Return a buffer of n_bytes."""
         if n_bytes == PART_BYTES:
             with suppress(Empty):
                 return self._free.get_nowait()
@@ -53,7 +52,6 @@ class PartBufferPool:
         return memoryview(mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:n_bytes]
 
     def give(self, buffer: memoryview | None) -> None:
-        """Return a buffer to the pool. Short ones are not kept."""
         if buffer is not None and buffer.nbytes == PART_BYTES:
             self._free.put(buffer)
 
@@ -72,8 +70,6 @@ MayReplace: TypeAlias = bool | str
 
 @dataclass(frozen=True, slots=True)
 class _CopyRequest:
-    """The arguments of Transfer.copy()."""
-
     src: str
     dst: str
     obj: PlannedObject
@@ -83,7 +79,6 @@ class _CopyRequest:
 
     @property
     def replaced_etag(self) -> str | None:
-        """ETag of the only object that may be overwritten; None for any, or for none."""
         return self.replaces if isinstance(self.replaces, str) else None
 
 
@@ -128,7 +123,6 @@ class Transfer:
         self.close()
 
     def close(self) -> None:
-        """Wait for running work, and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._buffers = PartBufferPool()
 
@@ -193,14 +187,12 @@ class Transfer:
         return info
 
     def _expect(self, name: str, obj: PlannedObject, info: ObjectInfo) -> None:
-        """Raise ObjectChanged if an object is not the planned one."""
         if (difference := find_difference(obj, info)) is not None:
             what, expected, found = difference
             message = f"its {what} is not what was planned"
             raise ObjectChanged(message, url=self._at(name, obj.key), expected=expected, found=found)
 
     def _check_destination(self, request: _CopyRequest) -> None:
-        """Raise ObjectChanged unless the destination has what may be overwritten: one object, or nothing."""
         dst, key = request.dst, request.obj.key
         try:
             found = self._stores.head(dst, key).etag
@@ -218,7 +210,6 @@ class Transfer:
         return f"{self._stores.store(name).url}/{key}"
 
     def _copy_by_server(self, request: _CopyRequest) -> CatalogEntry | None:
-        """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
         obj, dst = request.obj, request.dst
         info = self.check(request.src, obj)
         source, target = self._s3_classes(request.src), self._s3_classes(dst)
@@ -285,7 +276,6 @@ class Transfer:
             return self._complete(request, upload, crc)
 
     def _complete(self, request: _CopyRequest, upload: Upload, crc: int) -> CatalogEntry:
-        """Publish and verify the copy. crc: CRC-32C of the bytes that the upload was given."""
         dst, obj = request.dst, request.obj
         if obj.crc32c is not None and crc != obj.crc32c:
             # Before complete(), so that the object at the destination stays.
@@ -385,7 +375,6 @@ class Transfer:
                 raise
 
     def _wait_for_rate(self, n_bytes: int) -> None:
-        """Wait until n_bytes may be read, in the order of the calls, or until cancelled."""
         if self._rate_bytes_s is None:
             return
         with self._lock:
@@ -396,7 +385,6 @@ class Transfer:
             pause(start_s - now_s, self._clock, self._cancel)
 
     def _verify(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> CatalogEntry:
-        """Return the copy, if it is there and equals what was read; otherwise remove it and raise."""
         store, info, found = self._stores.store(dst), made, None
         if n_bytes <= _SMALL_BYTES and self._stores.s3_classes(dst) is None:
             data, info = store.read_tail(made.key, n_bytes + 1)
@@ -428,10 +416,7 @@ class Transfer:
         return CatalogEntry(n_bytes, info.etag, crc)
 
     def needs_disk_check(self, name: str) -> bool:
-        """Return whether copies in a tier must be read from disk before their sources are deleted: files.
-
-        Only reading a disk shows what it has, and a later read shows more: docs/design.md.
-        """
+        """Return whether copies are read back before sources are deleted: only reading shows what a disk has."""
         return isinstance(self._stores.store(name), LocalFolder)
 
     def checksum_on_disk(self, name: str, info: ObjectInfo) -> int:
@@ -502,7 +487,6 @@ class Transfer:
         return s3_classes
 
     def _remove(self, name: str, info: ObjectInfo) -> None:
-        """Delete a wrong copy, if it is still there and was not replaced by somebody else."""
         with suppress(NotFound):
             if self._stores.head(name, info.key).etag == info.etag:
                 self._stores.store(name).delete([info.key])
@@ -513,7 +497,6 @@ class Transfer:
 
 
 def _delete_file(folder: LocalFolder, obj: PlannedObject) -> str:
-    """Delete a file if it is still the expected one. Return why it was not deleted; "" if it was, or was missing."""
     try:
         if obj.etag is None:
             folder.delete([obj.key])
@@ -525,7 +508,6 @@ def _delete_file(folder: LocalFolder, obj: PlannedObject) -> str:
 
 
 def find_difference(obj: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:
-    """Return what differs between a planned object and the store's, with both values: size, ETag, or else date."""
     pairs: list[tuple[str, object, object]] = [("size", obj.n_bytes, info.n_bytes)]
     if obj.etag is not None and info.etag is not None:
         pairs.append(("ETag", obj.etag, info.etag))
