@@ -179,23 +179,11 @@ def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
     return replace(base, name=f"{base.name} ({name})", **changed)
 
 
-def prices_of(tier: HasPrices) -> Prices:
-    """Return the prices of a tier; FREE for a local path without prices.
-
-    Raises:
-        ValueError: A remote tier without prices, an unknown name, or an invalid table; the message names tier and key.
-    """
-    found = prices_if_known(tier)
-    if found is None:
-        raise ValueError(
-            f"tiers.{tier.name}.prices: not given, and dollars are asked for: give a name of the price table"
-            f' (`tiercache tier check --prices` prints it), such as "aws:us-east-1:STANDARD", or a table of your own'
-        )
-    return found
-
-
 def prices_if_known(tier: HasPrices) -> Prices | None:
-    """Return the prices of a tier as prices_of(), but None for a remote tier without prices."""
+    """Return the prices of a tier; FREE for a local path without prices, None for another tier without prices.
+
+    Raises ValueError for an unknown name, or an invalid table; the message names tier and key.
+    """
     try:
         if isinstance(tier.prices, str):
             return named_prices(tier.prices)

@@ -789,26 +789,40 @@ _FIRST_RULES = """\
 # before you run a command: `tiercache tier check` shows what each rule matches, `tiercache tier plan` what would be
 # moved, and `tiercache tier run --once` moves it; a scheduler such as cron repeats that command.
 
-{tiers}
+[tiers.{tier}]
+url = {url}
+# capacity = "80%"                  # above 90 % of it, the least recently used moves down; of a bucket, a size
+{next}# [tiers.archive]
+# url = "s3://BUCKET-cold/train"
+# storage_class = "GLACIER_IR"
+# prices = "aws:us-east-1:GLACIER_IR"   # see `tiercache tier check --prices`
+
 [[rules]]
 name = "checkpoints"
 match = "checkpoints/**"            # below the URL of each tier
 # checkpoint = "model_{{step}}.pt"    # describes names of your own
-{keep_hot}# A keep list is a union: each of its keys keeps some. best = "val_loss:2" keeps the best two by a metric.
-{no_standard}keep_standard = {{ last = 10, every_steps = 5000 }}
-{no_archive}then = "archive"                    # where the others go,
-{no_archive}after = "14d"                       # once they were written that long ago
+keep_{tier} = {{ last = 2 }}             # to resume from; the others move to the next tier
+# A keep list is a union: each of its keys keeps some. best = "val_loss:2" keeps the best two by a metric.
+{next_list}# then = "archive"                  # where the others go,
+# after = "14d"                     # once they were written that long ago
 # delete_after = "365d"             # deletes last copies of what no keep list names
 
-{no_archive}[[rules]]
-{no_archive}name = "data sets"
-{no_archive}match = "datasets/**"
-{no_archive}idle = "30d"                        # not used for this time, tracked from the first `tier run --once` on
-{no_archive}to = "archive"
+# [[rules]]
+# name = "data sets"
+# match = "datasets/**"
+# idle = "30d"                      # not used for this time, tracked from the first `tier run --once` on
+# to = "archive"
 
 # [[pins]]                          # checkpoints that no rule may touch
 # match = "checkpoints/run7/step-5000"
 # why = "the figures of the paper"
+"""
+_NEXT_TIER = """\
+
+# [tiers.standard]
+# url = "s3://BUCKET/train"
+# prices = "aws:us-east-1:STANDARD"   # see `tiercache tier check --prices`
+
 """
 
 
@@ -816,12 +830,6 @@ match = "checkpoints/**"            # below the URL of each tier
 def init(
     output: Output,
     folder: Annotated[str, argument("FOLDER", "Folder or URL: the first tier of the rule file.")],
-    standard: Annotated[
-        str | None, option("--standard", "URL", "Tier to which checkpoints move from FOLDER, e.g. s3://bucket/train.")
-    ] = None,
-    archive: Annotated[
-        str | None, option("--archive", "URL", "Tier for what is rarely read, e.g. s3://bucket-cold/train.")
-    ] = None,
     out: Annotated[
         Path | None, option("--out", "FILE", "File to write; default: tiercache.toml in this folder.")
     ] = None,
@@ -832,38 +840,14 @@ def init(
     """
     target = (Path(config.FILE_NAME) if out is None else out).absolute()
     is_local = "://" not in folder
-    if standard is not None and not is_local:
-        raise ValueError(f"--standard: {folder} is the standard tier, as it is not a local folder: give --archive only")
-    first = _tier_table("hot" if is_local else "standard", folder)
-    others = [_tier_table("standard", standard)] if is_local else []
-    no_standard = "# " if is_local and standard is None else ""
+    url = os.path.abspath(Path(folder).expanduser()) if is_local else folder  # noqa: PTH100 - keeps the user's links
     text = _FIRST_RULES.format(
-        tiers="\n".join([first, *others, _tier_table("archive", archive)]),
-        keep_hot="keep_hot = { last = 2 }             # to resume from; the others move to the next tier\n"
-        if is_local
-        else "",
-        no_standard=no_standard,
-        no_archive="# " if archive is None or no_standard else "",
+        tier="hot" if is_local else "standard",
+        url=json.dumps(url, ensure_ascii=False),
+        next=_NEXT_TIER if is_local else "\n",
+        next_list="# keep_standard = { last = 10, every_steps = 5000 }\n" if is_local else "",
     )
     with target.open("x", encoding="utf-8") as file:
         file.write(text)
     load_rule_file(target)
     output.summary({"file": str(target)}, f"{target}: read it, change it, then run `tiercache tier check`")
-
-
-def _tier_table(name: str, url: str | None) -> str:
-    known = url or {"standard": "s3://BUCKET/train", "archive": "s3://BUCKET-cold/train"}[name]
-    lines = [f"[tiers.{name}]"]
-    if "://" in known:
-        storage_class = {"standard": "STANDARD", "archive": "GLACIER_IR"}[name]
-        lines.append(f"url = {json.dumps(known, ensure_ascii=False)}")
-        if known.startswith("s3://"):
-            lines += ['storage_class = "GLACIER_IR"'] if name == "archive" else []
-            lines.append(f'prices = "aws:us-east-1:{storage_class}"   # see `tiercache tier check --prices`')
-    else:
-        path = os.path.abspath(Path(known).expanduser())  # noqa: PTH100 - keeps the user's links
-        lines.append(f"url = {json.dumps(path, ensure_ascii=False)}")
-        lines += (
-            ['# capacity = "80%"   # above 90 % of it, the least recently used moves down'] if name == "hot" else []
-        )
-    return "".join(f"{'' if url else '# '}{line}\n" for line in lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -50,24 +49,13 @@ from tiercache.tier.context import ApplyResult
 from tiercache.tier.deletions import run_due_deletions
 from tiercache.tier.inventory import Inventory
 from tiercache.tier.mover import open_mover
-from tiercache.tier.recall import RecallPlan, hold_groups, plan_recall, recall_command, request_restore, wait_restored
+from tiercache.tier.recall import RecallPlan, hold_groups, plan_recall, request_restore, wait_restored
 from tiercache.tier.snapshot import Snapshot
 from tiercache.tier.stores import unavailable_tiers
 
 HOLD_S = 7 * 86400.0
 # A hold is written again after the copies if they took more than this part of it.
 _RENEWED_AFTER = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class GetOptions:
-    to: str | None  # name of the destination tier; None: the first tier, for shards home
-    hold: str | None  # duration of the hold; None: that of the rule file
-    wait: bool  # whether to wait until all objects are restored
-    speed: str  # speed of restores, in SPEEDS
-    rows: int  # number of moves and of refusals to show; 0: all
-    yes: bool  # whether not to ask for confirmation
-    dry_run: bool  # whether to print only what would be done
 
 
 @verb(after_ctrl_c="requested restores go on, finished copies stay; the same command continues from there")
@@ -103,37 +91,45 @@ def get(
     deletes it. The colder copy stays. Exit codes: 0 done; 3 some groups were refused or stopped; 5 restores are in
     progress: the same command continues.
     """
-    options = GetOptions(to, hold, wait, speed, rows, yes, dry_run)
     with open_tiers(rules) as tiers:
-        code = _Recall(output, tiers, what, options).run()
+        code = _Recall(output, tiers, what, to=to, hold=hold, speed=speed, rows=rows).run(wait, yes, dry_run)
     if code:
         raise typer.Exit(code)
 
 
 class _Recall:
-    def __init__(self, output: Output, tiers: OpenTiers, what: Sequence[str], options: GetOptions) -> None:
-        self._output, self._tiers, self._options = output, tiers, options
+    def __init__(
+        self,
+        output: Output,
+        tiers: OpenTiers,
+        what: Sequence[str],
+        *,
+        to: str | None,
+        hold: str | None,
+        speed: str,
+        rows: int,
+    ) -> None:
+        self._output, self._tiers, self._to, self._rows = output, tiers, to, rows
         self._what = [tier_path(tiers.file, text) for text in what]
-        self._speed = parse_speed(options.speed)
-        self._hold_s = HOLD_S if options.hold is None else parse_age("--hold", options.hold)
+        self._speed = parse_speed(speed)
+        self._hold_s = HOLD_S if hold is None else parse_age("--hold", hold)
         self._held_until_s = 0.0
 
-    def run(self) -> int:
-        options = self._options
-        if not options.dry_run:
+    def run(self, wait: bool, yes: bool, dry_run: bool) -> int:
+        if not dry_run:
             self._finish_deletions()
         plan = self._plan()
         self._print(plan)
         n_refused = len(plan.copies.refusals)
-        if options.dry_run:
+        if dry_run:
             refused = f"; {count(n_refused, 'group')} refused" if n_refused else ""
             self._output.summary(self._facts(plan) | {"dry_run": True}, f"would recall {self._text(plan)}{refused}")
             return 0
-        if not plan.is_done and not options.yes:
+        if not plan.is_done and not yes:
             confirm(f"Recall {self._text(plan)}?", "nothing was copied or requested")
         # Held first, so that no run of the mover takes away in the meantime what is here, or what is copied from.
         self._hold(plan.paths)
-        n_left = self._restore(plan)
+        n_left = self._restore(plan, wait)
         if plan.restore is not None and not n_left:
             plan = self._plan()  # what was restored can be copied now
             n_left = 0 if plan.restore is None else len(plan.restore.objects)
@@ -161,13 +157,13 @@ class _Recall:
             tiers.stores,
             tiers.prices,
             groups,
-            to=self._options.to,
+            to=self._to,
             speed=self._speed,
             unavailable=unavailable,
         )
 
     def _print(self, plan: RecallPlan) -> None:
-        most = None if self._output.as_json or not self._options.rows else self._options.rows
+        most = None if self._output.as_json or not self._rows else self._rows
         print_moves(self._output, plan.copies.moves[:most])
         texts = [
             {"restores": move.path, "from": move.src, "to": move.dst or "", "size": format_bytes(move.n_bytes)}
@@ -187,11 +183,11 @@ class _Recall:
         hold_groups(self._tiers.stores, paths, hold_s=self._hold_s, now_s=now_s)
         self._held_until_s = now_s + self._hold_s
 
-    def _restore(self, plan: RecallPlan) -> int:
+    def _restore(self, plan: RecallPlan, wait: bool) -> int:
         if plan.restore is None:
             return 0
         request_restore(self._tiers.stores, plan.restore)
-        deadline_s = None if self._options.wait else 0.0  # some stores restore at once
+        deadline_s = None if wait else 0.0  # some stores restore at once
         with self._output.count_progress("restoring") as advance:
             left = wait_restored(self._tiers.stores, plan.restore, deadline_s=deadline_s, on_progress=advance)
         return len(left)
@@ -221,7 +217,6 @@ class _Recall:
             "restores": 0 if restore is None else len(restore.objects),
             "cost": plan.cost,
             "hours": plan.hours,
-            "command": recall_command(self._tiers.file, self._what, to=self._options.to),
         }
 
     def _sum_up(self, plan: RecallPlan, applied: ApplyResult, n_left: int, n_refused: int) -> int:

@@ -13,7 +13,6 @@ any instant: the same command continues, because each step is one of the mover's
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -57,7 +56,6 @@ B = TypeVar("B")
 
 _N_THREADS = 16
 _LONGEST_POLL_S = 60.0
-_MOST_NAMES = 20  # in a command line
 RULE = "tier get"  # name of the rule in plans and in the journal
 _SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
 _NOT_WHOLE = "no copy of it is whole: it is being written, or objects of it are missing"
@@ -253,14 +251,6 @@ def hold_groups(stores: Stores, paths: Sequence[str], *, hold_s: float, now_s: f
     if paths:
         put_hold(stores.store(stores.file.home_tier.name), paths, until_s=now_s + hold_s, now_s=now_s, why=why)
     crash_point("tier_recall.held")
-
-
-def recall_command(file: RuleFile, paths: Sequence[str], *, to: str | None = None) -> str:
-    """Return the command line that recalls these paths; of very many it has the first ones, and a comment."""
-    more = len(paths) - _MOST_NAMES
-    target = [] if to is None else ["--to", to]
-    words = ["tiercache", "tier", "get", *paths[:_MOST_NAMES], *target, "--rules", str(file.path), "--wait"]
-    return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
 
 
 # -- restores ---------------------------------------------------------------------------------------------------------

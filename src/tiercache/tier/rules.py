@@ -135,7 +135,6 @@ HOME_NAME = "standard"
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
 PositiveSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
-Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
 Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(require_values)]
 
 _URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
