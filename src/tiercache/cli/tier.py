@@ -57,7 +57,7 @@ from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.mover import RunReport, catalog_path, open_mover, run_once
 from tiercache.tier.moves import apply_plan
-from tiercache.tier.plans import Move, Plan, Refusal, TierTotals, make_plan, read_plan, write_plan
+from tiercache.tier.plans import HEAD, Move, Plan, Refusal, TierTotals, make_plan, read_plan, write_plan
 from tiercache.tier.policy import decide_now, largest_copies, rules_of, span
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
 from tiercache.tier.snapshot import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Snapshot
@@ -327,21 +327,10 @@ def _say_more(n_all: int, most: int | None, noun: str) -> None:
         typer.echo(f"... and {count(n_all - most, noun)} more: --rows 0 shows all")
 
 
-_HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
-
-
 def move_facts(move: Move) -> dict[str, Any]:
-    head = {name: getattr(move, name) for name in _HEAD}
-    return (
-        {"id": move.number}
-        | head
-        | {
-            "n_objects": len(move.objects),
-            "n_bytes": move.n_bytes,
-            "cost": move.cost,
-            "saving_month": move.saving_month,
-        }
-    )
+    figures = {"n_bytes": move.n_bytes, "cost": move.cost, "saving_month": move.saving_month}
+    head = {name: getattr(move, name) for name in HEAD}
+    return {"id": move.number, **head, "n_objects": len(move.objects), **figures}
 
 
 def plan_facts(made: Plan) -> dict[str, Any]:

@@ -276,6 +276,15 @@ class MoveContext:
                 reasons[row.plan, row.number] = f"expected no hold, found it {found.reason}"
         return reasons
 
+    def changed_tiers_reason(self, row: JournalRow) -> str:
+        """Return why the rule file no longer has the tiers of a move; "" if it has."""
+        urls = {tier.name: tier.url for tier in self.file.tiers}
+        for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
+            if name and urls.get(name) != url:
+                return f"expected tier {name!r} at {url}, found {urls.get(name, 'no such tier')} in the rule file"
+        gone = {obj.tier for obj in row.objects if obj.tier} - urls.keys()
+        return f"expected tiers {', '.join(sorted(gone))}, found none of that name in the rule file" if gone else ""
+
     def ensure_tier_marker(self, tier: str, *, gets: bool = True) -> str:
         try:
             return ensure_mount_marker(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)

@@ -245,7 +245,7 @@ class DeferredDeletions:
 
     def _check(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
         for deletion in due:
-            deletion.set_verdict("cancel", self._changed_tiers_reason(deletion.row))
+            deletion.set_verdict("cancel", self._context.changed_tiers_reason(deletion.row))
         due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
         heads = self._context.heads(
@@ -280,14 +280,6 @@ class DeferredDeletions:
         pinned = self._pin_reasons(due)
         for deletion in due:
             deletion.cancel_unwanted(pinned.get((deletion.row.plan, deletion.row.number), ""))
-
-    def _changed_tiers_reason(self, row: JournalRow) -> str:
-        urls = {tier.name: tier.url for tier in self._file.tiers}
-        for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
-            if name and urls.get(name) != url:
-                return f"expected tier {name!r} at {url}, found {urls.get(name, 'no such tier')} in the rule file"
-        gone = {obj.tier for obj in row.objects if obj.tier} - urls.keys()
-        return f"expected tiers {', '.join(sorted(gone))}, found none of that name in the rule file" if gone else ""
 
     def _tiers_to_query(self, row: JournalRow) -> set[str]:
         if row.action == "delete":

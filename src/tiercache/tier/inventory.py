@@ -306,7 +306,7 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
 
 
 def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | None:
-    above = _with_folders(key) if key else []
+    above = [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")] if key else []
     for row in index_in(pa.array(above, pa.large_string()), paths).tolist():
         copy = copies.find(row, tier) if row >= 0 else None
         if copy is not None:
@@ -363,10 +363,6 @@ def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool
 def _held_groups(holds: Mapping[str, Hold], paths: pa.Array) -> dict[int, str]:
     groups = index_in(pa.array([*holds], pa.large_string()), paths).tolist()
     return {group: hold.reason for group, hold in zip(groups, holds.values(), strict=True) if group >= 0}
-
-
-def _with_folders(key: str) -> list[str]:
-    return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
 def _last_uses(file: RuleFile, listed: Listing, grouped: Grouped) -> NDArray[np.float64]:

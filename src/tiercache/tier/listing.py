@@ -295,7 +295,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
     first = np.flatnonzero(is_first)
     facts = _ObjectFacts(listed, row, key, objects, checksums_of)
     n_objects = np.diff(np.append(first, len(row)))
-    n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
+    n_keys = np.bincount(group[np.unique(key, return_index=True)[1]], minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
     is_completing = (objects.rank[key] == COMPLETING) & objects.on_top[key]
     return Copies(
@@ -385,7 +385,8 @@ def _look_up(
     """
     if not len(checksums) or not len(at):
         return
-    entries = checksums if _is_rising(checksums["key"]) else checksums.sort_by("key")
+    rising = pc.all(pc.less(checksums["key"].slice(0, len(checksums) - 1), checksums["key"].slice(1)))
+    entries = checksums if rising.as_py() else checksums.sort_by("key")
     rows, key_of = range(len(entries)), lambda number: entries["key"][number].as_py()
     for start in range(0, len(at), ROWS_AT_A_TIME):
         some = at[start : start + ROWS_AT_A_TIME]
@@ -412,14 +413,6 @@ def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_
 def _without_ctime(etags: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return ETags, those of local files without their last part (see file_info() of store/local.py)."""
     return pc.replace_substring_regex(etags, r'^("[0-9a-f]+-[0-9a-f]+-[0-9a-f]+)-[0-9a-f]+"$', r"\1")
-
-
-def _is_rising(keys: pa.ChunkedArray) -> bool:
-    return bool(pc.all(pc.less(keys.slice(0, len(keys) - 1), keys.slice(1))).as_py())
-
-
-def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:
-    return group[np.unique(key, return_index=True)[1]]
 
 
 def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> NDArray[np.bool_]:

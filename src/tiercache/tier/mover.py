@@ -36,9 +36,7 @@ from tiercache.tier.transfer import Transfer
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
-    from tiercache.tier.journal import JournalRow
     from tiercache.tier.rules import RuleFile
-    from tiercache.tier.stores import Holds
 
 
 @contextmanager
@@ -238,11 +236,14 @@ def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], obj
     jobs: list[MoveJob] = []
     stopped: list[StoppedMove] = []
     for row in rows:
-        if reason := _lost_tier_reason(context, row):
+        if reason := context.changed_tiers_reason(row):
             # Nobody can remove what lies in a tier that the rule file does not have.
+            reason += f": parts of an interrupted copy may be in {row.dst_url}/{row.path}"
             catalog.write([replace(row, state="stopped", note=reason, changed_s=context.clock())])
         elif not (reason := unavailable.get(row.src, "") or unavailable.get(row.dst, "")):
-            if _is_wanted(context, row, holds):
+            # The steps of a move check pins and sources.
+            is_held = holds.of(row.path) is not None
+            if is_held if row.rule == RULE else row.rules == context.file.sha256 and not is_held:
                 jobs.append(MoveJob(row))
             elif not (reason := withdraw_copy(context, row)):
                 note = "the interrupted copy is not wanted any more: no part of it is left"
@@ -252,20 +253,3 @@ def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], obj
     crash_point("tier_run.withdrawn")
     made = MoveExecutor(context, on_progress, n_moves=len(jobs)).run(jobs)
     return replace(made, stopped=(*stopped, *made.stopped))
-
-
-def _lost_tier_reason(context: MoveContext, row: JournalRow) -> str:
-    urls: Mapping[str, str] = {tier.name: tier.url for tier in context.file.tiers}
-    for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
-        if urls.get(name) != url:
-            return (
-                f"expected tier {name!r} at {url}, found {urls.get(name, 'no such tier')} in the rule file: parts of "
-                f"an interrupted copy may be in {row.dst_url}/{row.path}"
-            )
-    return ""
-
-
-def _is_wanted(context: MoveContext, row: JournalRow, holds: Holds) -> bool:
-    """Return whether an interrupted copy shall be finished. The steps of a move check pins and sources."""
-    is_held = holds.of(row.path) is not None
-    return is_held if row.rule == RULE else row.rules == context.file.sha256 and not is_held

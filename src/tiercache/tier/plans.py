@@ -270,7 +270,7 @@ FORMAT, VERSION = "tiercache-plan", 1
 
 _WRITE_BYTES = 1 << 20
 _PLAN, _MOVE, _REFUSAL = TypeAdapter(Plan), TypeAdapter(Move), TypeAdapter(Refusal)
-_HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
+HEAD = ("path", "kind", "action", "src", "dst", "rule", "reason")
 
 
 def write_plan(plan: Plan, path: Path) -> None:
@@ -297,10 +297,10 @@ def _rows(plan: Plan) -> Iterator[dict[str, Any]]:
     yield {"format": FORMAT, "version": VERSION, **asdict(replace(plan, moves=(), refusals=()))}
     for move in plan.moves:
         figures = {"cost": move.cost, "saving_month": move.saving_month}
-        row = {"line": "move", "number": move.number, **{name: getattr(move, name) for name in _HEAD}, **figures}
+        row = {"line": "move", "number": move.number, **{name: getattr(move, name) for name in HEAD}, **figures}
         yield row | {"objects": [one[:5] for one in move.objects]}
     for refusal in plan.refusals:
-        yield {"line": "refused", **{name: getattr(refusal, name) for name in _HEAD}, "n_bytes": refusal.n_bytes}
+        yield {"line": "refused", **{name: getattr(refusal, name) for name in HEAD}, "n_bytes": refusal.n_bytes}
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -249,18 +249,6 @@ def read_mount_marker(store: Store) -> str | None:
         return None
 
 
-def mount_marker_mismatch(tier: str, store: Store, found: str | None, before: str | None) -> str:
-    at = f"{store.url}/{MOUNT_MARKER_KEY}"
-    if before is None or found == before:
-        return ""
-    if found is None:
-        return (
-            f"{at}: expected {before}, found no such object: is the disk of tier {tier} mounted? If the disk is new, "
-            f"write that text into the object"
-        )
-    return f"{at}: expected {before}, found {found}: another disk is mounted for tier {tier}"
-
-
 def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     """Return why a local tier may be unmounted or another disk; "": it is as before, or was never used. Writes nothing.
 
@@ -269,9 +257,18 @@ def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     if not tier.is_local:
         return ""
     found, before = read_mount_marker(store), catalog.mount_marker(tier.name)
-    if found is None and before is None and _is_empty(store) and catalog.has_entries(tier.name):
-        return emptied_tier_reason(store)
-    return mount_marker_mismatch(tier.name, store, found, before)
+    at = f"{store.url}/{MOUNT_MARKER_KEY}"
+    if before is None:
+        if found is None and _is_empty(store) and catalog.has_entries(tier.name):
+            how = f"is its disk mounted? If it is, write any text to {at}"
+            return f"{store.url} is empty, although it held copies before: {how}"
+        return ""
+    if found is None:
+        return (
+            f"{at}: expected {before}, found no such object: is the disk of tier {tier.name} mounted? If the disk is "
+            f"new, write that text into the object"
+        )
+    return "" if found == before else f"{at}: expected {before}, found {found}: another disk is mounted for {tier.name}"
 
 
 def unavailable_tiers(
@@ -307,14 +304,12 @@ def ensure_mount_marker(tier: Tier, store: Store, catalog: TierCatalog, *, gets:
     folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises
     StoreError.
     """
-    if not tier.is_local or catalog.mount_marker(tier.name) is not None:
-        return unavailable_reason(tier, store, catalog)
+    reason = unavailable_reason(tier, store, catalog)
+    if reason or not tier.is_local or catalog.mount_marker(tier.name) is not None:
+        return reason
     found = read_mount_marker(store)
     if found is None:
-        is_empty = _is_empty(store)
-        if is_empty and catalog.has_entries(tier.name):
-            return emptied_tier_reason(store)
-        if is_empty and not gets:
+        if not gets and _is_empty(store):
             return ""
         try:
             store.put_if_absent(MOUNT_MARKER_KEY, f"{secrets.token_hex(16)}\n".encode())
@@ -337,13 +332,6 @@ def deletion_block_reason(unavailable: Mapping[str, str]) -> str:
         if reason:
             return f"nothing is deleted while tier {name} cannot be seen: {reason}"
     return ""
-
-
-def emptied_tier_reason(store: Store) -> str:
-    return (
-        f"{store.url} is empty, although it held copies before: is its disk mounted? If it is, write any text to "
-        f"{store.url}/{MOUNT_MARKER_KEY}"
-    )
 
 
 def _is_empty(store: Store) -> bool:
