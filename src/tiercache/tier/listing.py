@@ -240,7 +240,7 @@ class Objects:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copies:
-    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot."""
+    """Copies of groups. The columns without a description have one row per copy, as in Snapshot."""
 
     group: NDArray[np.int32]
     tier: NDArray[np.int8]

@@ -220,7 +220,7 @@ def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:
 
 
 def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], object] | None = None) -> ApplyResult:
-    """Finish the copies that were interrupted, or remove their parts. Raises as executor.apply_plan().
+    """Finish the copies that were interrupted, or remove their parts. Raises as apply_plan().
 
     A run does so before it lists, ranks or plans anything. The journal has each copy from before its first byte until
     it is made. A copy is finished if it is still wanted: a recall while its hold is in force; any other move while the
