@@ -36,7 +36,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
-from tiercache.packer.tables import Export, ExportOptions
+from tiercache.packer.tables import Export
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
 from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version
@@ -413,14 +413,13 @@ def export(
 
     Images keep their encoding.
     """
-    options = ExportOptions(columns=parse_columns(columns), jobs=jobs, overwrite=overwrite, compression=compression)
     folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
     with (
         open_data_set_store(url, storage_option) as source,
         closing(open_store(folder, **parse_storage_options(target_option))) as sink,
     ):
         data_set = open_data_set(source, at)
-        task = Export(source, data_set.version, sink, options)
+        task = Export(source, data_set.version, sink, parse_columns(columns), jobs, overwrite, compression)
         n_files = 1 if key else max(1, len(data_set.shards))
         if key and not overwrite:
             _refuse_existing(sink, key)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import IO, Any, NamedTuple, cast
@@ -366,10 +366,16 @@ _CODECS = ("none", "snappy", "gzip", "brotli", "lz4", "zstd")
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """Options of an export. jobs: files of a folder that are written in parallel, 0: one per CPU."""
+@dataclass(frozen=True)
+class Export:
+    """Export of one version of the data set in `source` to files in `target`, of these columns (None: all).
 
+    jobs: files of a folder that are written in parallel, 0: one per CPU. overwrite: existing files are replaced.
+    """
+
+    source: Store
+    version: Version
+    target: Store
     columns: Sequence[str] | None = None
     jobs: int = 1
     overwrite: bool = False
@@ -378,18 +384,6 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.compression not in _CODECS:
             raise ValueError(f"compression must be one of {', '.join(_CODECS)}, got {self.compression!r}")
-        if self.jobs < 0:
-            raise ValueError(f"jobs must be a number of files, or 0 for one per CPU, got {self.jobs}")
-
-
-@dataclass(frozen=True)
-class Export:
-    """Export of one version of the data set in `source` to files in `target`."""
-
-    source: Store
-    version: Version
-    target: Store
-    options: ExportOptions = field(default_factory=ExportOptions)
 
     def to_file(self, key: str, on_progress: Callable[[int], None] | None = None) -> int:
         """Write all records to one file, which appears complete. Returns their number. Raises StoreError."""
@@ -405,7 +399,7 @@ class Export:
         n_files = max(1, len(shards))
         matches = filter(None, (_PART_NAME.fullmatch(info.key) for info in self.target.list()))
         stale = sorted(number[0] for number in matches if int(number[1]) >= n_files)
-        if stale and not self.options.overwrite:
+        if stale and not self.overwrite:
             raise StoreError(
                 "the folder holds a file of another export; choose another folder, or overwrite",
                 url=f"{self.target.url}/{stale[0]}",
@@ -415,7 +409,7 @@ class Export:
             chosen = range(number, min(number + 1, len(shards)))
             return self._write(f"part-{number:05d}.parquet", shards, chosen, on_progress)
 
-        with ThreadPoolExecutor(self.options.jobs or available_cpus(), "tiercache-export") as pool:
+        with ThreadPoolExecutor(self.jobs or available_cpus(), "tiercache-export") as pool:
             n_records = sum(pool.map(write, range(n_files)))
         if stale:
             self.target.delete(stale)
@@ -424,7 +418,7 @@ class Export:
     @property
     def schema(self) -> Schema:
         schema = self.version.schema
-        return schema if self.options.columns is None else schema.select(self.options.columns)
+        return schema if self.columns is None else schema.select(self.columns)
 
     def _write(
         self, key: str, shards: ShardTable, chosen: Sequence[int], on_progress: Callable[[int], None] | None
@@ -432,7 +426,7 @@ class Export:
         schema, n_records = self.schema.arrow, 0
         with self.target.create(key) as upload:
             sink = _UploadFile(upload, max(_PART_BYTES, self.target.min_part_bytes))
-            with pq.ParquetWriter(sink, schema, compression=self.options.compression) as writer:
+            with pq.ParquetWriter(sink, schema, compression=self.compression) as writer:
                 for shard in chosen:
                     for table in self._row_groups(shards, shard):
                         writer.write_table(table, row_group_size=max(1, table.num_rows))
@@ -440,7 +434,7 @@ class Export:
                     if on_progress is not None:
                         on_progress(int(shards.n_bytes[shard]))
             sink.finish()
-            if upload.complete(if_absent=not self.options.overwrite) is None:
+            if upload.complete(if_absent=not self.overwrite) is None:
                 raise StoreError(
                     "the file already exists; choose another name, or overwrite", url=f"{self.target.url}/{key}"
                 )

@@ -533,64 +533,50 @@ def _problem(version: Version, number: int) -> str:
 
 
 HINT_KEY = "_tiercache/latest"
-_HINT_DIGITS = 18  # every number of at most 18 digits is below MAX_NUMBER
 
 
 def version_log(store: Store) -> NumberedLog:
     return NumberedLog(store, VERSIONS_FOLDER, ".json")
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """What the hint object states; nothing of it is trusted. version: None if it cannot be read."""
-
-    number: int
-    version: Version | None = None
-
-
-def parse_hint(data: bytes) -> Hint | None:
-    """Return what a hint states; None if it is invalid, which is no error. Old hints are a number only."""
-    text = data.strip()
-    if 0 < len(text) <= _HINT_DIGITS and text.isdigit():
-        return Hint(int(text)) if int(text) else None
-    try:
-        number = _int(json.loads(data), "number")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    try:
-        return Hint(number, parse_version(data, number=number, url=HINT_KEY))
-    except (CorruptShard, UnsupportedFormat):
-        return Hint(number)
-
-
 def latest(store: Store) -> Version:
     """Return the newest version: probe upward from the hint, else from the highest listed version, else from 1."""
-    return _latest(store, _read_hint(store))
+    return _latest(store, _read_hint(store)[0])
 
 
 def open_latest(store: Store) -> tuple[Version, ShardTable]:
     """Return the newest version and its shards; from a remote store, the hinted segments are read meanwhile."""
-    hint = _read_hint(store)
-    if hint is None or hint.version is None or not isinstance(unwrapped(store), RemoteStore):
-        version = _latest(store, hint)
+    hinted, version = _read_hint(store)
+    if version is None or not isinstance(unwrapped(store), RemoteStore):
+        version = _latest(store, hinted)
         return version, read_shards(store, version)
     with ThreadPoolExecutor(1, "tiercache-open") as pool:
-        shards = pool.submit(read_shards, store, hint.version)
-        version = _latest(store, hint)
-        if version == hint.version:
+        shards, hint = pool.submit(read_shards, store, version), version
+        version = _latest(store, hinted)
+        if version == hint:
             return version, shards.result()
     return version, read_shards(store, version)
 
 
-def _read_hint(store: Store) -> Hint | None:
+def _read_hint(store: Store) -> tuple[int, Version | None]:
+    """Return the number that the hint states, 0 if it is invalid, and the version that it has a copy of.
+
+    Nothing of it is trusted, so nothing of it is an error. An old hint is a number only.
+    """
     try:
-        return parse_hint(store.get(HINT_KEY))
-    except NotFound:
-        return None
+        data = store.get(HINT_KEY)
+        stated = json.loads(data)
+        number = _int(stated if isinstance(stated, dict) else {"number": stated}, "number")
+    except (NotFound, ValueError, KeyError, TypeError, RecursionError):
+        return 0, None
+    try:
+        return number, parse_version(data, number=number, url=HINT_KEY)
+    except (CorruptShard, UnsupportedFormat):
+        return number, None
 
 
-def _latest(store: Store, hint: Hint | None) -> Version:
-    found = newest_from(store, 0 if hint is None else hint.number)
+def _latest(store: Store, hinted: int) -> Version:
+    found = newest_from(store, hinted)
     if found is None:
         highest = version_log(store).highest()
         found = newest_from(store, 1 if highest is None else highest)  # None: the store cannot list
