@@ -204,6 +204,18 @@ def check_resumed(documents, plan, mode, is_mixed):
     assert len(whole) == len(rows)
 
 
+@pytest.mark.parametrize(
+    ("plan", "mode", "is_mixed"),
+    [
+        ([(1, 40), (4, 30), (3, 7)], "concatenate", False),
+        ([(2, 0), (5, 41), (1, 3)], "best_fit", True),
+        ([(3, 19)], "separate", True),
+    ],
+)
+def test_a_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(documents, plan, mode, is_mixed):
+    check_resumed(documents, plan, mode, is_mixed)
+
+
 @pytest.mark.stress
 @settings(max_examples=150)
 @given(

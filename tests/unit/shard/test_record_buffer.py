@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache._native.block_builder import ADDED, EXCEEDS_BLOCK, NEEDS_CONVERSION, BlockBuilder
+from tiercache._native.block_builder import ADDED, EXCEEDS_BLOCK, NEEDS_CONVERSION
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
 from tiercache.shard.writer import RecordBuffer, ShardOptions, ShardWriter
@@ -175,42 +175,6 @@ def test_records_with_other_names_do_not_take_the_fast_path(record):
     assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_fast(record) == NEEDS_CONVERSION
 
 
-MISFITS = [
-    ("int8", 128, "int8 .-128 to 127., got 128"),
-    ("int64", 2**63, "got 9223372036854775808"),
-    ("uint32", np.int64(-1), "got -1"),
-    ("int32", None, "got None"),
-    ("int32", "1", "got a str"),
-    ("str", "\ud800", "surrogate"),
-    (Tensor("uint16", (4,)), np.zeros(5, np.uint16), r"the shape \(5,\)"),
-    (Tensor("uint16", (4,)), np.zeros(4, np.float32), "float32"),
-    (Tensor("uint16", (4,)), np.full(4, 70000), "got 70000"),
-    (Ragged("uint16", (None, 2)), np.zeros((2, 3), np.uint16), r"the shape \(2, 3\)"),
-]
-
-
-@pytest.mark.parametrize(("kind", "value", "message"), MISFITS)
-def test_errors_of_a_record_and_of_a_batch_have_the_same_message(kind, value, message):
-    good = {"a": 1, "x": np.zeros((0, 2), np.uint16) if isinstance(kind, Ragged) else 0, "z": "z"}
-    if isinstance(kind, Tensor):
-        good["x"] = np.zeros(4, np.uint16)
-    elif kind == "str":
-        good["x"] = ""
-    errors = []
-    for one_by_one in (True, False):
-        with ShardWriter(MemoryStore("refused"), Schema.of({"a": "int8", "x": kind, "z": "str"})) as writer:
-            writer.write(good)
-            bad = {**good, "x": value}
-            batch = {name: [each] for name, each in bad.items()}
-            with pytest.raises(SchemaError, match=message) as caught:
-                writer.write(bad) if one_by_one else writer.write_batch(batch)
-            writer.write(good)
-        errors.append((str(caught.value), caught.value.column, caught.value.record))
-        assert [info.n_records for info in writer.finish()] == [2]
-    assert errors[0] == errors[1]
-    assert errors[0][1:] == ("x", 1)
-
-
 def test_the_names_of_a_record_are_checked_before_its_values():
     with (
         ShardWriter(MemoryStore("names"), Schema.of({"x": "int8", "y": "int8"})) as writer,
@@ -238,14 +202,6 @@ def test_a_record_that_exceeds_the_block_begins_the_next_block():
     first, (b, n) = buffer.take(3), buffer.take(1)
     assert first[1].values.ravel().tolist() == [0, 1, 2]
     assert (n.values.ravel().tolist(), b.offsets.tolist()) == ([3], [0, 14])
-
-
-def test_missing_columns_and_rows_are_errors():
-    records = BlockBuilder([], 10)
-    with pytest.raises(IndexError):
-        records.put(0, 1)
-    with pytest.raises(IndexError):
-        records.fill({}, 1)
 
 
 def test_a_record_that_makes_the_buffer_grow_keeps_shape_and_validity():
