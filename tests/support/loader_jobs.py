@@ -108,18 +108,26 @@ def take(loader: tc.DataLoader, stop_after: int | None) -> list[list[int]]:
     return batches
 
 
-def train(url: str, folder: str, batch_size: int, save_every: int, resume: bool) -> list[list[int]]:
-    """One epoch in lockstep, as DDP's collectives force it; rank 0 saves the loader's state every few steps."""
+def train(
+    url: str, folder: str, batch_size: int, save_every: int, resume: bool, workers: int | None = None
+) -> list[list[Any]]:
+    """One epoch in lockstep, as DDP's collectives force it; rank 0 saves the loader's state every few steps.
+
+    What is served are ids, or, if a number of workers is given, rows of augmented pictures.
+    """
     dist.init_process_group("gloo")
-    rank, state_path = dist.get_rank(), Path(folder) / "state.json"
-    options = tc.LoaderOptions(seed=None if resume else 11, shuffle_window_bytes="4KiB", shuffle_group_bytes="16KiB")
-    loader = tc.DataLoader(tc.Dataset(url), batch_size=batch_size, shuffle=True, options=options)
+    rank, state_path, seed = dist.get_rank(), Path(folder) / "state.json", None if resume else 11
+    if workers is not None:
+        loader = augmented_loader(url, batch_size, workers, seed)
+    else:
+        options = tc.LoaderOptions(seed=seed, shuffle_window_bytes="4KiB", shuffle_group_bytes="16KiB")
+        loader = tc.DataLoader(tc.Dataset(url), batch_size=batch_size, shuffle=True, options=options)
     if resume:
         loader.load_state_dict(json.loads(state_path.read_text()))
     served = []
     with (Path(folder) / f"served-{rank}.jsonl").open("a") as log:
         for step, batch in enumerate(loader, start=1):
-            served.append(batch["id"].tolist())
+            served.append(batch if workers is not None else batch["id"].tolist())
             print(json.dumps(served[-1]), file=log, flush=True)
             SYSTEM_CLOCK.sleep(0.004)  # a step takes its time: whoever kills in mid-epoch must come before its end
             dist.all_reduce(torch.ones(1))
@@ -147,26 +155,6 @@ def augmented_loader(url: str, batch_size: int, workers: int, seed: int | None) 
     more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
     dataset = tc.Dataset(url, transform=augment_record, decode=decode)
     return tc.DataLoader(dataset, batch_size, shuffle=True, collate_fn=collate_rows, options=options, **more)
-
-
-def augment(url: str, folder: str, batch_size: int, save_every: int, resume: bool, workers: int) -> list[list[Any]]:
-    """One epoch of augmented pictures in lockstep; rank 0 saves the loader's state every few steps."""
-    dist.init_process_group("gloo")
-    rank, state_path = dist.get_rank(), Path(folder) / "state.json"
-    loader = augmented_loader(url, batch_size, workers, None if resume else 11)
-    if resume:
-        loader.load_state_dict(json.loads(state_path.read_text()))
-    served = []
-    with (Path(folder) / f"served-{rank}.jsonl").open("a") as log:
-        for step, rows in enumerate(loader, start=1):
-            served.append(rows)
-            print(json.dumps(rows), file=log, flush=True)
-            SYSTEM_CLOCK.sleep(0.004)  # as in train()
-            dist.all_reduce(torch.ones(1))
-            if step % save_every == 0:
-                save(state_path, {**loader.state_dict()})
-    dist.destroy_process_group()
-    return served
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

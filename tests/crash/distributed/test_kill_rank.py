@@ -17,11 +17,10 @@ from tests.support.warm_python import WarmPython
 import tiercache as tc
 from tiercache.waiting import wait_for
 
-N, BATCH_SIZE, SAVE_EVERY = 2003, 6, 5
+N, BATCH_SIZE = 2003, 6
 pytestmark = pytest.mark.timeout(600)
 
 TRAIN, EXAMPLE = "tests.support.loader_jobs:train", "examples.ddp:main"
-AUGMENT = "tests.support.loader_jobs:augment"
 
 
 def lines_of(path: Path) -> list[str]:
@@ -40,22 +39,26 @@ def kill_one(job: Job, progress: Path, after: int, rank: int) -> None:
     assert all(codes), "a rank went on without its peer"
 
 
-def check_resumed_with_fewer(python: WarmPython, url: Path, folder: Path, n_ranks: int, n_left: int, seed: int) -> None:
-    chance = random.Random(seed)
-    n_steps = N // (n_ranks * BATCH_SIZE)
-    arguments = {"url": str(url), "folder": str(folder), "batch_size": BATCH_SIZE, "save_every": SAVE_EVERY}
-    after, rank = chance.randrange(SAVE_EVERY + 1, n_steps - 10), chance.randrange(n_ranks)
+def serve_until_killed(
+    python: WarmPython, folder: Path, n_ranks: int, n_records: int, seed: int, arguments: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What the ranks were served up to the last saved state, when one of them was killed; and that state."""
+    chance, save_every = random.Random(seed), arguments["save_every"]
+    after = chance.randrange(save_every + 1, n_records // (n_ranks * BATCH_SIZE) - 10)
     with Job(python, TRAIN, n_ranks, folder, {**arguments, "resume": False}) as job:
-        kill_one(job, folder / "served-0.jsonl", after, rank)
+        kill_one(job, folder / "served-0.jsonl", after, chance.randrange(n_ranks))
     logs = [[json.loads(line) for line in lines_of(folder / f"served-{rank}.jsonl")] for rank in range(n_ranks)]
     state = json.loads((folder / "state.json").read_text())
     n_saved = state["offset"] // (n_ranks * BATCH_SIZE)
-    assert n_saved % SAVE_EVERY == 0
     assert n_saved > 0
-    served = list(chain.from_iterable(chain.from_iterable(log[:n_saved]) for log in logs))
+    assert n_saved % save_every == 0
+    return list(chain.from_iterable(chain.from_iterable(log[:n_saved]) for log in logs)), state
 
+
+def check_resumed_with_fewer(python: WarmPython, url: Path, folder: Path, n_ranks: int, n_left: int, seed: int) -> None:
+    arguments = {"url": str(url), "folder": str(folder), "batch_size": BATCH_SIZE, "save_every": 5}
+    served, state = serve_until_killed(python, folder, n_ranks, N, seed, arguments)
     parts = run_ranks(python, TRAIN, n_left, folder / "resumed", {**arguments, "resume": True})
-
     rest = list(chain.from_iterable(chain.from_iterable(parts)))
     assert sorted(served + rest) == list(range(N))
     with_one = tc.DataLoader(tc.Dataset(url), batch_size=n_left * BATCH_SIZE, shuffle=True)
@@ -88,22 +91,11 @@ def check_augmented_alike(
     python: WarmPython, url: Path, folder: Path, killed: tuple[int, int], resumed: tuple[int, int], seed: int
 ) -> None:
     """killed, resumed: numbers of ranks and of workers."""
-    chance = random.Random(seed)
-    n_ranks, workers = killed
-    n_steps = N_PICTURES // (n_ranks * BATCH_SIZE)
     arguments = {"url": str(url), "folder": str(folder), "batch_size": BATCH_SIZE, "save_every": 3}
-    after, rank = chance.randrange(4, n_steps - 10), chance.randrange(n_ranks)
-    with Job(python, AUGMENT, n_ranks, folder, {**arguments, "resume": False, "workers": workers}) as job:
-        kill_one(job, folder / "served-0.jsonl", after, rank)
-    logs = [[json.loads(line) for line in lines_of(folder / f"served-{rank}.jsonl")] for rank in range(n_ranks)]
-    state = json.loads((folder / "state.json").read_text())
-    n_saved = state["offset"] // (n_ranks * BATCH_SIZE)
-    assert n_saved > 0
-    rows = list(chain.from_iterable(chain.from_iterable(log[:n_saved]) for log in logs))
-
-    n_left, workers = resumed
-    parts = run_ranks(python, AUGMENT, n_left, folder / "resumed", {**arguments, "resume": True, "workers": workers})
-
+    (n_ranks, workers), (n_left, other_workers) = killed, resumed
+    rows, _ = serve_until_killed(python, folder, n_ranks, N_PICTURES, seed, {**arguments, "workers": workers})
+    arguments |= {"resume": True, "workers": other_workers}
+    parts = run_ranks(python, TRAIN, n_left, folder / "resumed", arguments)
     rows += chain.from_iterable(chain.from_iterable(parts))
     loader = augmented_loader(str(url), 50, 0, 11)
     whole = list(chain.from_iterable(loader))

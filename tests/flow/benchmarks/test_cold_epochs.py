@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -75,51 +75,3 @@ def test_each_contender_has_a_row_for_the_cold_epoch_of_each_order(
     assert "In the stored order:" in text
     assert "Shuffled:" in text
     assert text.count("| s3fs, in bulk") == 2  # and in the table of packing
-
-
-def cold(bench: Callable[[str], ModuleType], folder: Path, batches: Callable[[Any], list[Any]]) -> Any:
-    """Figures of a cold epoch of what batches(source) returns. Copies of an earlier one are in the cache's folder."""
-    workload = tiny(bench)
-    source = bench("generate").generate(workload, folder / "data")
-    places = {"source_folder": str(folder / "data"), "folder": "", "library_folder": ""}
-    job = bench("peers.job").Job(task="measure", peer="one", workload=workload, **places, url="s3://bucket/one")
-    cache = folder / "cache"
-    cache.mkdir()
-    (cache / "copy").write_bytes(b"of an earlier epoch")
-
-    @contextmanager
-    def opened(_job: Any) -> Iterator[Any]:
-        assert not any(cache.iterdir())
-        yield bench("peers.job").Opened(lambda: iter(batches(source)), "a note")
-
-    return bench("peers.child").cold(SimpleNamespace(opened=opened), replace(job, cache_folder=str(cache)))
-
-
-def halves(source: Any) -> list[Any]:
-    n, size = source.workload.n_records, source.workload.batch_size
-    return [source.batch(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def test_a_cold_epoch_begins_without_the_copies_of_an_earlier_one(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    found = cold(bench, tmp_path, halves)
-    assert 0 < found["first_batch_s"] < found["epoch_s"]
-    assert found["samples_per_s"] == pytest.approx(323 / found["epoch_s"])
-    assert (found["note"], found["rank_correlation"]) == ("a note", 1)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda batches: batches[:-1], "records were not served"),
-        (lambda batches: [*batches, batches[0]], "records were not served"),
-        (lambda batches: [{**batches[0], "values": batches[1]["values"]}, *batches[1:]], "contents of 'values' differ"),
-    ],
-    ids=["missing", "twice", "another record's content"],
-)
-def test_a_cold_epoch_that_does_not_serve_every_record_once_fails(
-    bench: Callable[[str], ModuleType], tmp_path: Path, spoil: Callable[[list[Any]], list[Any]], message: str
-) -> None:
-    with pytest.raises(bench("consumer").WrongBatchesError, match=message):
-        cold(bench, tmp_path, lambda source: spoil(halves(source)))

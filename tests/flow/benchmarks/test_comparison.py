@@ -34,16 +34,6 @@ def test_an_interrupted_comparison_resumes(tmp_path: Path, warm_python: WarmPyth
     assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
 
 
-def test_the_first_batch_is_timed_in_a_process_of_its_own(
-    bench: Callable[[str], ModuleType], tmp_path: Path, warm_python: WarmPython
-) -> None:
-    path = bench("stages.stored").small_rows(tmp_path / "rows", 100)
-    done = warm_python.run(["-m", "stages.first_batch", str(path), "full", "imported"], cwd=BENCHMARKS)
-    figures = json.loads(done.stdout)
-    assert figures["modules imported"] > 0
-    assert figures["again in the same process"] > 0
-
-
 def loads(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["benchmark"] == "load"]
 

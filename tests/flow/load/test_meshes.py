@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections import defaultdict
 from contextlib import closing
-from itertools import chain, islice
+from itertools import chain
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -106,62 +106,27 @@ def test_a_sampler_and_a_mesh_exclude_each_other(make_dataset):
         tc.DataLoader(dataset, sampler=[0, 1], options=options)
 
 
-def steps_of(url, options, state, n_steps=None, **arguments):
-    """The ids of each batch that each rank is served from a state on, and the states after them."""
-    batches, states = [], []
-    for of_rank in options:
-        with closing(tc.Dataset(url)) as dataset:
-            loader = tc.DataLoader(dataset, shuffle=True, options=of_rank, **arguments)
-            loader.load_state_dict(state)
-            iterator = iter(loader)
-            batches.append([batch["id"].tolist() for batch in islice(iterator, n_steps)])
-            states.append(loader.state_dict())
-            del iterator
-    return batches, states
-
-
-def groups_of(sizes, dims, batches):
-    """The batches of each data rank; all ranks that share it must have been served the same ones."""
-    found = {}
-    for rank, served in enumerate(batches):
-        number, _ = mesh_rank(FakeMesh(sizes, rank), dims)
-        assert found.setdefault(number, served) == served
-    return [found[number] for number in range(len(found))]
-
-
-@pytest.fixture
-def start(make_dataset):
-    """A data set of 101 records, and the state at the start of a run over it."""
-    url = make_dataset(101)
-    options = LoaderOptions(seed=3, shuffle_streams=4, shuffle_window_bytes="1KiB")
-    with closing(tc.Dataset(url)) as dataset:
-        return url, tc.DataLoader(dataset, shuffle=True, options=options).state_dict()
-
-
 def ids_together(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {"id": torch.tensor([int(record["id"]) for record in records])}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"collate_fn": ids_together}], ids=["native path", "torch's path"])
 @pytest.mark.parametrize(("sizes", "dims"), [(DP_CP_PP, "dp"), (DP_TP, ())])
-def test_a_group_is_served_the_same_batches_and_all_groups_each_record_once(start, sizes, dims, arguments):
-    url, state = start
-    batches, states = steps_of(url, on_each_rank(sizes, dims), state, batch_size=4, **arguments)
-    served = chain.from_iterable(chain.from_iterable(groups_of(sizes, dims, batches)))
-    assert sorted(served) == list(range(101))
+def test_a_group_is_served_the_same_batches_and_all_groups_each_record_once(make_dataset, sizes, dims, arguments):
+    url, groups, states = make_dataset(101), {}, []
+    with closing(tc.Dataset(url)) as dataset:
+        options = LoaderOptions(seed=3, shuffle_streams=4, shuffle_window_bytes="1KiB")
+        state = tc.DataLoader(dataset, shuffle=True, options=options).state_dict()
+    for rank, of_rank in enumerate(on_each_rank(sizes, dims)):
+        with closing(tc.Dataset(url)) as dataset:
+            loader = tc.DataLoader(dataset, batch_size=4, shuffle=True, options=of_rank, **arguments)
+            loader.load_state_dict(state)
+            batches = [batch["id"].tolist() for batch in loader]
+            states.append(loader.state_dict())
+        number, _ = mesh_rank(FakeMesh(sizes, rank), dims)
+        assert groups.setdefault(number, batches) == batches
+    assert sorted(chain.from_iterable(chain.from_iterable(groups.values()))) == list(range(101))
     assert states == [states[0]] * 8
-
-
-@pytest.mark.parametrize("n_steps", [1, 12])
-@pytest.mark.parametrize(("before", "after"), [(DP_TP, {"dp": 4, "tp": 2}), (DP_CP_PP, {"dp": 4, "tp": 2})])
-def test_a_run_continues_on_a_mesh_of_another_shape_with_each_record_once(start, before, after, n_steps):
-    url, state = start
-    batches, states = steps_of(url, on_each_rank(before, "dp"), state, n_steps, batch_size=4)
-    first = groups_of(before, "dp", batches)
-    assert states == [states[0]] * 8
-    rest, _ = steps_of(url, on_each_rank(after, "dp"), states[0], batch_size=4)
-    served = chain.from_iterable(chain.from_iterable(first + groups_of(after, "dp", rest)))
-    assert sorted(served) == list(range(101))
 
 
 def test_later_epochs_of_a_run_that_began_on_one_process_are_equal_on_all_ranks_of_a_group(make_dataset):
