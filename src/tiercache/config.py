@@ -47,7 +47,7 @@ CachePolicy: TypeAlias = Literal["plan", "lru"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings, validated by load().
+    """All settings, validated by read_settings().
 
     Attributes:
         cache_dir: Folder of the default cache.
@@ -94,7 +94,7 @@ def _checked(name: str, value: object) -> Any:
     return str(value)
 
 
-def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Settings:
+def read_settings(start: str | os.PathLike[str] | None = None, **overrides: object) -> Settings:
     """Return the settings that apply in a folder. start: Folder from which the file is searched upwards.
 
     A relative path in the file is relative to the file's folder; elsewhere it is relative to the working folder. "~" is
@@ -147,7 +147,7 @@ def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
 
     It is the setting state_dir, or else the user's state folder. Raises ValueError.
     """
-    folder = load(start).state_dir or _user_folder("XDG_STATE_HOME", ".local/state")
+    folder = read_settings(start).state_dir or _user_folder("XDG_STATE_HOME", ".local/state")
     if folder is None:
         raise ValueError(f"the user has no home folder for state: set {PREFIX}STATE_DIR")
     return folder

@@ -34,12 +34,12 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_the_default_cache_folder_is_in_the_users_cache_folder(tmp_path):
-    assert config.load() == config.Settings(cache_dir=tmp_path / "cache" / "tiercache", cache_size=None)
+    assert config.read_settings() == config.Settings(cache_dir=tmp_path / "cache" / "tiercache", cache_size=None)
 
 
 def test_a_relative_xdg_folder_counts_as_unset(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert config.load().cache_dir == Path.home() / ".cache" / "tiercache"
+    assert config.read_settings().cache_dir == Path.home() / ".cache" / "tiercache"
 
 
 def test_a_user_without_a_home_must_set_the_cache_folder(monkeypatch, tmp_path):
@@ -50,59 +50,59 @@ def test_a_user_without_a_home_must_set_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("XDG_CONFIG_HOME")
     with pytest.raises(ValueError, match="no home folder for the cache: set TIERCACHE_CACHE_DIR"):
-        config.load()
-    assert config.load(cache_dir=tmp_path).cache_dir == tmp_path
+        config.read_settings()
+    assert config.read_settings(cache_dir=tmp_path).cache_dir == tmp_path
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "work" / "tiercache.toml").mkdir()
     with pytest.raises(ValueError, match=r"tiercache\.toml: cannot be read: Is a directory"):
-        config.load()
+        config.read_settings()
 
 
 def test_the_nearest_file_upwards_overrides_the_users(tmp_path):
     write(tmp_path / "config" / "tiercache" / "tiercache.toml", 'cache_size = "1GB"')
-    assert config.load().cache_size == "1GB"
+    assert config.read_settings().cache_size == "1GB"
     write(tmp_path / "work" / "tiercache.toml", 'cache_size = "2GB"\ncache_dir = "nvme"')
-    assert config.load() == config.Settings(cache_dir=tmp_path / "work" / "nvme", cache_size="2GB")
+    assert config.read_settings() == config.Settings(cache_dir=tmp_path / "work" / "nvme", cache_size="2GB")
     write(tmp_path / "work" / "deep" / "tiercache.toml", "cache_size = 3000")
-    assert config.load().cache_size == "3000"
-    assert config.load(tmp_path / "work").cache_size == "2GB"
+    assert config.read_settings().cache_size == "3000"
+    assert config.read_settings(tmp_path / "work").cache_size == "2GB"
 
 
 def test_the_environment_overrides_the_file_and_arguments_override_both(tmp_path, monkeypatch):
     write(tmp_path / "work" / "tiercache.toml", 'cache_size = "2GB"')
     monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "80%")
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", "here")
-    assert config.load() == config.Settings(cache_dir=Path.cwd() / "here", cache_size="80%")
-    assert config.load(cache_size="5MB", cache_dir=None).cache_size == "5MB"
+    assert config.read_settings() == config.Settings(cache_dir=Path.cwd() / "here", cache_size="80%")
+    assert config.read_settings(cache_size="5MB", cache_dir=None).cache_size == "5MB"
     monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "")
-    assert config.load().cache_size == "2GB"
+    assert config.read_settings().cache_size == "2GB"
 
 
 def test_the_home_folder_may_be_written_as_a_tilde():
-    assert config.load(cache_dir="~/nvme").cache_dir == Path.home() / "nvme"
+    assert config.read_settings(cache_dir="~/nvme").cache_dir == Path.home() / "nvme"
 
 
 def test_a_syntax_error_is_reported_with_file_and_line(tmp_path):
     path = write(tmp_path / "work" / "tiercache.toml", 'cache_size = "2GB"\ncache_dir = \n')
     with pytest.raises(ValueError, match=rf"{path}: not TOML: .*line 2"):
-        config.load()
+        config.read_settings()
 
 
 def test_the_cache_can_be_set_in_file_and_environment(tmp_path, monkeypatch):
     write(tmp_path / "work" / "tiercache.toml", 'cache_policy = "lru"\ncache_dir = "copies/here"')
-    settings = config.load()
+    settings = config.read_settings()
     assert settings.cache_policy == "lru"
     assert settings.cache_dir == tmp_path / "work" / "copies" / "here", "relative to the file's folder"
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", "here")
-    assert config.load().cache_dir == tmp_path / "work" / "deep" / "here"
+    assert config.read_settings().cache_dir == tmp_path / "work" / "deep" / "here"
 
 
 def test_an_invalid_setting_of_the_cache_names_the_variable(monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "best")
     with pytest.raises(ValueError, match=r"TIERCACHE_CACHE_POLICY: cache_policy: .*'plan'"):
-        config.load()
+        config.read_settings()
 
 
 def test_the_setting_accepts_every_eviction_policy():
@@ -112,24 +112,24 @@ def test_the_setting_accepts_every_eviction_policy():
 def test_an_unknown_key_is_an_error_with_a_suggestion(tmp_path):
     path = write(tmp_path / "work" / "tiercache.toml", 'cache_sise = "2GB"')
     with pytest.raises(ValueError, match=rf"{path}: unknown setting 'cache_sise'; did you mean 'cache_size'"):
-        config.load()
+        config.read_settings()
     write(path, "[prices]\nstandard = 1")
     with pytest.raises(ValueError, match="'prices'; the settings are cache_dir, cache_policy, cache_size, peers"):
-        config.load()
+        config.read_settings()
     write(path, "[teirs.hot]")
     with pytest.raises(ValueError, match="'teirs'; did you mean 'tiers'"):
-        config.load()
+        config.read_settings()
     write(path, "")
     with pytest.raises(ValueError, match=r"argument: .*'cache_folder'"):
-        config.load("/", cache_folder="x")
+        config.read_settings("/", cache_folder="x")
 
 
 def test_tables_of_tiers_are_allowed_only_at_the_top_level(tmp_path):
     tables = "[tiers.hot]\nurl = 1\n[[rules]]\n[[pins]]\n[tiering]\n"
     write(tmp_path / "work" / "tiercache.toml", f'cache_size = "2GB"\n{tables}')
-    assert config.load().cache_size == "2GB"
+    assert config.read_settings().cache_size == "2GB"
     with pytest.raises(ValueError, match="argument: unknown setting 'tiers'"):
-        config.load(tiers={})
+        config.read_settings(tiers={})
 
 
 def test_the_default_state_folder_is_in_the_users_state_folder(tmp_path, monkeypatch):
@@ -155,12 +155,12 @@ def test_a_misspelt_variable_is_an_error_but_an_unrelated_one_is_not(monkeypatch
     monkeypatch.setenv("TIERCACHE_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("TIERCACHE_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("TIERCACHE_KERNEL", "portable")
-    config.load()
+    config.read_settings()
     monkeypatch.setenv("TIERCACHE_CACHESIZE", "1GB")
     with pytest.raises(
         ValueError, match=r"TIERCACHE_CACHESIZE: unknown setting 'cachesize'; did you mean 'cache_size'"
     ):
-        config.load()
+        config.read_settings()
 
 
 @pytest.mark.parametrize(
@@ -169,13 +169,13 @@ def test_a_misspelt_variable_is_an_error_but_an_unrelated_one_is_not(monkeypatch
 def test_an_invalid_value_is_reported_with_file_and_key(tmp_path, text):
     path = write(tmp_path / "work" / "tiercache.toml", text)
     with pytest.raises(ValueError, match=rf"{path}: cache_(size|dir): \S"):
-        config.load()
+        config.read_settings()
 
 
 def test_a_bad_variable_is_named(monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "much")
     with pytest.raises(ValueError, match="environment variable TIERCACHE_CACHE_SIZE: cache_size: not a size: 'much'"):
-        config.load()
+        config.read_settings()
 
 
 def test_ranks_come_from_the_environment(monkeypatch):

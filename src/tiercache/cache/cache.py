@@ -357,7 +357,7 @@ class Cache:
             size: Size limit that replaces the configured one, as for the class; None uses the configured limit.
             peers: False reads nothing from peers; None uses the configured peers.
         """
-        settings = config.load(cache_dir=path, cache_size=size)
+        settings = config.read_settings(cache_dir=path, cache_size=size)
         folder = Path(settings.cache_dir).expanduser().absolute()
         limit: int | str | None = settings.cache_size
         policy = settings.cache_policy

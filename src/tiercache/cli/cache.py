@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @contextmanager
 def open_existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
     """Open a cache that exists; FileNotFoundError if its folder does not, which is not created."""
-    path = Path(config.load(cache_dir=folder).cache_dir).expanduser().absolute()
+    path = Path(config.read_settings(cache_dir=folder).cache_dir).expanduser().absolute()
     if not path.is_dir():
         raise FileNotFoundError(
             f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; to name "
@@ -436,7 +436,7 @@ def serve(
     """
     if not urls:
         raise ValueError("serve needs at least one DATASET: only what is named is fetched for other machines")
-    token = config.load().peers_token if token is None else token
+    token = config.read_settings().peers_token if token is None else token
     cert, key = (None if path is None else path.absolute() for path in (tls_cert, tls_key))
     with ExitStack() as stack, _stopped_by_sigterm() as stop:
         cache = stack.enter_context(Cache.default(path=cache_dir, size=cache_size, peers=False))

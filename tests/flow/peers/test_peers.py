@@ -102,7 +102,7 @@ def test_slurm_is_read_from_the_environment(monkeypatch):
 def test_the_settings_name_peers_and_never_show_the_token(monkeypatch, tmp_path):
     (tmp_path / "tiercache.toml").write_text('peers = ["a", "b:81"]\npeers_ca = "ca.pem"\n')
     monkeypatch.setenv("TIERCACHE_PEERS_TOKEN", "secret-token")
-    settings = config.load(tmp_path)
+    settings = config.read_settings(tmp_path)
     assert (settings.peers, settings.peers_token) == ("a,b:81", "secret-token")
     assert settings.peers_ca == tmp_path / "ca.pem"
     assert "secret" not in repr(settings) + repr(PeerOptions.parse(settings.peers, settings.peers_token))
