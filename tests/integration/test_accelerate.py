@@ -101,10 +101,6 @@ def test_a_prepared_loader_is_pickled_with_its_place(dataset, accelerator):
     copy.dataset.close()
 
 
-def test_without_an_accelerator_the_one_of_the_process_is_meant(dataset, accelerator):
-    assert len(ids_of(prepare(tc.DataLoader(dataset, batch_size=8)))) == 13
-
-
 def test_batches_come_on_the_device_of_the_accelerator(dataset, accelerator, monkeypatch):
     monkeypatch.setattr(type(accelerator), "device", torch.device("meta"))
     batch = next(iter(prepare(tc.DataLoader(dataset, batch_size=8), accelerator)))
@@ -190,13 +186,6 @@ def test_reading_on_one_rank_for_all_is_refused(dataset):
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
     with pytest.raises(ValueError, match="dispatch_batches=True reads on one rank only"):
         prepare(tc.DataLoader(dataset), accelerator)
-
-
-def test_accelerates_own_prepare_serves_gathered_batches(dataset, accelerator):
-    loader = accelerator.prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True))
-    batches = list(loader)
-    assert sorted(chain.from_iterable(batch["id"].tolist() for batch in batches)) == list(range(101))
-    assert batches[0]["values"].shape == (8, 17)
 
 
 # Global batches of 2 * 8 leave 5, 4, 2, 1, 0, 1 of them; those of 3 * 8: 5, 4, 10, 9, 8, 1.
@@ -285,11 +274,8 @@ def test_the_last_record_is_repeated_in_every_layout(tmp_path, layout):
     dataset.close()
 
 
-def test_what_is_no_batch_of_ours_is_not_made_longer():
+def test_a_list_of_columns_is_made_longer_column_by_column():
     thing = object()
     assert pad_batch({"a": thing, "b": torch.tensor(1.0)}, 4) == ({"a": thing, "b": torch.tensor(1.0)}, 0)
-
-
-def test_a_list_of_columns_is_made_longer_column_by_column():
     (ids, texts, thing), n_repeated = pad_batch([torch.arange(2), ["a", "b"], None], 3)
     assert (ids.tolist(), texts, thing, n_repeated) == ([0, 1, 1], ["a", "b", "b"], None, 1)

@@ -42,12 +42,12 @@ def test_each_contender_has_a_row_for_the_cold_epoch_of_each_order(
 
     monkeypatch.setattr(bench("peers.runner").Runner, "run", run_in_a_fork)
     monkeypatch.setattr(compare, "cold_store", shared)
-    for name, shuffles in {"s3fs_map": ("full",), "s3fs_bulk": ("none",)}.items():
-        monkeypatch.setitem(peers, name, replace(peers[name], requirements=(), shuffles=shuffles))  # installed here
+    installed_here = replace(peers["s3fs_bulk"], requirements=(), shuffles=("none",))
+    monkeypatch.setitem(peers, "s3fs_bulk", installed_here)
     plan = compare.Plan(
         folder=tmp_path,
         environments=tmp_path / "envs",
-        peers=("tiercache", "obstore_floor", "s3fs_map", "s3fs_bulk"),
+        peers=("tiercache", "s3fs_bulk"),
         shuffles=("none", "full"),
         workers=(0,),
         repetitions=1,
@@ -60,13 +60,7 @@ def test_each_contender_has_a_row_for_the_cold_epoch_of_each_order(
     workload = tiny(bench)
     rows = compare.compare(workload, plan, compare.Tasks(plan))
     loads = {(row["peer"], row["shuffle"]): row for row in rows if row["benchmark"] == "cold"}
-    assert [*loads] == [
-        ("tiercache", "none"),
-        ("tiercache", "full"),
-        ("obstore_floor", "none"),
-        ("s3fs_map", "full"),
-        ("s3fs_bulk", "none"),
-    ]
+    assert [*loads] == [("tiercache", "none"), ("tiercache", "full"), ("s3fs_bulk", "none")]
     for (_, shuffle), row in loads.items():
         assert 0 < row["first_batch_s"]["min"] <= row["epoch_s"]["min"]
         assert row["sent_bytes"]["min"] >= workload.n_records * workload.record_bytes

@@ -15,9 +15,9 @@ LOADERS = ["loader, crop=center", "loader, crop=random"]
 # Program, its arguments, its file of rows, and cases that the rows must have.
 PROGRAMS = [
     pytest.param("bench_stages", "--only checksum gather assembly overhead first_epoch", "stages", [], id="stages"),
-    pytest.param("bench_cold", "", "cold", COLD, id="cold"),
+    pytest.param("bench_cold", "", "cold", COLD, id="cold", marks=STRESS),
     pytest.param("bench_tier_plan", "--only mixed", "tier_plan", ["mixed"], id="tier_plan"),
-    pytest.param("bench_records", "", "records", ["warm 1", "cold 1", "remote cold", "torch's loader"], id="records"),
+    pytest.param("bench_records", "", "records", ["warm 1", "remote cold"], id="records", marks=STRESS),
     pytest.param("bench_cache", "", "cache", ["through the cache", "by hand, C"], id="cache", marks=STRESS),
     pytest.param("bench_disk", "", "disk", [], id="disk", marks=STRESS),
     pytest.param("bench_images", "--threads 2", "images", LOADERS, id="images", marks=STRESS),

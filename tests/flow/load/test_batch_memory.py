@@ -9,10 +9,8 @@ import platform
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,11 +21,8 @@ from tests.support.fake_device import install
 
 import tiercache as tc
 from tiercache._native.ring import held_bytes
-from tiercache.data.output_spec import OutputSpec
-from tiercache.load.batch import BatchMemory, PipelineSetup, lent_bytes
+from tiercache.load.batch import BatchMemory, lent_bytes
 from tiercache.load.decode import _DecodeQueue, _Job
-from tiercache.load.loader import TorchLibrary
-from tiercache.shard.schema import Column, Schema
 
 N, ROWS, WIDTH = 640, 64, 3000
 FAKE = "privateuseone"
@@ -226,15 +221,6 @@ def test_an_epoch_reuses_the_memory_of_the_epoch_before(pictures, made):
     assert torch.equal(kept["image"], content)
 
 
-def test_columns_of_unlike_sizes_use_their_memory_again(tmp_path, made):
-    images = decoded.make_columns(60)["image"]
-    path = decoded.write(tmp_path / "two", {"a": images, "b": images}, {"a": tc.Image("jpeg"), "b": tc.Image("jpeg")})
-    dataset = tc.Dataset(path, decode={"a": tc.DecodeImage(32), "b": tc.DecodeImage(64)})
-    for _batch in tc.DataLoader(dataset, batch_size=2):
-        pass
-    assert max(Counter(size_bytes for size_bytes, _ in made).values()) <= 6
-
-
 def test_no_batch_is_opened_after_a_corrupt_image():
     line, broken = _DecodeQueue(ahead=4), _Job({}, columns=(None,), n_rows=1)
     line.next_task()
@@ -308,15 +294,3 @@ def test_lists_of_bytes_reuse_memory(tmp_path):
     command = [sys.executable, "-c", FAULTS_OF_EPOCHS, str(tmp_path / "data")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
     assert int(done.stdout) < 100  # of 16 batches of 320 pages; where malloc gives them back it is 478 and more
-
-
-def setup_of(column, spec):
-    shards = {"shard_records": np.array([60, 40]), "shard_bytes": np.array([6000, 4000])}
-    return PipelineSetup(SimpleNamespace(schema=Schema([column]), **shards), spec, TorchLibrary())
-
-
-def test_a_slot_is_made_with_room_for_what_records_take_where_they_differ_in_length():
-    varying = setup_of(Column.of("a", "bytes"), OutputSpec({"a": "buffer"})).slot_bytes(10)
-    fixed, about = setup_of(Column.of("a", "int32"), OutputSpec()).slot_bytes(10)
-    assert varying == (1000 + 1000 // 8, 1000 + 1000 // 8)
-    assert 10 * 4 <= fixed < 1000 == about

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import select
-import signal
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import pytest
@@ -211,23 +207,6 @@ def plan_files(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache" / "plans").iterdir())
 
 
-def test_an_epoch_publishes_a_plan_after_its_preparation_was_dropped(server, packed, tmp_path, monkeypatch):
-    keepers, on_close = [], OpenedVersion.on_close
-    monkeypatch.setattr(OpenedVersion, "on_close", lambda self, one: (keepers.append(ref(one)), on_close(self, one))[1])
-    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
-        for number, _ in enumerate(loader):
-            if number == 40:
-                keepers[-1]().on_source_closed()  # as where a damaged copy is fetched again
-        assert plan_files(tmp_path)
-        live = [len(plan_files(tmp_path)) for _ in loader]
-        assert min(live) >= 1
-        del loader
-        assert not plan_files(tmp_path)
-        dataset.close()
-
-
 def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
@@ -247,50 +226,6 @@ def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, mon
         assert len(dataset._source.leaves[0]._readers._open) == 0  # which would hold copies that others need room of
         del loader
         dataset.close()
-
-
-def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, packed, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
-        batches = iter(loader)
-        assert sum(len(batch["id"]) for batch in batches) == N
-        held, over = threading.Event(), threading.Event()
-        locks = loader._engine._next_epoch.publisher._lock, batches._inputs.publisher._lock
-
-        def hold() -> None:
-            with locks[0], locks[1]:
-                held.set()
-                over.wait(60)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        assert held.wait(60)
-        child = os.fork()
-        if not child:
-            batches.close()
-            loader._engine._next_epoch.drop_preparation()
-            os._exit(7)
-        try:
-            assert wait_for_exit(child, 60) == 7
-        finally:
-            over.set()
-            holder.join()
-        del batches, loader
-        dataset.close()
-
-
-def wait_for_exit(pid: int, limit_s: float) -> int | None:
-    """Exit status of a child; None, and it is killed, if it does not end."""
-    fd = os.pidfd_open(pid)
-    try:
-        ready, _, _ = select.select([fd], [], [], limit_s)
-        if not ready:
-            os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
-        return os.waitstatus_to_exitcode(status) if ready else None
-    finally:
-        os.close(fd)
 
 
 def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_path, monkeypatch):

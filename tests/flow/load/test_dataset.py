@@ -184,8 +184,11 @@ def test_changes_that_a_collate_function_makes_to_records_are_in_the_batch(datas
     assert not batch["tokens"].any()
 
 
-# spawn is stress: forkserver also starts an interpreter that imports everything anew.
-@pytest.mark.parametrize("start", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
+# Others are stress: each starts an interpreter that imports everything anew; test_remote.py has the fork server.
+STARTED_ANEW = [pytest.param(start, marks=pytest.mark.stress) for start in ("forkserver", "spawn")]
+
+
+@pytest.mark.parametrize("start", ["fork", *STARTED_ANEW])
 def test_worker_processes_of_any_start_method_read_it(dataset, start):
     dataset[0]
     with warnings.catch_warnings():

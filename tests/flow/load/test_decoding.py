@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from tests.support.decoded import RANDOM, N, loader_of, make_columns, write
-from tests.support.http_server import HttpFaultServer
 from tests.support.pictures import encode
 
 import tiercache as tc
@@ -152,16 +151,6 @@ def test_a_run_resumes_bit_for_bit_at_every_batch(path, options):
         assert equal(list(again), batches[number:])
 
 
-def test_ranks_together_serve_what_one_serves(path):
-    whole = {i: p for b in loader_of(path, batch_size=7) for i, p in zip(b["id"].tolist(), b["image"], strict=True)}
-    found: dict[int, torch.Tensor] = {}
-    for rank in range(3):
-        for batch in loader_of(path, batch_size=5, rank=rank, world_size=3, shuffle_streams=1):
-            found |= dict(zip(batch["id"].tolist(), batch["image"], strict=True))
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[i], whole[i]) for i in whole)
-
-
 def test_columns_of_one_record_are_cut_alike(tmp_path):
     images = make_columns(20)["image"]
     path = write(tmp_path / "two", {"a": images, "b": images}, {"a": tc.Image("jpeg"), "b": "bytes"})
@@ -170,15 +159,6 @@ def test_columns_of_one_record_are_cut_alike(tmp_path):
         assert torch.equal(batch["a"], batch["b"])
     record = dataset[3]
     assert np.array_equal(record["a"], record["b"])
-
-
-def test_a_record_by_index_draws_from_torchs_generator(path):
-    dataset = tc.Dataset(path, decode={"image": RANDOM})
-    torch.manual_seed(1)
-    first = dataset[3]["image"]
-    assert not np.array_equal(first, dataset[3]["image"])
-    torch.manual_seed(1)
-    assert np.array_equal(first, dataset[3]["image"])
 
 
 @pytest.fixture
@@ -243,13 +223,6 @@ def test_a_corrupt_image_is_an_error_in_its_place_that_names_it(tmp_path, thread
     with pytest.raises(tc.CorruptShard, match="record 43") as by_index:
         tc.Dataset(path, decode={"image": tc.DecodeImage(8)})[43]
     assert (by_index.value.url, by_index.value.block) == (error.url, error.block)
-
-
-def test_a_corrupt_image_of_a_shuffled_epoch_is_named_by_its_record(tmp_path):
-    loader = loader_of(broken_at(tmp_path, 17), rank=1, world_size=2)
-    # Of two epochs the rank serves it in one, at this seed.
-    with pytest.raises(tc.CorruptShard, match="record 17"):
-        list(itertools.chain.from_iterable([loader, loader]))
 
 
 def test_after_an_error_the_iterator_is_closed_and_the_loader_goes_on(tmp_path):
@@ -341,24 +314,6 @@ def test_decoders_survive_pickling_and_go_with_their_columns(path):
 def test_batches_smaller_than_the_number_of_threads_are_in_order(path):
     loader = loader_of(path, batch_size=1, threads=8, shuffle=False)
     assert list(itertools.chain(*(b["id"].tolist() for b in loader))) == list(range(N))
-
-
-def test_a_corrupt_copy_in_the_cache_is_fetched_again(path, tmp_path):
-    files = [file for file in path.rglob("*") if file.is_file()]
-    objects = {f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}
-    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        first = tc.Dataset(f"{server.url}/data", cache=cache)
-        first.warm()
-        first.close()
-        for copy in (c for c in (cache.path / "copies").iterdir() if "." not in c.name):
-            data = bytearray(copy.read_bytes())
-            data[1000] ^= 4
-            copy.chmod(0o644)
-            copy.write_bytes(data)
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache, decode={"image": RANDOM})
-        loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=5))
-        assert equal(list(loader), list(loader_of(path)))
-        dataset.close()
 
 
 def test_a_wrong_decode_argument_is_refused(path):

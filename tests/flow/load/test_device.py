@@ -132,17 +132,6 @@ def test_columns_on_the_device_share_a_block_and_are_aligned(make_dataset, eager
             assert bytes(batch["text"][row].tolist()).decode() == f"text {i}"
 
 
-def test_bytes_and_text_are_not_copied_to_the_device(make_dataset, eager):
-    path = make_dataset(N)
-    loader = loader_of(tc.Dataset(path, columns=["blob", "id", "text", "flag"]), batch_size=10, drop_last=True)
-    for batch in loader:
-        ids = batch["id"].tolist()
-        assert batch["text"] == [f"text {i}" for i in ids]
-        assert batch["blob"] == [bytes([i % 251]) * (i % 11) for i in ids]
-    [device] = eager
-    assert set(device.copied_bytes) == {128 + 10}  # 80 bytes of numbers up to the next column, and the flags
-
-
 def test_objects_stay_on_the_host_beside_tensors_on_the_device(tmp_path, eager):
     schema = {"id": "int64", "j": "json", "s": pa.struct([("a", pa.int64())]), "x": "float32?"}
     with tc.Writer(tmp_path / "data", schema=schema) as writer:
@@ -366,15 +355,6 @@ def test_iterators_that_overlap_have_memory_of_their_own(make_dataset, lazy):
             ids = batch["id"].tolist()
             assert batch["tokens"][:, 0].tolist() == [i * 7 for i in ids]
     assert len(lazy[0].pinned_bytes) == 2
-
-
-def test_several_loaders_and_devices_serve_side_by_side(make_dataset, eager):
-    path = make_dataset(N)
-    loaders = [loader_of(path, device=f"{FAKE}:{number}", seed=number) for number in (0, 1, 0)]
-    expected = [ids_of(loader_of(path, device=None, seed=number)) for number in (0, 1, 0)]
-    served = [[check_batch(batch) for batch in column] for column in zip(*map(list, loaders), strict=True)]
-    assert [list(column) for column in zip(*served, strict=True)] == expected
-    assert [device.device.index for device in eager] == [0, 1, 0]
 
 
 @contextmanager
@@ -632,13 +612,6 @@ def test_stats_tell_the_exposed_wait_and_the_slowest_rank(make_dataset, eager):
         assert exposed["slowest_rank"] == {"rank": 0, **{key: exposed[key] for key in ("total", "mean", "p99")}}
         words = ("store", "disk", "plan", "decode", "transform", "copy", "consumer")
         assert stats["bottleneck"].split()[0] in words
-
-
-def test_a_pickled_loader_serves_its_device(make_dataset, eager):
-    import pickle
-
-    loader = loader_of(make_dataset(N))
-    assert ids_of(pickle.loads(pickle.dumps(loader))) == ids_of(loader)
 
 
 class Tracer:

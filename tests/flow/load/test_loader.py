@@ -57,12 +57,6 @@ def test_the_seed_comes_from_torch_as_a_random_sampler_draws_it(make_dataset):
     assert ids_of(tc.DataLoader(tc.Dataset(path), batch_size=10, shuffle=True, generator=generator)) != runs[0]
 
 
-def test_drop_last_drops_the_short_batch(make_dataset):
-    loader = tc.DataLoader(tc.Dataset(make_dataset(50)), batch_size=16, drop_last=True)
-    assert [len(b) for b in ids_of(loader)] == [16, 16, 16]
-    assert len(loader) == 3
-
-
 @pytest.mark.parametrize("n", [0, 1])
 def test_tiny_data_sets_work(make_dataset, n):
     loader = tc.DataLoader(tc.Dataset(make_dataset(n)), batch_size=4)
@@ -182,17 +176,6 @@ def shared_path(tmp_path_factory):
     with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
         writer.write_batch(make_columns(150))
     return path
-
-
-def test_padding_is_counted(make_dataset):
-    path = make_dataset(9)
-    padded = []
-    for rank in range(4):
-        options = tc.LoaderOptions(rank=rank, world_size=4)
-        loader = tc.DataLoader(tc.Dataset(path), batch_size=2, options=options)
-        assert [len(b) for b in ids_of(loader)] == [2, 1]
-        padded.append(loader.stats()["padded"])
-    assert sum(padded) == 3
 
 
 def test_a_state_that_does_not_fit_is_refused_by_name(make_dataset):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +18,6 @@ from tiercache.load.epoch import RunState, make_share
 from tiercache.load.planner import NextEpoch
 from tiercache.load.windows import loading_pool
 
-STORAGE = SimpleNamespace(has_cache=False, can_prefetch=False, sends_requests=False)
-SOURCE = SimpleNamespace(selection=None, storage=STORAGE)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
 
 
@@ -164,42 +160,6 @@ def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_
         following = iter(loader)  # nor is iter()
         gate.set()
         assert sorted(i for batch in following for i in check_batch(batch)) == list(range(100))
-
-
-def test_an_epoch_other_than_the_predicted_one_starts_without_preparation(make_dataset):
-    dataset = tc.Dataset(make_dataset(200))
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
-    ids_of(loader)
-    loader.set_epoch(7)
-    found = ids_of(loader)
-    fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
-    fresh.set_epoch(7)
-    assert ids_of(fresh) == found
-
-
-def test_a_preparation_dropped_while_it_runs_is_not_used():
-    class Share:
-        def pieces(self, _):
-            coming.drop_preparation()
-            return iter(())
-
-    coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
-    coming.prepare(None, None, 0)
-    share, epoch_start, _ = coming.take(SOURCE, "state")
-    assert (share, epoch_start) == (coming.share, None)
-    coming.prepare(None, None, 0)  # too late
-    assert coming.take(SOURCE, "state")[1] is None
-    assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
-
-
-def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
-    dataset = tc.Dataset(make_dataset(300))
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
-    for _ in range(3):
-        for batch in itertools.islice(loader, 3):
-            check_batch(batch)
-    assert loader.state_dict()["epoch"] == 2
-    assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))
 
 
 def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, loads):

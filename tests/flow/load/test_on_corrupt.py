@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import warnings
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from tests.support.records import check_batch, ids_of, join_loading
 from torch.utils.data import BatchSampler
 
 import tiercache as tc
-from tiercache.load import corrupt
-from tiercache.load.planner import NextEpoch
 
 N = 300
 WARNED = "replaced by the ones before them"
@@ -392,50 +388,3 @@ def test_a_partial_copy_truncated_under_a_running_loader_is_fetched_again(tmp_pa
         join_loading()
         del batches, loader
         dataset.close()
-
-
-def test_intact_data_is_not_searched_for_corruption(make_dataset, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("looked for damage")
-
-    monkeypatch.setattr(corrupt.CorruptionMap, "note_corruption", refuse)
-    monkeypatch.setattr(corrupt.CorruptionMap, "rows", refuse)
-    monkeypatch.setattr(corrupt._RecordReplacer, "repair", refuse)
-    loader = tc.DataLoader(tc.Dataset(make_dataset(N)), 8, shuffle=True, options=options())
-    assert sorted(flat(ids_of(loader))) == list(range(N))
-    assert loader.stats()["skipped"] == 0
-
-
-def test_an_epoch_that_begins_with_a_corrupt_record_is_prepared_as_usual(make_dataset, monkeypatch):
-    claimed, take = [], NextEpoch.take
-    monkeypatch.setattr(NextEpoch, "take", lambda *given: claimed.append(take(*given)) or claimed[-1])
-    path = make_dataset(N)
-    dataset = tc.Dataset(path)
-    strike(dataset, path, *blocks_of(dataset)[0][:2], "id")
-    dataset.close()
-    dataset = tc.Dataset(path)
-    loader = tc.DataLoader(dataset, batch_size=16, options=options())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        first = flat(ids_of(loader))
-        assert flat(ids_of(loader)) == first  # what it begins with is known by now; of the one before it was found out
-        join_loading()
-        assert flat(ids_of(loader)) == first
-        assert claimed[-1][1].result(30) is not None  # its first piece has other records in it
-
-
-@pytest.mark.parametrize("columns", [["id", "text"], ["id", "blob"]])
-def test_a_pipeline_that_found_corruption_is_freed_without_the_garbage_collector(make_dataset, columns):
-    path = make_dataset(N)
-    dataset = tc.Dataset(path, columns=columns)
-    strike(dataset, path, 0, 1, "id")
-    iterator = iter(tc.DataLoader(dataset, batch_size=10))
-    pipeline = weakref.ref(iterator._pipeline)
-    gc.disable()
-    try:
-        with pytest.raises(tc.CorruptShard):
-            list(iterator)
-        del iterator
-        assert pipeline() is None
-    finally:
-        gc.enable()

@@ -146,15 +146,6 @@ def test_iterating_a_sampler_begins_the_epoch_as_iter_of_the_loader_does(dataset
     assert ids_of(loader) == epochs[2]
 
 
-def test_the_samplers_length_or_an_unused_iterator_begins_no_epoch(dataset):
-    loader, expected = make(dataset), make(dataset)
-    for sampler in (loader.sampler, loader.batch_sampler):
-        assert len(sampler)
-        iter(sampler)
-    assert loader.state_dict()["epoch"] == 0
-    assert ids_of(loader) == ids_of(expected)
-
-
 def test_with_workers_the_end_of_the_epoch_is_unknown(dataset):
     loader = make(dataset, num_workers=2)
     list(loader.batch_sampler)

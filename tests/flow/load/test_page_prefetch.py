@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tiercache.load.windows import NEAR_SHARE, LoadThreads, PagePrefetcher
+from tiercache.load.windows import LoadThreads, PagePrefetcher
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise as Linux has it")
 N_BYTES = 1 << 20
@@ -81,14 +81,6 @@ def test_single_rows_without_room_are_read_alone(mapped, make_ahead):
     assert "rr" in _flags(mapped.memory)
 
 
-def test_pages_in_memory_are_not_read_again(mapped, make_ahead, monkeypatch):
-    window = window_of(mapped.memory)
-    window.block_groups[0].reports_residency = True
-    mapped.memory.sum()
-    monkeypatch.setattr("tiercache.load.windows._read", lambda *_: pytest.fail("pages were read"))
-    assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == N_BYTES
-
-
 def _flags(memory: np.ndarray) -> list[str]:
     """Return the kernel's flags of a mapping."""
     address = memory.__array_interface__["data"][0]
@@ -99,11 +91,3 @@ def _flags(memory: np.ndarray) -> list[str]:
         elif is_it and line.startswith("VmFlags:"):
             return line.split()[1:]
     return []
-
-
-def test_windows_that_are_served_side_by_side_share_the_room(mapped, make_ahead, monkeypatch):
-    monkeypatch.setattr("tiercache.load.windows.config.private_bytes", lambda: 0)
-    half = N_BYTES // 2
-    first, second = window_of(mapped.memory[:half]), window_of(mapped.memory[half:])
-    assert near_bytes(prefetch_pages(make_ahead(NEAR_SHARE * N_BYTES), first, second)) == N_BYTES
-    assert near_bytes(prefetch_pages(make_ahead(NEAR_SHARE * (N_BYTES - 1)), first, second)) == half

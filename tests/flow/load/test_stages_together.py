@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -63,21 +62,6 @@ def test_transformed_pictures_on_a_device_are_those_of_the_cpu(pictures, eager, 
     assert stats["unpinned"] == 0
     assert stats["stages"]["transform_s"] > 0
     assert stats["stages"]["decode_s"] > 0
-
-
-@pytest.mark.usefixtures("eager")
-def test_a_transform_in_the_training_thread_makes_no_batch_ahead_for_a_device(pictures):
-    seen = []
-
-    def transform(record):
-        seen.append(1)
-        time.sleep(0.005)  # in which the next batch is gathered and decoded
-        return {"id": record["id"]}
-
-    batches = iter(loader_of(pictures, transform=transform, device=FAKE))
-    for n_batches in range(1, 6):
-        next(batches)
-        assert len(seen) == 8 * n_batches
 
 
 def test_a_state_counts_batches_that_were_handed_out_behind_transforms_and_a_device(pictures, eager):

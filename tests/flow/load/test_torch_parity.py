@@ -250,16 +250,6 @@ def test_one_line_says_that_options_for_workers_change_nothing(dataset, caplog, 
         assert loader.in_order is ("in_order" not in given)
 
 
-def test_no_log_line_about_worker_options_on_torchs_path(dataset, caplog):
-    caplog.set_level(logging.INFO)
-    tc.DataLoader(dataset, 16)
-    tc.DataLoader(dataset, 16, num_workers=1, prefetch_factor=3, collate_fn=list)
-    tc.DataLoader(Squares(), 16, num_workers=1, prefetch_factor=3)
-    assert caplog.records == []
-    tc.DataLoader(dataset, num_workers=1, prefetch_factor=3, sampler=OwnSampler(N))  # is asked so far ahead
-    assert "prefetch_factor" not in caplog.text
-
-
 def test_an_iterable_data_set_that_gives_more_than_it_said_is_warned_of():
     found = []
     for loader_class in (TorchLoader, tc.DataLoader):
@@ -321,19 +311,6 @@ def test_iterators_behave_as_torchs(dataset):
 def note_worker(worker_id):
     info = get_worker_info()
     info.dataset.noted = (worker_id, info.id, info.num_workers)
-
-
-class OwnSampler(torch.utils.data.Sampler):
-    """A sampler of the user's, of which nothing is known."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __iter__(self):
-        return iter(range(self.n))
-
-    def __len__(self):
-        return self.n
 
 
 class Noting(Squares):

@@ -49,14 +49,14 @@ def test_ranges_are_resident_once_all_their_pages_were_read(memory):
     assert are_resident(ranges(memory, (0, N_PAGES)))
 
 
-@pytest.mark.parametrize("missing", [0, 5, 9])
-def test_one_missing_page_makes_the_ranges_not_resident(memory, missing):
+def test_one_missing_page_makes_the_ranges_not_resident(memory):
     pages = [(page, page + 10) for page in range(0, 100, 20)]
     for first, stop in pages:
         touch(memory, first, stop)
     assert are_resident(ranges(memory, *pages))
-    assert not are_resident(ranges(memory, *pages, (101 + missing, 102 + missing)))
-    assert not are_resident(ranges(memory, (99 + missing, 101 + missing), *pages))
+    for missing in (0, 5, 9):
+        assert not are_resident(ranges(memory, *pages, (101 + missing, 102 + missing)))
+        assert not are_resident(ranges(memory, (99 + missing, 101 + missing), *pages))
 
 
 def test_a_range_that_ends_inside_a_page_includes_that_page(memory):

@@ -92,19 +92,6 @@ def test_seven_more_measurements_of_one_kind_change_the_estimate_and_six_do_not(
     assert distance.is_far is False
 
 
-def test_lines_that_this_core_wrote_are_near(library):
-    """Most times: a thread may lose its processor while it reads."""
-    distance = Distance(library)
-    for _ in range(7):
-        distance.add(is_far=True)
-    assert distance.is_far
-    for _ in range(200):
-        distance.request()
-        distance.write()
-        distance.measure()
-    assert not distance.is_far
-
-
 def test_the_consumer_of_a_ring_measures_the_distance_of_its_workers():
     """Lines older than a millisecond, as most are on a loaded machine, are ignored: read until a measurement counts."""
     if not ring.has_nontemporal_copies():
