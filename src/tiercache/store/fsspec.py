@@ -185,7 +185,7 @@ class FsspecClient(ObjectClient):
         self._in_folder(key, lambda fs, path: fs.pipe_file(path, body))
         return self.head(key)
 
-    def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
+    def put_new(self, key: str, body: bytes) -> None:
         """Write by pipe_file(mode="create"), after an existence check for file systems without that mode."""
         with self._writing:
             fs, path = self.at(key)
@@ -193,7 +193,6 @@ class FsspecClient(ObjectClient):
             if fs.exists(path):
                 raise FileExistsError(key)
             self._in_folder(key, lambda fs, path: fs.pipe_file(path, body, mode="create"))
-        return None
 
     def put_new_by_store(self, key: str, body: bytes) -> None:
         self.at(key)[0].invalidate_cache()

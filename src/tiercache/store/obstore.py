@@ -287,9 +287,8 @@ class ObstoreClient(ObjectClient):
         result = obstore.put(self._store(), key, body, use_multipart=False)
         return ObjectInfo(key, len(body), etag=result["e_tag"], version=result["version"])
 
-    def put_new(self, key: str, body: bytes) -> ObjectInfo:
-        result = obstore.put(self._store(), key, body, mode="create")
-        return ObjectInfo(key, len(body), etag=result["e_tag"], version=result["version"])
+    def put_new(self, key: str, body: bytes) -> None:
+        obstore.put(self._store(), key, body, mode="create")
 
     def delete(self, keys: Sequence[str]) -> None:
         obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)

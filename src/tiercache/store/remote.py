@@ -683,7 +683,7 @@ class ObjectClient(ABC):
         """Write a whole object."""
 
     @abstractmethod
-    def put_new(self, key: str, body: bytes) -> object:
+    def put_new(self, key: str, body: bytes) -> None:
         """Write a whole object if the key is free."""
 
     def put_new_by_store(self, key: str, body: bytes) -> None:
@@ -900,15 +900,14 @@ class RemoteStore(Store):
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         """Send one PUT with If-None-Match: *."""
-        return self.put_new(check_key(key), bytes(data))
-
-    def put_new(self, key: str, body: bytes) -> bool:
+        check_key(key)
         if self.call_options.is_single_writer:
             with suppress(NotFound):
                 self.head(key)
                 return False
-            self.put(key, body)
+            self.put(key, data)
             return True
+        body = bytes(data)
         if is_new := self._put_new(key, lambda client: client.put_new(key, body)):
             self.counters.add("bytes_written", len(body))
         return is_new
@@ -1111,7 +1110,7 @@ class _RemoteUpload(SequentialUpload):
             data = b"".join(self._held)
             if not if_absent:
                 return store.put(key, data)
-            return store.head(key) if store.put_new(key, data) else None
+            return store.head(key) if store.put_if_absent(key, data) else None
         if if_absent:
             with suppress(NotFound):
                 store.head(key)
