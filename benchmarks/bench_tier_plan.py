@@ -57,7 +57,7 @@ def made_file(case: str, n_rules: int) -> RuleFile:
         rules = [
             Rule(
                 name=f"r{i}",
-                match=(f"datasets/set-{i}/**", f"**/team-{i}/*.{{bin,npz}}"),
+                match=(f"datasets/set-{i}/**", f"**/team-{i}/*.bin", f"**/team-{i}/*.npz"),
                 exclude=("**/*.keep",),
                 to="archive",
                 idle_s=idle_s,
