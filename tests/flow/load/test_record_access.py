@@ -81,10 +81,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def far() -> str:
+def far(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same in a store without local files."""
-    pack("memory://records-by-number/data")
-    return "memory://records-by-number/data"
+    url = f"memory://{tmp_path_factory.mktemp('far').name}/data"  # new, because pytest may make the fixture twice
+    pack(url)
+    return url
 
 
 @pytest.fixture(params=["blocks", "pages"])
