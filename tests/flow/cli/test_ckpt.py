@@ -107,22 +107,6 @@ class TestLs:
         assert list(listed(tiercache, "standard/runs")) == ["runs/a/step-4"]
         assert list(listed(tiercache, "hot/runs/*/step-[12]")) == ["runs/a/step-1", "runs/a/step-2"]
 
-    def test_an_unknown_path_is_an_error_that_names_it(self, tiercache, root):
-        assert "runs/b: no checkpoint" in tiercache("ckpt", "ls", "hot/runs/b", code=1).err.replace("hot/", "")
-
-    def test_people_see_a_table(self, tiercache, root):
-        out = tiercache("ckpt", "ls").out.splitlines()
-        assert out[0].split()[:5] == ["checkpoint", "step", "size", "age", "tiers"]
-        assert out[-1] == "4 checkpoints of 2 runs, 3.1 KiB in all tiers"
-
-
-class TestShow:
-    def test_it_says_what_keeps_the_checkpoint_and_what_the_next_plan_does(self, tiercache, root):
-        out = tiercache("ckpt", "show", "hot/runs/a/step-2").out
-        assert "rule: runs" in out
-        assert f"copy in hot: {root}/nvme/runs/a/step-2, 2 files" in out
-        assert "kept by newest of its run" in tiercache("ckpt", "show", "runs/a/step-3").out
-
 
 class TestVerify:
     def test_our_own_checkpoint_is_compared_with_its_manifest(self, tiercache, root):
@@ -196,17 +180,6 @@ class TestPin:
         tiercache("ckpt", "unpin", name)
         tiercache("ckpt", "rm", name, "--yes")
         assert [*root.rglob("checkpoint.json")] == []
-
-    def test_only_pins_are_named_as_pins_whatever_words_their_reasons_and_the_keys_of_rules_contain(
-        self, tiercache, root
-    ):
-        (root / "tiercache.toml").write_text(RULES.replace("val_loss:1", "pinned_loss:1"))
-        name = own(root, 40, 2)
-        tiercache("ckpt", "pin", name, "--why", "pinned for the paper, not complete")
-        kept = listed(tiercache, name)[name]["kept"]
-        assert [one["text"] for one in kept if one["kind"] == "pin"] == ["pinned: pinned for the paper, not complete"]
-        out = tiercache("ckpt", "rm", name, "--dry-run").out
-        assert f"would leave {name}: pinned: pinned for the paper, not complete; `" in out
 
     @pytest.mark.parametrize("text", ["{", '{"pinned": "no"}', '{"pinned": false, "why": 1}'])
     def test_a_pin_that_cannot_be_read_is_a_pin_for_the_command_and_for_checkpoints(self, tiercache, root, text):

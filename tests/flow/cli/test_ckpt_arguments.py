@@ -137,15 +137,6 @@ def test_checkpoints_of_several_runs_can_be_named_together(root, tiercache):
     assert "expected checkpoints in one folder" in tiercache("ckpt", "verify", "s3://a/x", "s3://b/y", code=2).err
 
 
-def test_which_is_asked_of_one_run(root, tiercache):
-    write(root / "runs/a", "own", 10)
-    write(root / "runs/b", "own", 20)
-    assert (
-        "runs/latest: expected one run, found several, such as those of runs/a/step-"
-        in tiercache("ckpt", "show", "runs/latest", code=2).err
-    )
-
-
 def test_the_error_says_what_there_is_instead(root, tiercache):
     write(root / "run", "own", 10, 20)
     assert "did you mean 'loss'?; known metrics: loss" in tiercache("ckpt", "show", "run/best:los", code=1).err

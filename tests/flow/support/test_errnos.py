@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tests.support.errnos import KINDS, Shim, build_shim, preload
+from tests.support.errnos import KINDS, build_shim, preload
 from tests.support.warm_python import run_warm
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler cc")
@@ -124,27 +124,3 @@ def work(tell):
         tell(str(error.errno))
 print(json.dumps(fail_calls(work, ours, Position("pread", "EIO", 1)).ended.lines))"""
     assert answer(shim, tmp_path, code) == ["5"]
-
-
-def test_calls_of_sqlite_fail_too(shim, tmp_path):
-    code = """
-def work(tell):
-    db = sqlite3.connect(ours / "db")
-    try:
-        db.execute("CREATE TABLE t (x)")
-    except sqlite3.OperationalError as error:
-        tell(str(error))
-    db.close()
-counts, _ = count_calls(work, ours)
-(ours / "db").unlink()
-failed = fail_calls(work, ours, Position("pwrite", "ENOSPC", 1))
-print(json.dumps([failed.ended.lines, counts["lock"] > 0, failed.where]))"""
-    lines, has_locks, where = answer(shim, tmp_path, code)
-    assert lines == ["database or disk is full"]
-    assert has_locks
-    assert "/db" in where
-
-
-def test_without_the_shim_the_error_says_what_to_do():
-    with pytest.raises(RuntimeError, match=r"preload\(shim\)"):
-        Shim()

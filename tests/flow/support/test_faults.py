@@ -6,10 +6,8 @@ import uuid
 from threading import Thread
 
 import pytest
-from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultKind, FaultStore
-from tests.support.store_suite import StoreSuite
-from tests.support.stores import CountingStore, GateStore, LatencyStore
+from tests.support.stores import GateStore
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
@@ -22,28 +20,6 @@ def inner():
     store.put("a", b"0123456789")
     yield store
     memory._buckets.pop(store.name, None)
-
-
-class TestAWrapperWithoutFaultsIsTheStoreItself(StoreSuite):
-    @pytest.fixture
-    def store(self):
-        store = MemoryStore(uuid.uuid4().hex)
-        yield FaultStore(LatencyStore(CountingStore(GateStore(store)), seed=1, longest_s=0.0))
-        memory._buckets.pop(store.name, None)
-
-    def raw_put(self, store, key, data):
-        memory._buckets.setdefault(self.name_of(store), {})
-        MemoryStore(self.name_of(store)).put(key, data)
-
-    def raw_get(self, store, key):
-        return memory._buckets[self.name_of(store)][key][0]
-
-    @staticmethod
-    def name_of(store):
-        return store.url.removeprefix("memory://")
-
-    # Scripts, gates and clocks stay in their process: this behaviour of the suite is not promised, so there is no test.
-    test_a_pickled_store_works = None
 
 
 def test_only_the_scripted_calls_of_the_named_keys_fail(inner):
@@ -101,18 +77,6 @@ def test_a_short_read_fails_a_bit_flip_is_silent_and_a_replaced_object_is_notice
     assert inner.get("a") == b"9876543210"
 
 
-def test_latency_is_drawn_from_its_seed(inner):
-    slept = []
-    for seed in (1, 1, 2):
-        clock = FakeClock()
-        store = LatencyStore(inner, seed=seed, shortest_s=0.1, longest_s=0.5, clock=clock)
-        for _ in range(5):
-            store.get("a")
-        slept.append(clock.slept)
-    assert slept[0] == slept[1] != slept[2]
-    assert all(0.1 <= s <= 0.5 for s in slept[0])
-
-
 def test_a_gate_stops_one_call_at_its_point_and_fails_the_test_if_nobody_reaches_or_opens_it(inner):
     for point in ("before_put", "after_put"):
         store = GateStore(inner)
@@ -131,16 +95,3 @@ def test_a_gate_stops_one_call_at_its_point_and_fails_the_test_if_nobody_reaches
         gate.wait_reached()
     with pytest.raises(AssertionError, match="was not opened within"):
         store.get("a")
-
-
-def test_a_counting_store_records_every_call(inner):
-    store = CountingStore(inner)
-    store.get("a")
-    list(store.list("x/"))
-    with store.create("b") as upload:
-        upload.put_part(0, b"x")
-        upload.complete()
-    assert store.calls == [
-        ("get", "a"), ("list", "x/"), ("create", "b"), ("put_part", "b"), ("complete", "b"), ("abort", "b"),
-    ]  # fmt: skip
-    assert (store.n_calls(), store.n_calls("get"), store.n_calls(keys="b")) == (6, 1, 4)

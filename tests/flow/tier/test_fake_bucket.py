@@ -71,15 +71,6 @@ def test_a_change_of_class_keeps_the_bytes(bucket):
     assert bucket.get("a") == b"data"
 
 
-def test_a_scripted_fault_affects_only_its_call(bucket):
-    bucket.script.faults = [["put", 2, "lost"], ["get", 1, "flip"]]
-    bucket.put("a", b"data")
-    with pytest.raises(StoreError, match="lost answer"):
-        bucket.put("b", b"data")
-    assert [bucket.get("a"), bucket.get("a"), bucket.get("b")] == [b"dat`", b"data", b"data"]
-    assert bucket.script.struck == ["lost of put", "flip of get"]
-
-
 def test_a_dead_process_makes_no_call(bucket):
     bucket.script.dead = True
     with pytest.raises(Died):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
 import pytest
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultKind, FaultStore
-from tests.support.stores import CountingStore, GateStore
+from tests.support.stores import GateStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
@@ -292,35 +291,4 @@ def test_a_cancelled_copy_leaves_nothing(place, data):
     assert (caught, list(here.far.list())) == ([True], [])
 
 
-def test_a_cancelled_copy_is_not_started(place):
-    cancel = threading.Event()
-    near = CountingStore(memory())
-    here = place(near, cancel=cancel)
-    near.put("a", SMALL)
-    one = here.planned()
-    cancel.set()
-    near.calls.clear()
-    with pytest.raises(StoreError, match="cancelled"):
-        here.transfer.copy("near", "far", one)
-    assert near.calls == []
-
-
-@pytest.mark.parametrize("given", [{"jobs": 0}, {"rate_bytes_s": 0}])
-def test_invalid_options_are_refused(place, given):
-    with pytest.raises(ValueError, match="at least 1"):
-        place(**given)
-
-
 # -- drops ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_objects", [1, 4])
-def test_large_files_are_complete_whether_one_or_many_are_copied(place, tmp_path, n_objects):
-    here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"), jobs=4)
-    contents = {f"{number}": os.urandom(4 * PART_BYTES + number) for number in range(n_objects)}
-    for key, data in contents.items():
-        here.near.put(key, data)
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda key: here.transfer.copy("near", "far", here.planned(key)), contents))
-    assert [one.crc32c for one in made] == [crc32c(data) for data in contents.values()]
-    assert {key: here.far.get(key) for key in contents} == contents
