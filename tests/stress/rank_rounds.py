@@ -26,7 +26,7 @@ from tests.support.ranks import Job
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
-from tiercache.checkpoint.format import RUN_NAME, key_of, list_names, manifest_key, metrics_key
+from tiercache.checkpoint.format import RUN_NAME, list_names, manifest_key, metrics_key
 from tiercache.checkpoint.housekeeping import GC_AGE_S, Retention
 from tiercache.checkpoint.run_stores import RunStores
 from tiercache.keep import Keep
@@ -241,7 +241,7 @@ class Rounds(PointRounds[tuple[str, int]]):
         store, used = LocalFolder(root), {RUN_NAME}
         used |= {metrics_key(name) for name in list_names(LocalFolder(run / "archive" / "run"))}
         for name, manifest in _manifests(store).items():
-            used |= {key_of(name, file.path) for file in manifest.files} | {manifest_key(name), metrics_key(name)}
+            used |= {f"{name}/{file.path}" for file in manifest.files} | {manifest_key(name), metrics_key(name)}
         left = {info.key for info in store.list()}
         if left - used:
             self.problem(f"{root.name}: two days later, {sorted(left - used)} are left")

@@ -16,7 +16,6 @@ from tiercache.checkpoint.format import (
     TensorSpec,
     checkpoint_name,
     encode_manifest,
-    key_of,
     lay_out_file,
     manifest_key,
     metric_json,
@@ -75,5 +74,5 @@ def write_checkpoint(
 
 def put_file(store: Store, name: str, path: str, data: bytes) -> StoredFile:
     """Put one file of a checkpoint and return its entry."""
-    store.put(key_of(name, path), data)
+    store.put(f"{name}/{path}", data)
     return StoredFile(path, len(data), crc32c(data))

@@ -6,7 +6,7 @@ from importlib import import_module
 import numpy as np
 
 from tiercache._native.checksum import crc32c
-from tiercache.checkpoint.format import checkpoint_objects, key_of, list_names, manifest_key, parse_manifest
+from tiercache.checkpoint.format import checkpoint_objects, list_names, manifest_key, parse_manifest
 from tiercache.checkpoint.state_tree import decode_state, parse_state
 
 
@@ -16,7 +16,7 @@ def read_checkpoint(store, name):
     assert manifest.name == name
     data = {}
     for file in manifest.files:
-        found = data[file.path] = store.get(key_of(name, file.path))
+        found = data[file.path] = store.get(f"{name}/{file.path}")
         assert (len(found), crc32c(found)) == (file.n_bytes, file.crc32c), f"{name}: {file.path} is wrong"
     tensors = {}
     # Without torch where the test has none: a process that forks must have no threads.

@@ -63,7 +63,6 @@ from tiercache.checkpoint.format import (
     distribute,
     encode_metrics,
     json_copy,
-    key_of,
     lay_out_file,
     metric_numbers,
 )
@@ -686,7 +685,7 @@ class DistributedReader(StorageReader):
 
         check: Function that returns what is wrong with the bytes in the buffers; "" if nothing is.
         """
-        key = key_of(self.name, file.path)
+        key = f"{self.name}/{file.path}"
         for number, store in enumerate(self._stores, start=1):
             url = f"{store.url}/{key}"
             try:

@@ -38,8 +38,6 @@ METRICS_NAME = "metrics.json"
 RUN_NAME = "run.json"
 """File of a store, and of the local folder with copies of its checkpoints, with the same random id."""
 _NAME = re.compile(r"step-([0-9]{12,18})\.([0-9]{8}T[0-9]{9}Z)-([0-9a-f]{6})")
-# A file of one tensor beside the folders: checkpoints of one run shared such files before the first release.
-_SHARED_FILE = re.compile(r"\.\./tensors/[0-9a-f]{40}\.safetensors")
 _TEXT = re.compile(r"[^\0]{1,200}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_STEPS = 10**18 - 1
@@ -127,11 +125,6 @@ def written_order(name: str) -> tuple[float, str]:
     if parsed is None:
         raise ValueError(f"not the name of a checkpoint: {name!r}")
     return parsed[1], name
-
-
-def key_of(name: str, path: str) -> str:
-    """Return the key of a checkpoint's file, whose path the manifest states."""
-    return path.removeprefix("../") if path.startswith("../") else f"{name}/{path}"
 
 
 def metrics_key(name: str) -> str:
@@ -260,7 +253,10 @@ def _manifest_of(body: Mapping[str, Any]) -> Manifest:
     name, step, created_s = _text(body, "name"), _count(body, "step"), _count(body, "created_ms") / 1000
     if parse_name(name) != (step, created_s):
         raise ValueError(f"step {step} and time {created_s} are not those of the name {name!r}")
-    files = tuple(StoredFile(_path(one, "path"), _count(one, "bytes"), _count(one, "crc32c")) for one in body["files"])
+    # check_key(): the files stay below the checkpoint's folder
+    files = tuple(
+        StoredFile(check_key(_text(one, "path")), _count(one, "bytes"), _count(one, "crc32c")) for one in body["files"]
+    )
     sizes = {one.path: one.n_bytes for one in files}
     if len(sizes) != len(files):
         raise ValueError("a file occurs twice")
@@ -279,7 +275,7 @@ def _tensor_of(body: Mapping[str, Any]) -> TensorEntry:
     n_bytes, dtype = _count(body, "bytes"), _text(body, "dtype")
     if n_bytes != math.prod(shape) * _ITEM_BYTES.get(dtype, 0) and dtype in _ITEM_BYTES:
         raise ValueError(f"a tensor of shape {shape} and type {dtype} cannot have {n_bytes} bytes")
-    return TensorEntry(_path(body, "file"), _count(body, "offset"), n_bytes, dtype, tuple(shape))
+    return TensorEntry(_text(body, "file"), _count(body, "offset"), n_bytes, dtype, tuple(shape))
 
 
 def _metric_of(value: object) -> float:
@@ -302,13 +298,6 @@ def _text(body: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not _TEXT.fullmatch(value):
         raise ValueError(f"{name} has the invalid value {value!r}")
     return value
-
-
-def _path(body: Mapping[str, Any], name: str) -> str:
-    value = body[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is a path, got {value!r}")
-    return value if _SHARED_FILE.fullmatch(value) else check_key(value)  # stays below the checkpoint's folder
 
 
 # -- what a user gives ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tiercache._native.checksum import combine, crc32c
-from tiercache.checkpoint.format import FORMAT, STATE_NAME, Manifest, StoredFile, TensorEntry, key_of
+from tiercache.checkpoint.format import FORMAT, STATE_NAME, Manifest, StoredFile, TensorEntry
 from tiercache.checkpoint.run_stores import CheckpointCopy, archived_error
 from tiercache.checkpoint.state_tree import (
     DTYPES,
@@ -475,8 +475,6 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
         if isinstance(node, dict) and tag in node:
             shape = tensors.entry(node[tag]).shape
             return shape[:-1] if "as" in node else shape  # complex128 is stored as pairs
-    if isinstance(node, dict) and "$numpy" in node:
-        return tuple(node["$numpy"][1])
     if isinstance(node, dict) and "$sharded" in node:
         return tuple(node["$sharded"]["size"])
     return None
@@ -581,7 +579,7 @@ class CopyReader:
         self._cleanup.close()
 
     def url(self, file: StoredFile) -> str:
-        return f"{self.store.url}/{key_of(self.manifest.name, file.path)}"
+        return f"{self.store.url}/{self.manifest.name}/{file.path}"
 
     def small_file(self, path: str) -> bytes:
         file = next((one for one in self.manifest.files if one.path == path), None)
@@ -659,7 +657,7 @@ class CopyReader:
 
     def _source(self, file: StoredFile) -> _OpenFile:
         try:
-            source = _OpenFile(self.store, key_of(self.manifest.name, file.path), file.n_bytes, self._cancel)
+            source = _OpenFile(self.store, f"{self.manifest.name}/{file.path}", file.n_bytes, self._cancel)
         except NotFound as error:
             raise CorruptCheckpoint("the file is missing", url=self.url(file)) from error
         self._cleanup.callback(source.close)

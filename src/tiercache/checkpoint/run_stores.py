@@ -25,7 +25,6 @@ from tiercache.checkpoint.format import (
     RUN_NAME,
     Manifest,
     checkpoint_objects,
-    key_of,
     manifest_key,
     metrics_key,
     name_of_metrics,
@@ -349,9 +348,7 @@ def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo]) -> str:
     objects: Objects in the checkpoint's folder by path.
     """
     for file in manifest.files:
-        key, info = key_of(manifest.name, file.path), objects.get(file.path)
-        if file.path.startswith("../"):  # outside the folder: load() and verify() look for it
-            continue
+        key, info = f"{manifest.name}/{file.path}", objects.get(file.path)
         if info is None:
             return f"{key} is missing"
         if info.n_bytes != file.n_bytes:

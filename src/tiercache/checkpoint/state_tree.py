@@ -176,9 +176,7 @@ class _Encoder:
             return self._tensor(torch, value, path)
         if isinstance(value, np.ndarray):
             return self._array(value, path)
-        if isinstance(value, np.generic):
-            return {"$scalar": _inline(np.asarray(value), path)}
-        if value is None or isinstance(value, bool | int | float | str | bytes | bytearray | complex):
+        if value is None or isinstance(value, np.generic | bool | int | float | str | bytes | bytearray | complex):
             return _plain(value, path)
         if isinstance(value, Mapping):
             return self._mapping(value, path)
@@ -227,7 +225,8 @@ class _Encoder:
             raise _refused(path, "a masked array (its .data and np.ma.getmaskarray() of it can be stored)")
         name = value.dtype.name
         if name not in (*_BY_NAME, _PAIRS):
-            return {"$numpy": _inline(value, path)}
+            hint = " (each field can be stored by itself)" if value.dtype.names else ""
+            raise _refused(path, f"an array of type {value.dtype}{hint}")
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
         stored = np.ascontiguousarray(native).view(np.float64).reshape(*value.shape, 2) if name == _PAIRS else native
         self._kept.append(value)  # `stored` may be a copy: then the memory of a temporary array would be used again
@@ -263,6 +262,10 @@ class _Encoder:
 def _plain(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, Enum):  # would come back as its value
         raise _refused(path, f"the enum member {value!r}")
+    if isinstance(value, np.generic):
+        if value.dtype.name not in (*_BY_NAME, _PAIRS):
+            raise _refused(path, f"a scalar of type {value.dtype}")
+        return {"$scalar": [value.dtype.name, _plain(value.item(), path)]}
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         raise ValueError(
             f"{_place(path)} is an integer of {value.bit_length():,} bits; a checkpoint holds {_MOST_BITS:,}"
@@ -286,9 +289,7 @@ def _key(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, set | frozenset):
         tag = "$set" if isinstance(value, set) else "$frozenset"
         return {tag: sorted((_key(one, path) for one in value), key=json.dumps)}
-    if isinstance(value, np.generic):
-        return {"$scalar": _inline(np.asarray(value), path)}
-    if value is None or isinstance(value, bool | int | float | str | bytes | complex):
+    if value is None or isinstance(value, np.generic | bool | int | float | str | bytes | complex):
         return _plain(value, path)
     raise _refused(path, f"a dict or a set with a key of type {type(value).__name__}")
 
@@ -312,16 +313,6 @@ def _torch_value(torch: Any, value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"$torch": ["dtype", str(value).removeprefix("torch.")]}
     return {"$torch": ["device", str(value)]} if isinstance(value, torch.device) else None
-
-
-def _inline(value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> list[Any]:
-    """Return type, shape and values of an array that goes into the tree: a scalar, or a type of NumPy alone."""
-    if value.dtype.names is not None:
-        raise _refused(path, f"an array with the fields {', '.join(value.dtype.names)} (each can be stored by itself)")
-    if value.dtype.hasobject or value.dtype.type is np.void:
-        raise _refused(path, f"an array of type {value.dtype}")
-    values = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode("ascii")
-    return [value.dtype.name if value.dtype.kind == "V" else value.dtype.str, list(value.shape), values]
 
 
 def _place(path: tuple[Any, ...]) -> str:
@@ -364,11 +355,6 @@ def _decode_array(value: Any, node: Any, find: FindTensor) -> Any:
     return np.ascontiguousarray(array).view(np.complex128)[..., 0] if node.get("as") == _PAIRS else array
 
 
-def _decode_inline(value: Any, _node: Any, _find: FindTensor) -> Any:
-    dtype, shape, data = value
-    return np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
-
-
 def _decode_torch(value: Any, _node: Any, _find: FindTensor) -> Any:
     torch, (kind, what) = import_module("torch"), value
     if kind == "size":
@@ -382,8 +368,7 @@ _DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
     "$tensor": _decode_tensor,
     "$sharded": _decode_sharded,
     "$array": _decode_array,
-    "$numpy": _decode_inline,
-    "$scalar": lambda value, node, find: _decode_inline(value, node, find)[()],
+    "$scalar": lambda value, _node, find: np.dtype(value[0]).type(decode_state(value[1], find)),
     "$tuple": lambda value, _node, find: tuple(decode_state(one, find) for one in value),
     "$set": lambda value, _node, find: {decode_state(one, find) for one in value},
     "$frozenset": lambda value, _node, find: frozenset(decode_state(one, find) for one in value),

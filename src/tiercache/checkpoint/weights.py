@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -24,7 +24,6 @@ from tiercache.checkpoint.format import (
     MANIFEST_NAME,
     Manifest,
     header_bytes,
-    key_of,
     parse_header,
     parse_manifest,
     parse_name,
@@ -343,7 +342,7 @@ def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInf
     for key in [name] if name else [_INDEX_NAME, MANIFEST_NAME, _FILE_NAME]:
         try:
             if key == MANIFEST_NAME:
-                return _of_manifest(parse_manifest(store.get(key), f"{store.url}/{key}"), lambda path: check_key(path))
+                return _of_manifest(parse_manifest(store.get(key), f"{store.url}/{key}"), "")
             if key == _FILE_NAME:
                 store.head(key)
                 return [key], None
@@ -377,7 +376,7 @@ def _find_checkpoint(
         stores.close()
     if opened is not store:
         store.close()
-    return opened, _of_manifest(manifest, lambda path: key_of(name, path))
+    return opened, _of_manifest(manifest, f"{name}/")
 
 
 def _indexed(store: Store, key: str) -> list[str]:
@@ -389,9 +388,9 @@ def _indexed(store: Store, key: str) -> list[str]:
         raise CorruptCheckpoint(f"not an index of safetensors files: {error!r}", url=f"{store.url}/{key}") from error
 
 
-def _of_manifest(manifest: Manifest, key_of_path: Callable[[str], str]) -> tuple[list[str], dict[str, WeightInfo]]:
+def _of_manifest(manifest: Manifest, folder: str) -> tuple[list[str], dict[str, WeightInfo]]:
     tensors = {
-        name: WeightInfo(key_of_path(entry.file), entry.offset, entry.n_bytes, entry.dtype, entry.shape)
+        name: WeightInfo(f"{folder}{entry.file}", entry.offset, entry.n_bytes, entry.dtype, entry.shape)
         for name, entry in manifest.tensors.items()
     }
     return sorted({info.key for info in tensors.values()}), tensors

@@ -27,7 +27,6 @@ from tiercache.checkpoint.format import (
     TensorEntry,
     encode_manifest,
     encode_metrics,
-    key_of,
     manifest_key,
     metrics_key,
     parse_name,
@@ -120,7 +119,7 @@ class CheckpointWriter:
         crash_point("checkpoint_upload.begun")
 
         def upload(file: StoredFile) -> None:
-            key = key_of(manifest.name, file.path)
+            key = f"{manifest.name}/{file.path}"
             parts = partial(_parts_of_file, local, key, file.n_bytes)
             self.write(manifest.name, SourceFile(file.path, file.n_bytes, parts, file.crc32c, f"{local.url}/{key}"))
 
@@ -202,7 +201,7 @@ class CheckpointWriter:
 
     def write(self, name: str, source: SourceFile) -> StoredFile:
         """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""
-        key, crc = key_of(name, source.path), 0
+        key, crc = f"{name}/{source.path}", 0
         upload: Upload
         with (self._classes or self.store).create(key) as upload:
             for number, part in enumerate(source.parts()):

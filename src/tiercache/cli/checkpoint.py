@@ -584,7 +584,7 @@ def _verify_copy(
             problems.append(str(error))
             is_corrupt = True
         else:
-            known |= {f"{path}/{one.path}": one.crc32c for one in manifest.files if not one.path.startswith("../")}
+            known |= {f"{path}/{one.path}": one.crc32c for one in manifest.files}
             n_bytes += objects.pop(f"{path}/{MANIFEST_NAME}").n_bytes  # it contains its own checksum
     for key, info in objects.items():
         try:

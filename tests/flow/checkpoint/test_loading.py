@@ -1,7 +1,6 @@
 """Load: the nearest complete copy, corrupt copies, what goes into the caller's objects, and differences of keys."""
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 from tiercache.cache import Cache
 from tiercache.checkpoint import loading
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.format import MANIFEST_NAME, encode_manifest, key_of, manifest_key, parse_manifest
+from tiercache.checkpoint.format import MANIFEST_NAME
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, MemoryStore
 
@@ -91,25 +90,6 @@ def test_a_state_comes_back_as_data_bit_by_bit(remote):
     assert same({k: v for k, v in loaded.items() if k != "array"}, {k: v for k, v in state.items() if k != "array"})
     assert loaded["array"].dtype == np.int16
     assert np.array_equal(loaded["array"], state["array"])
-
-
-def test_a_tensor_beside_the_folder_is_loaded_and_verified(remote):
-    """Checkpoints of one run shared tensors before the first release."""
-    name = write_checkpoint(remote, 1, {"a": torch.ones(50)}, n_files=1)
-    shared = f"../tensors/{'0' * 40}.safetensors"
-    manifest = parse_manifest(remote.get(manifest_key(name)), "")
-    (entry,) = manifest.tensors.values()
-    files = [replace(one, path=shared) if one.path == entry.file else one for one in manifest.files]
-    remote.put(key_of(name, shared), remote.get(key_of(name, entry.file)))
-    remote.delete([key_of(name, entry.file)])
-    tensors = {"a": replace(entry, file=shared), "b": replace(entry, file=shared)}
-    changed = replace(manifest, files=tuple(files), tensors=tensors)
-    remote.put(manifest_key(name), encode_manifest(changed))
-    checkpoints = Checkpoints(remote)
-    assert torch.equal(checkpoints.load()["a"], torch.ones(50))
-    assert checkpoints.verify().is_right
-    remote.delete([key_of(name, shared)])
-    assert not checkpoints.verify().is_right
 
 
 def test_map_location_moves_the_tensors_that_are_returned(remote):

@@ -17,7 +17,6 @@ from tiercache.checkpoint.format import (
     checkpoint_name,
     checkpoint_objects,
     encode_manifest,
-    key_of,
     list_names,
     manifest_key,
     parse_manifest,
@@ -28,7 +27,6 @@ from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.store import LocalFolder
 
 CREATED_S = 1_795_980_804.123
-SHARED = "../tensors/0123456789abcdef0123456789abcdef01234567.safetensors"
 
 
 def a_manifest(**changes):
@@ -151,14 +149,6 @@ def test_a_note_that_is_not_json_is_refused():
         encode_manifest(a_manifest(note=object()))
 
 
-def test_a_tensor_that_checkpoints_shared_before_the_first_release_is_still_found():
-    text = written_otherwise(
-        files=[A_FILE | {"path": SHARED}], tensors={"w": A_TENSOR | {"file": SHARED, "digest": "0"}}
-    )
-    assert key_of("n", parse_manifest(text, "u").tensors["w"].file) == SHARED.removeprefix("../")
-    assert key_of("n", "state.json") == "n/state.json"
-
-
 def test_only_folders_with_a_manifest_are_checkpoints_and_the_one_written_last_comes_last(tmp_path):
     store = LocalFolder(tmp_path)
     later_lower = checkpoint_name(5, CREATED_S + 10, "000001")
@@ -166,7 +156,7 @@ def test_only_folders_with_a_manifest_are_checkpoints_and_the_one_written_last_c
     unfinished = checkpoint_name(950, CREATED_S + 20, "000002")
     for name in (later_lower, earlier_higher):
         store.put(manifest_key(name), b"x")
-    for key in (f"{unfinished}/state.json", "other/checkpoint.json", "notes.txt", SHARED.removeprefix("../")):
+    for key in (f"{unfinished}/state.json", "other/checkpoint.json", "notes.txt"):
         store.put(key, b"x")
     assert list_names(store) == [earlier_higher, later_lower]
     assert list(checkpoint_objects(store.list())) == [earlier_higher, later_lower, unfinished]
