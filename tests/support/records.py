@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,10 @@ def append_records(writer: tc.Writer, first: int, n: int) -> None:
     """Records that follow from their number."""
     ids = np.arange(first, first + n)
     writer.write_batch({"id": ids, "values": np.sin(ids[:, None] * np.arange(1, 18)).astype("float32")})
+
+
+def replace_bytes(folder: Path, old: bytes, new: bytes) -> None:
+    """Write other bytes over those of the one file that has them."""
+    (file,) = [path for path in folder.rglob("*") if path.is_file() and old in path.read_bytes()]
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes().replace(old, new))

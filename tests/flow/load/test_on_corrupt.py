@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.support.http_server import HttpFaultServer
 from tests.support.pictures import encode, picture
-from tests.support.records import check_batch, ids_of, join_loading
+from tests.support.records import check_batch, ids_of, join_loading, replace_bytes
 from torch.utils.data import BatchSampler
 
 import tiercache as tc
@@ -277,27 +277,13 @@ def test_corrupt_records_of_a_sampler_are_replaced_by_those_before_them(make_dat
     assert loader.stats()["skipped"] == len(bad)
 
 
-def test_replacing_records_of_a_users_own_batch_sampler_is_refused(make_dataset):
-    given = tc.LoaderOptions(on_corrupt="previous")
-    with pytest.raises(ValueError, match=r"on_corrupt='previous' applies only to .* on the native path"):
-        tc.DataLoader(tc.Dataset(make_dataset(N)), batch_sampler=[[1, 2], [3]], options=given)
-
-
 def test_invalid_text_is_replaced_for_its_record_alone(tmp_path):
     path = tmp_path / "data"
     with tc.Writer(path, schema={"id": "int64", "text": "str"}, compression="none") as writer:
-        writer.write_batch({"id": np.arange(50), "text": ["a" if i != 20 else "b" for i in range(50)]})
+        writer.write_batch({"id": np.arange(50), "text": ["a" if i != 20 else "needle" for i in range(50)]})
     clean = tc.Dataset(path)
     sequence = flat([batch["id"].tolist() for batch in tc.DataLoader(clean, 5, shuffle=True, options=options())])
-    good = tc.Dataset(path, verify="never")
-    info, footer = good._source.leaves[0].table.info(0), good._source.leaves[0]._footer(0)
-    chunk = footer.chunks[0, 1]
-    file = path / info.name
-    data = bytearray(file.read_bytes())
-    at = data.index(b"b", int(chunk["offset"]))
-    data[at] = 0xFF  # not UTF-8, and nobody checks sums
-    file.chmod(0o644)
-    file.write_bytes(data)
+    replace_bytes(path, b"needle", b"needl\xff")  # not UTF-8, and nobody checks sums
     loader = tc.DataLoader(tc.Dataset(path, verify="never"), 5, shuffle=True, options=options())
     with pytest.warns(RuntimeWarning, match=WARNED):
         found = flat([batch["id"].tolist() for batch in loader])
@@ -339,9 +325,12 @@ def test_corruption_is_an_error_by_default_and_other_options_are_refused(make_da
     path = make_dataset(N)
     clean = tc.Dataset(path)
     strike(clean, path, *blocks_of(clean)[5][:2], "id")
-    loader = tc.DataLoader(tc.Dataset(path), 8, options=tc.LoaderOptions())
+    loader = tc.DataLoader(tc.Dataset(path), 4, options=options(on_corrupt="raise", shuffle_window_bytes="1KiB"))
+    served = []
     with pytest.raises(tc.CorruptShard, match="block"):
-        list(loader)
+        served.extend(check_batch(batch) for batch in loader)
+    assert served
+    assert flat(served) == list(range(4 * len(served)))
     assert loader.stats()["skipped"] == 0
     with pytest.raises(ValueError, match="on_corrupt must be 'raise' or 'previous', got 'skip'"):
         tc.LoaderOptions(on_corrupt="skip")

@@ -13,17 +13,13 @@ import warnings
 import weakref
 from concurrent.futures import CancelledError
 
-import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from tests.support.records import check_batch, ids_of, join_loading
 
 import tiercache as tc
 from tiercache.load.pieces import PieceSizes
-from tiercache.load.pipeline import Pipeline
 from tiercache.shard.reader import ShardReader
-from tiercache.waiting import wait_for
 
 
 class After:
@@ -98,37 +94,6 @@ def test_a_failed_preparation_is_reported_by_the_epoch_itself(make_dataset, monk
         assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
         join_loading()
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_ready_batches_by_the_fast_path_are_the_same(make_dataset, monkeypatch, drop_last):
-    dataset = tc.Dataset(
-        make_dataset(1005), columns=["id", "blob", "text"], layouts={"blob": "buffer", "text": "buffer"}
-    )
-
-    def serve():
-        options = tc.LoaderOptions(threads=1)  # of two workers the later batch may be ready first
-        iterator = iter(tc.DataLoader(dataset, batch_size=10, shuffle=True, drop_last=drop_last, options=options))
-        pipeline, n_ready = iterator._pipeline, []
-        after_ready(iterator, lambda found: n_ready.append(found is not None) or found)
-        served = []
-        for _ in range(len(iterator)):
-            assert wait_for(lambda: pipeline._ring.figures()["ready"] > 0, 10)
-            served.append(next(iterator))
-        assert next(iterator, None) is None
-        return served, sum(n_ready)
-
-    torch.manual_seed(5)
-    short, n_short = serve()
-    monkeypatch.setattr(Pipeline, "fast_take", None)
-    torch.manual_seed(5)
-    long, n_long = serve()
-    assert (n_short, n_long) == (len(short), 0)
-    for one, other in zip(short, long, strict=True):
-        assert one["id"].tolist() == other["id"].tolist()
-        for name in ("blob", "text"):
-            assert one[name].offsets.tolist() == other[name].offsets.tolist()
-            assert one[name].values.tolist() == other[name].values.tolist()
 
 
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
@@ -361,21 +326,3 @@ def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
         assert loader.state_dict()["offset"] == 10 * (number + 1)
     assert found == [list(range(first, first + 10)) for first in range(0, 100, 10)]
     iterator.close()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_objects_of_blocks_that_are_cut_between_streams_are_those_of_their_rows(tmp_path, rank):
-    schema = {"id": "int64", "s": pa.struct([("a", pa.int64())])}
-    with tc.Writer(tmp_path / "data", schema=schema, block_size="1KiB", shard_size="64KiB") as writer:
-        writer.write_batch({"id": np.arange(999), "s": [{"a": 3 * i} for i in range(999)]})
-    options = tc.LoaderOptions(seed=1, rank=rank, world_size=2, shuffle_window_bytes="4KiB")
-    loader = tc.DataLoader(tc.Dataset(tmp_path / "data"), batch_size=16, shuffle=True, options=options)
-    iterator = iter(loader)
-    n_rows = 0
-    windows = set()
-    for batch in iterator:
-        assert [value["a"] for value in batch["s"]] == (3 * batch["id"]).tolist()
-        n_rows += len(batch["id"])
-        windows |= {w.window for _, pushed in list(iterator._pipeline._shared.pushed) for w in pushed.joined.windows}
-    assert n_rows in (499, 500)
-    assert any(window.row_start is not None and window.row_start.any() for window in windows) == (rank == 1)

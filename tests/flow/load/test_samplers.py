@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 import threading
 
@@ -339,23 +338,6 @@ def test_a_pickled_loader_with_a_sampler_continues_at_its_position(dataset):
     next(iterator)
     copy = pickle.loads(pickle.dumps(loader))
     assert ids_of(copy) == [check_batch(batch) for batch in iterator]
-
-
-def test_a_state_is_cheap_and_plain_where_the_sampler_has_none(dataset):
-    loader = tc.DataLoader(dataset, 16, sampler=range(N))
-    iterator = iter(loader)
-    next(iterator)
-    state = loader.state_dict()
-    assert len(json.dumps(state)) < 150
-    assert state["batches"] == 1
-    iterator.close()
-
-
-def test_options_of_the_native_path_are_refused_with_a_users_sampler(dataset):
-    with pytest.raises(
-        ValueError, match=r"threads=2 .*the native path; here the sampler, a Counting.*: remove threads="
-    ):
-        tc.DataLoader(dataset, 4, sampler=Counting(range(9)), options=tc.LoaderOptions(threads=2))
 
 
 def test_samplers_of_views_and_joined_data_sets_count_their_own_records(dataset):

@@ -56,32 +56,6 @@ def test_a_state_comes_back_from_json_as_it_was(state):
     assert RunState.from_dict(state.to_dict()) == state
 
 
-def test_a_state_of_one_data_set_is_a_few_hundred_bytes_and_the_same_on_every_rank(make_dataset):
-    dataset = tc.Dataset(make_dataset(500))
-    states = []
-    for rank in range(3):
-        options = tc.LoaderOptions(rank=rank, world_size=3, seed=2**63)
-        loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
-        iterator = iter(loader)
-        next(iterator)
-        states.append(loader.state_dict())
-        iterator.close()
-    assert states[0] == states[1] == states[2]
-    assert len(json.dumps(states[0])) < 450
-    assert (states[0]["format"], states[0]["offset"]) == (STATE_FORMAT, 48)
-
-
-def test_a_state_of_our_order_is_refused_by_a_loader_of_another_way(make_dataset):
-    dataset = tc.Dataset(make_dataset(10))
-    state = tc.DataLoader(dataset, batch_size=4).state_dict()
-    for other in ({"batch_size": None}, {"sampler": [1, 2]}, {"sampler": iter([1, 2])}):
-        loader = tc.DataLoader(dataset, **{"batch_size": 4, **other})
-        with pytest.raises(ValueError, match="Load it into a loader with the arguments of the first one"):
-            loader.load_state_dict(state)
-    with pytest.raises(TypeError, match=r"takes the dict that state_dict\(\) returned, got None"):
-        tc.DataLoader(dataset).load_state_dict(None)
-
-
 def test_options_that_are_none_are_refused(make_dataset):
     with pytest.raises(TypeError, match=r"takes a tiercache.LoaderOptions\(...\), got {'seed': 1}"):
         tc.DataLoader(tc.Dataset(make_dataset(10)), options={"seed": 1})

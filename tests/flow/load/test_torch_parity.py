@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import inspect
 import logging
 import multiprocessing
@@ -355,33 +354,6 @@ def test_iterable_data_sets_and_data_sets_of_data_sets_are_served_as_torch_serve
     ):
         theirs, ours = (list(c(data, 4, num_workers=workers)) for c in (TorchLoader, tc.DataLoader))
         assert str(ours) == str(theirs)
-
-
-Pair = collections.namedtuple("Pair", "first second")
-
-
-class Pinnable:
-    """A custom type that says how it is pinned."""
-
-    def __init__(self, value):
-        self.value = value
-        self.pinned = False
-
-    def pin_memory(self):
-        self.pinned = True
-        return self
-
-
-def nested(records):
-    return {"pair": Pair(torch.tensor([1.0]), ["a", torch.tensor([2])]), "own": Pinnable(torch.tensor([3]))}
-
-
-@pytest.mark.filterwarnings("ignore")  # that nothing can be pinned: compared above
-def test_nested_and_custom_types_are_pinned_where_something_can_be_pinned():
-    batch = next(iter(tc.DataLoader(Squares(4), 2, collate_fn=nested, pin_memory=True)))
-    assert isinstance(batch["pair"], Pair)
-    pinned = [batch["pair"].first.is_pinned(), batch["pair"].second[1].is_pinned(), batch["own"].pinned]
-    assert pinned == [ACCELERATOR.is_available()] * 3
 
 
 def test_a_subclass_of_ours_is_a_loader_like_it(dataset):

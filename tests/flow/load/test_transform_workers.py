@@ -19,9 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tests.flow.load.test_transforms import EVERY_KIND, N_FEW, STREAMS, columns_of_every_kind, same, serve
+from tests.support.every_kind import EVERY_KIND, columns_of_every_kind, is_same
 from tests.support.records import SCHEMA, make_columns
 from tests.support.transformed import draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import get_worker_info
@@ -63,7 +61,7 @@ def test_workers_see_the_records_that_indexing_gives(tmp_path):
     assert len(seen) == 30
     for record in seen:
         expected = plain[int(record["id"])]
-        assert same({**record, "half": 0, "vector": 0}, {**expected, "half": 0, "vector": 0})
+        assert is_same({**record, "half": 0, "vector": 0}, {**expected, "half": 0, "vector": 0})
         assert torch.equal(record["vector"], expected["vector"])
 
 
@@ -99,26 +97,6 @@ def test_a_run_resumes_on_another_number_of_workers(path, before, after):
     resumed = loader_of(path, workers=after)
     resumed.load_state_dict(state)
     assert begun + rows_of(resumed) == whole
-
-
-STEP = st.tuples(st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 5), st.integers(0, 2))
-
-
-@pytest.mark.stress
-@pytest.mark.timeout(1800)
-@pytest.mark.filterwarnings("ignore:the order's 4 streams do not divide")
-@given(st.lists(STEP, max_size=4), STEP)
-def test_a_run_that_is_killed_again_and_again_sees_the_same_augmentations_on_any_workers(path, steps, last):
-    expected = sorted(rows_of(loader_of(path, n=N_FEW, options=options(**STREAMS))))
-    rows, state = [], {}
-    for n_ranks, batch_size, n_batches, workers in steps:
-        more, after = serve(path, state, n_ranks, batch_size, n_batches, n=N_FEW, workers=workers)
-        if after.get("epoch"):  # the epoch ended
-            break
-        rows, state = rows + more, after
-    rest, _ = serve(path, state, *last[:2], None, n=N_FEW, workers=last[3])
-    assert sorted(set(rows + rest)) == expected
-    assert len(rows) + len(rest) - N_FEW < 4  # each record once, but for the padding of the last step
 
 
 def mark(batch):

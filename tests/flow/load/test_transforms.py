@@ -8,7 +8,6 @@ import json
 import pickle
 import random
 import threading
-import time
 import warnings
 import weakref
 
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.decoded import make_columns as make_pictures
 from tests.support.decoded import write as write_pictures
+from tests.support.every_kind import EVERY_KIND, columns_of_every_kind, is_same
 from tests.support.records import SCHEMA, make_columns
 from tests.support.transformed import draw, draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import DataLoader as TorchLoader
@@ -46,49 +46,6 @@ def is_native(loader):
     return loader.native_rank is not None
 
 
-def same(one, two):
-    """Whether two records have equal values of equal types."""
-    assert list(one) == list(two)
-    for name in one:
-        a, b = one[name], two[name]
-        assert type(a) is type(b), name
-        if isinstance(a, np.ndarray):
-            assert a.dtype == b.dtype, name
-            assert a.flags.writeable, name
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)) if hasattr(a, "shape") else a == b, name
-    return True
-
-
-EVERY_KIND = {
-    **SCHEMA,
-    "half": "bfloat16",
-    "vector": tc.Tensor("bfloat16", (3,)),
-    "halves": tc.Ragged("bfloat16", (None,)),
-    "matrix": tc.Ragged("int16", (None, None)),
-    "label": "int8?",
-    "note": "str?",
-    "raw": "bytes?",
-    "cut": tc.Ragged("float64", (2, None), nullable=True),
-    "meta": "json",
-}
-
-
-def columns_of_every_kind(n):
-    ids = range(n)
-    return {
-        **make_columns(n),
-        "half": torch.arange(n).to(torch.bfloat16),
-        "vector": torch.arange(3 * n).view(n, 3).to(torch.bfloat16),
-        "halves": [torch.full((i % 3,), i).to(torch.bfloat16) for i in ids],
-        "matrix": [np.full((i % 3, i % 4), i, np.int16) for i in ids],
-        "label": [None if i % 4 == 0 else i % 100 for i in ids],
-        "note": [None if i % 3 == 0 else f"né {i}" for i in ids],
-        "raw": [None if i % 6 == 0 else bytes([i % 256] * (i % 5)) for i in ids],
-        "cut": [None if i % 7 == 0 else np.full((2, i % 3), i, np.float64) for i in ids],
-        "meta": [{"i": i, "of": [None, "x"]} for i in ids],
-    }
-
-
 def test_a_transform_sees_the_records_that_indexing_gives(tmp_path):
     url = tmp_path / "data"
     with tc.Writer(url, schema=EVERY_KIND, block_size="1KiB") as writer:
@@ -106,7 +63,7 @@ def test_a_transform_sees_the_records_that_indexing_gives(tmp_path):
         list(loader)
         assert len(seen) == 30
         for record in seen:
-            assert same(record, plain[int(record["id"])]), asked
+            assert is_same(record, plain[int(record["id"])]), asked
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(12, "uint8"), (None, "bfloat16")])
@@ -117,7 +74,7 @@ def test_a_transform_sees_decoded_pictures_and_encoded_ones_as_indexing_gives_th
         dataset = tc.Dataset(pictures, transform=lambda record, seen=seen: seen.append(record) or 0, **more)
         list(tc.DataLoader(dataset, batch_size=9))
         assert len(seen) == 40
-        assert all(same(record, plain[i]) for i, record in enumerate(seen))
+        assert all(is_same(record, plain[i]) for i, record in enumerate(seen))
 
 
 def test_the_results_are_collated_as_torch_does(path):
@@ -389,28 +346,6 @@ def test_a_run_that_is_killed_again_and_again_sees_the_same_augmentations(path, 
     assert len(rows) + len(rest) - N_FEW < 4  # each record once, but for the padding of the last step
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_a_state_of_every_step_resumes(path, shuffle):
-    loader = loader_of(path, batch_size=30, shuffle=shuffle)
-    states, served = [loader.state_dict()], []
-    for batch in loader:
-        served.append(rows_of([batch]))
-        states.append(loader.state_dict())
-    states[-1] = loader.state_dict()  # that of the next epoch
-    following = rows_of(loader)
-    for step, state in enumerate(states):
-        resumed = loader_of(path, batch_size=30, shuffle=shuffle)
-        resumed.load_state_dict(json.loads(json.dumps(state)))
-        expected = list(itertools.chain(*served[step:])) if step < len(served) else following
-        assert rows_of(resumed) == expected
-
-
-def test_a_loader_is_pickled_with_its_position(path):
-    loader = loader_of(path)
-    loader.load_state_dict({**loader.state_dict(), "offset": 32})
-    assert rows_of(pickle.loads(pickle.dumps(loader))) == rows_of(loader)
-
-
 # -- errors, memory and ends
 
 
@@ -495,18 +430,3 @@ def test_records_may_be_changed_and_kept(path):
         assert record["tokens"].tolist() == (expected["tokens"][0] + 1).tolist()
         assert record["boxes"].tolist() == expected["boxes"][0].tolist()
         assert record["blob"] == expected["blob"][0]
-
-
-def test_stats_tell_the_time_in_transforms_and_who_is_slow(path):
-    def slow(record):
-        time.sleep(0.001)
-        return {"id": record["id"]}
-
-    loader = loader_of(path, slow)
-    list(loader)
-    stats = loader.stats()
-    assert stats["samples"] == N
-    assert stats["batches"] == 13
-    assert stats["stages"]["transform_s"] > 0
-    assert stats["bytes_served"] > 0
-    assert stats["bottleneck"].startswith(("transform (", "consumer ("))
