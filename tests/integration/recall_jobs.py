@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 RULES = """
+state_dir = "state"
 [tiers.hot]
 url = "nvme"
 
@@ -23,8 +24,6 @@ keep_hot = { last = 1 }
 
 [tiering]
 grace = "0s"
-quiet_period = "0s"
-state_dir = "state"
 """
 
 

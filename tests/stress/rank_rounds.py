@@ -44,6 +44,7 @@ OF_PLAIN_SAVES = (
 N_RANKS, N_SAVES, N_KEPT = 2, 3, 2
 NEW_RUNS_AFTER = 10  # rounds: the archive grows, and leftovers wait for their collection
 RULES = """
+state_dir = "state"
 [tiers.hot]
 url = "hot"
 
@@ -57,8 +58,6 @@ then = "archive"
 
 [tiering]
 grace = "0s"
-quiet_period = "0s"
-state_dir = "state"
 """
 
 

@@ -49,7 +49,7 @@ DELETE_AFTER_S = 10 * DAY_S
 PRICES = "{ store_gb_month = 0.01 }"
 TIERS = {2: ("hot", "standard"), 3: ("hot", "standard", "archive")}
 KEEP_LAST = {2: (2,), 3: (1, 4)}
-# Saves get these modification times, so that all of them are older than quiet_period and each is newer than the last.
+# Saves get these modification times, so that all of them are older than QUIET_PERIOD_S and each is newer than the last.
 SAVED_BEFORE_S, BETWEEN_SAVES_S = 2 * 3600.0, 5.0
 _BOOKS = "_tiercache/"  # folder of what the library keeps beside the data
 _UNFINISHED = ".tiercache-tmp-"  # prefix of files that are being written
@@ -256,7 +256,7 @@ class World:
         self.tiers = tiers or FolderTiers(root)
         self.rules_path = root / "tiercache.toml"
         self.began_s = time.time()
-        self.ahead_s = 3600.0  # a server gives its own times, and quiet_period must be over
+        self.ahead_s = 3600.0  # a server gives its own times, and QUIET_PERIOD_S must be over
         self.step = 0
         delete_after_s = DELETE_AFTER_S if setting.deletes else None
         self.rule = KeepRule(TIERS[setting.n_tiers], KEEP_LAST[setting.n_tiers], delete_after_s)
@@ -264,7 +264,7 @@ class World:
         self._write_rules()
 
     def _write_rules(self) -> None:
-        text = ""
+        text = f"state_dir = {json.dumps(str(self.root / 'state'))}\n"
         for name in self.rule.tiers:
             text += (
                 f"[tiers.{name}]\nurl = {json.dumps(self.tiers.url(name))}\nprices = {{ store_gb_month = 0.01 }}\n\n"
@@ -275,8 +275,7 @@ class World:
         text += f"then = {json.dumps(self.rule.tiers[-1])}\n"
         if self.setting.deletes:
             text += f'delete_after = "{DELETE_AFTER_S / DAY_S:.0f}d"\nmax_delete = "100%"\n'
-        text += f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\njobs = {self.setting.jobs}\n'
-        text += f"state_dir = {json.dumps(str(self.root / 'state'))}\n"
+        text += f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\n'
         self.rules_path.write_text(text)
 
     @property
@@ -355,6 +354,7 @@ class World:
             if interruption is not None:
                 self._strike_at(interruption)
             _do_not_sync()
+            mover.JOBS = self.setting.jobs
             with JumpingClock() as clock:
                 clock.jump(self.ahead_s)
                 try:

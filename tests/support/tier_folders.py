@@ -26,7 +26,7 @@ class Folders:
 
     root: Path
     rules: str = KEEP
-    tiering: str = 'grace = "0s"\nquiet_period = "0s"\njobs = 3\n'
+    tiering: str = 'grace = "0s"\n'
 
     def __post_init__(self) -> None:
         for tier in TIERS:
@@ -34,8 +34,9 @@ class Folders:
         self.write_rules(self.rules)
 
     def write_rules(self, rules: str) -> None:
-        text = "".join(f'[tiers.{tier}]\nurl = "{self.root / tier}"\n' for tier in TIERS)
-        text += f'{rules}\n[tiering]\n{self.tiering}state_dir = "{self.root / "state"}"\n'
+        text = f'state_dir = "{self.root / "state"}"\n'
+        text += "".join(f'[tiers.{tier}]\nurl = "{self.root / tier}"\n' for tier in TIERS)
+        text += f"{rules}\n[tiering]\n{self.tiering}"
         (self.root / "tiercache.toml").write_text(text)
 
     def write(self, tier: str, path: str, data: bytes, days: float = 1.0) -> None:

@@ -72,12 +72,13 @@ class World:
         return f"memory://{self.root.as_posix().strip('/').replace('/', '-')}/{name}"
 
     def write_rules(self, more: str = "") -> None:
-        text = "".join(
+        text = f'state_dir = "{self.root / "state"}"\n'
+        text += "".join(
             f'[tiers.{name}]\nurl = "{self.url(name)}"\nprices = {PRICES}\n'
             + (f'storage_class = "{self.cold_class}"\n' if self.classes and name == "archive" else "")
             for name in TIERS
         )
-        text += f'\n{self.rules}\n{more}\n[tiering]\njobs = 3\nstate_dir = "{self.root / "state"}"\n'
+        text += f'\n{self.rules}\n{more}\n'
         (self.root / "tiercache.toml").write_text(text)
 
     @property

@@ -76,9 +76,6 @@ to = "archive"
 match = "scratch/**"
 delete_after = "20d"
 max_delete = "100%"
-
-[tiering]
-quiet_period = "10m"
 """
 DATA = "data"
 N_RECORDS = 600
@@ -166,7 +163,7 @@ class World:
 
     def write_rules(self) -> None:
         cold = self.places["home" if self.is_one else "cold"]
-        text = RULES + f"jobs = {self.jobs}\nstate_dir = {json.dumps(str(self.root / 'state'))}\n"
+        text = f"state_dir = {json.dumps(str(self.root / 'state'))}\n{RULES}"
         for name, place in (("hot", self.places["hot"]), ("standard", self.places["home"]), ("archive", cold)):
             text += f"\n[tiers.{name}]\nurl = {json.dumps(place.url)}\nprices = {PRICES}\n"
             if name == "archive" and self.shape in CLASSES:

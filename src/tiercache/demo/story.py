@@ -32,6 +32,7 @@ N_KILLS = 20
 # Real rules have idle = "30d", after = "14d" and grace = "24h". Only storage has a price here, because requests would
 # make a move of the demo's small objects cost more than it saves; hot has the price of a cloud disk.
 RULES = """\
+state_dir = "{state}"
 [tiers.hot]
 url = "{hot}"
 prices = {{ store_gb_month = 0.08 }}
@@ -63,8 +64,6 @@ after = "0s"
 
 [tiering]
 grace = "0s"
-quiet_period = "0s"
-state_dir = "{state}"
 """
 
 
@@ -230,7 +229,7 @@ class Story:
 
     def _apply_rules(self) -> None:
         """Write the rule file, then plan, apply and run as a user would."""
-        rules, plan = self._folder / "tiers.toml", str(self._folder / "plan.jsonl")
+        rules, plan = self._folder / "tiercache.toml", str(self._folder / "plan.jsonl")
         rules.touch(mode=0o600)  # it contains the server's key, as the server's own configuration does
         options = ", ".join(f'{name} = "{value}"' for name, value in self._storage.items())
         urls = {"hot": self._hot, "standard": self._standard, "archive": self._archive}

@@ -87,6 +87,8 @@ _COPY_COLUMNS = (
 )
 
 
+# A checkpoint without a completing object is complete if none of its files has changed for this time.
+QUIET_PERIOD_S = 600.0
 # Number of example names that a fact contains.
 _MANY = 10
 
@@ -160,7 +162,7 @@ def take_inventory(
     conflicts = find_conflicts(
         listed, copies, grouped.paths, may_conflict, file.tiers, interrupted=interrupted, recalled=holds.recalled
     )
-    complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
+    complete = _complete(grouped, copies, now_s=now_s)
     # Nobody knows which one of two checkpoints is meant: neither displaces another one.
     complete[[group for group in conflicts if grouped.kind[group] == CHECKPOINT]] = False
     checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
@@ -266,13 +268,13 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
-def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
+def _complete(grouped: Grouped, copies: Copies, *, now_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
     A copy is finished if it was verified (only complete checkpoints are moved), if its completing object exists and no
-    other object is newer, or if no object has changed for quiet_period_s.
+    other object is newer, or if no object has changed for QUIET_PERIOD_S.
     """
-    settled = now_s - copies.modified_s >= quiet_period_s
+    settled = now_s - copies.modified_s >= QUIET_PERIOD_S
     # The manifest of our own checkpoints is put last; only their pin is written later.
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)[copies.group]
     closed = (copies.completing_s > -np.inf) & ((copies.rest_s <= copies.completing_s) | is_own) & ~copies.unfinished

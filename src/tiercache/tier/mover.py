@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
 
 
+JOBS = 8  # objects that are copied at once
+
+
 @contextmanager
 def open_mover(
     file: RuleFile,
@@ -53,13 +56,13 @@ def open_mover(
     Raises CommitConflict if another process moves data between these tiers, on any machine.
     """
     catalog.bind({tier.name: tier.url for tier in file.tiers})
-    tiering, cancel = file.tiering, Event()
+    cancel = Event()
     with ExitStack() as stack:
         lock = lock or stack.enter_context(TierLock(stores.store(file.home_tier.name)))
         lead_readers_home(stores, catalog)
-        transfer = Transfer(stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel)
+        transfer = Transfer(stores, jobs=JOBS, rate_bytes_s=file.tiering.rate_bytes_s, cancel=cancel)
         stack.enter_context(transfer)
-        pool = ThreadPoolExecutor(tiering.jobs, thread_name_prefix="tiercache-mover")
+        pool = ThreadPoolExecutor(JOBS, thread_name_prefix="tiercache-mover")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         try:
             yield MoveContext(file, stores, catalog, transfer, pool, lock, clock or time.time)
@@ -130,7 +133,7 @@ class RunReport:
 
 
 def catalog_path(file: RuleFile) -> Path:
-    return (file.tiering.state_dir or config.state_folder(file.path.parent)) / "tiers.sqlite"
+    return config.state_folder(file.path.parent) / "tiers.sqlite"
 
 
 def run_once(

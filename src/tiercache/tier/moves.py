@@ -168,7 +168,7 @@ class CopyMaker:
         """
         self._queue = [_group_copy(job) for job in jobs]
         crash_point("tier_move.intended")
-        n_threads = min(self._context.file.tiering.jobs, sum(len(job.row.objects) for job in jobs))
+        n_threads = min(self._context.transfer.jobs, sum(len(job.row.objects) for job in jobs))
         threads: list[Future[None]] = [self._context.pool.submit(self._work) for _ in range(n_threads)]
         try:
             for thread in threads:

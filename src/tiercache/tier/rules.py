@@ -127,10 +127,6 @@ def read_moment(value: object) -> float:
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
-def read_path(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
-
-
 HOME_NAME = "standard"
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
@@ -253,13 +249,10 @@ class Pin(RuleTable):
 
 
 class TieringOptions(RuleTable):
-    """Options of the planner and the mover. state_dir: None: config.state_folder()."""
+    """Options of the mover."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
-    quiet_period_s: Seconds = Field(default=600.0, validation_alias="quiet_period")
-    jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
-    state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
 
 
 class RuleFile(RuleTable):
@@ -268,7 +261,7 @@ class RuleFile(RuleTable):
     tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
     rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
-    tiering: TieringOptions = TieringOptions()  # options of the planner and the mover
+    tiering: TieringOptions = TieringOptions()
 
     def tier(self, name: str) -> Tier:
         return self.tiers[self.index(name)]
@@ -303,7 +296,7 @@ _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
 # Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
-_DURATIONS = ("idle_s", "after_s", "delete_after_s", "grace_s", "quiet_period_s")
+_DURATIONS = ("idle_s", "after_s", "delete_after_s", "grace_s")
 # Types of pydantic errors whose message shows the value already, or that have no value.
 _COMPLETE = ("value_error", "missing")
 
@@ -341,16 +334,13 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
         rules.append(_rule(given, where, tiers))
         if rules[-1].name in [rule.name for rule in rules[:-1]]:
             raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
-    tiering = _built(TieringOptions, tables.get("tiering", {}), "tiering")
-    if tiering.state_dir is not None:
-        tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
     return RuleFile(
         path=path,
         sha256=sha256,
         tiers=tiers,
         rules=tuple(rules),
         pins=tuple(_built(Pin, given, where) for where, given in _list(tables, "pins")),
-        tiering=tiering,
+        tiering=_built(TieringOptions, tables.get("tiering", {}), "tiering"),
     )
 
 

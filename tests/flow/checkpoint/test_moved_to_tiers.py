@@ -15,6 +15,7 @@ from tiercache.store import LocalFolder
 
 LOSSES = {1: 0.1, 2: 0.9, 3: 0.8, 4: 0.7}
 RULES = """
+state_dir = "state"
 [tiers.{first}]
 url = "first"
 
@@ -28,9 +29,7 @@ keep_{first} = {{ last = 2 }}
 then = "{second}"
 
 [tiering]
-quiet_period = "0s"
 grace = "0s"
-state_dir = "state"
 """
 
 

@@ -11,6 +11,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.checkpoint.format import Manifest, StoredFile, checkpoint_name, encode_manifest
 
 RULES = """
+state_dir = "state"
 [tiers.hot]
 url = "nvme"
 
@@ -29,7 +30,6 @@ after = "0s"
 
 [tiering]
 grace = "0s"
-state_dir = "state"
 """
 DAY_S = 86400.0
 

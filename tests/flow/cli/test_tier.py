@@ -14,6 +14,7 @@ from tiercache.store import open_store
 from tiercache.tier.lock import TierLock
 
 RULES = """
+state_dir = "state"
 [tiers.hot]
 url = "nvme"
 capacity = "2TB"
@@ -41,7 +42,6 @@ after = "0s"
 
 [tiering]
 grace = "0s"
-state_dir = "state"
 """
 DAY_S = 86400.0
 

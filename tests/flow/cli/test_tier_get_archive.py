@@ -18,6 +18,7 @@ from tiercache.cli.app import app
 from tiercache.demo.s3_server import S3Server
 
 RULES = """
+state_dir = "state"
 [tiers.hot]
 url = "nvme"
 capacity = "1MB"
@@ -39,7 +40,6 @@ keep_hot = {{ last = 1 }}
 then = "archive"
 
 [tiering]
-state_dir = "state"
 grace = "0s"
 """
 PARTS = {"__0_0.distcp": b"zero" * 5000, "__1_0.distcp": b"one" * 5000, ".metadata": b"about"}

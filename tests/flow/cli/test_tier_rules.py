@@ -8,13 +8,13 @@ import pytest
 
 DAY_S = 86400.0
 TIERS = """
+state_dir = "state"
 [tiers.hot]
 url = "hot"
 [tiers.archive]
 url = "cold"
 [tiering]
 grace = "1d"
-state_dir = "state"
 """
 
 

@@ -30,8 +30,8 @@ def folders(tmp_path):
 
 
 def write_rules(folders, rules, tiers=TIERS):
-    text = "".join(f'[tiers.{name}]\nurl = "{folders.root / name}"\n' for name in tiers)
-    text += f'{rules}[tiering]\nstate_dir = "{folders.root / "state"}"\n'
+    text = f'state_dir = "{folders.root / "state"}"\n'
+    text += "".join(f'[tiers.{name}]\nurl = "{folders.root / name}"\n' for name in tiers) + rules
     (folders.root / "tiercache.toml").write_text(text)
 
 

@@ -45,7 +45,7 @@ class Tiers:
             f'[tiers.{name}]\nurl = "{self.root / folder}"\n'
             for name, folder in (("standard", "store"), ("archive", "cold"))
         )
-        (self.root / "tiercache.toml").write_text(f'{tiers}{rules}\n[tiering]\nstate_dir = "{self.root / "state"}"\n')
+        (self.root / "tiercache.toml").write_text(f'state_dir = "{self.root / "state"}"\n{tiers}{rules}')
 
     def decide(self):
         """Return the paths of moves, and the reasons of refusals by path."""

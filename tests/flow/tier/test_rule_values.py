@@ -33,10 +33,7 @@ until = 2027-01-01
 why = "e"
 [tiering]
 grace = "1s"
-quiet_period = "1s"
-jobs = 1
 rate = 1
-state_dir = "h"
 """
 ODD = [
     *("0", "-1", "1.5", "inf", "nan", "true", '""', '"x"', '" "', "[]", "[1]", '[""]', "[[]]", "{}", "{ a = 1 }"),

@@ -276,9 +276,9 @@ def test_a_pin_ends_at_a_time_or_at_the_end_of_a_date(read):
 
 
 def test_tiering_options_are_read_as_seconds_and_bytes(read, tmp_path):
-    text = 'grace = "1h"\nquiet_period = "5m"\njobs = 2\nrate = "5MB/s"\nstate_dir = "s"'
+    text = 'grace = "1h"\nrate = "5MB/s"'
     assert read(f"{TIERS}\n[tiering]\n{text}").tiering == TieringOptions(
-        grace_s=3600.0, quiet_period_s=300.0, jobs=2, rate_bytes_s=5_000_000, state_dir=tmp_path / "s"
+        grace_s=3600.0, rate_bytes_s=5_000_000
     )
     assert read(f"{TIERS}\n[tiering]\ngrace = 0").tiering.grace_s == 0
 
@@ -326,12 +326,10 @@ WRONG = [
     (f'{RULE}to = "archive"\nafter = 1.5', f"rules[1].after: {UNIT}"),
     (f"{RULE}keep_hot = {{every = 6}}", f"rules[1].keep_hot.every: {UNIT}"),
     ("[tiering]\ngrace = 5", f"tiering.grace: {UNIT}"),
-    ("[tiering]\nquiet_period = 5", f"tiering.quiet_period: {UNIT}"),
     ('[[pins]]\nmatch = "a"\nuntil = "soon"', "pins[1].until: expected a date or time such as 2027-06-30"),
     ('[[pins]]\nmatch = "a"\nuntil = 12:00:00', "pins[1].until: expected a date or time"),
     ('[[pins]]\nwhy = "a"', "pins[1].match: is missing"),
     ('[tiering]\ngrace = "x"', "tiering.grace: not a duration: 'x'"),
-    ("[tiering]\njobs = 0", "tiering.jobs: Input should be greater than or equal to 1, got 0"),
     ("[tiering]\nrate = 0", "tiering.rate: expected a rate of at least 1 byte"),
     ("[tiering]\ngrase = 1", "tiering.grase: no such key; did you mean 'grace'"),
     ("[rule]\na = 1", "rule: no such key; did you mean 'rules'"),

@@ -42,8 +42,9 @@ class Tiers:
 
     def write_rules(self, more: str = "") -> None:
         names = ("hot", "standard", "archive")
-        text = "".join(f'[tiers.{name}]\nurl = "{self.root / name}"\n' for name in names)
-        text += RULES + more + f'\n[tiering]\nstate_dir = "{self.root / "state"}"\n'
+        text = f'state_dir = "{self.root / "state"}"\n'
+        text += "".join(f'[tiers.{name}]\nurl = "{self.root / name}"\n' for name in names)
+        text += RULES + more
         (self.root / "tiercache.toml").write_text(text)
 
     @property
