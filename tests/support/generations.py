@@ -37,6 +37,7 @@ from tests.support.warm_python import WITHOUT_THREADS
 from tiercache import Checkpoints, crash_points
 from tiercache.cli import tier_get  # noqa: F401 - the children need not import them
 from tiercache.cli.app import app
+from tiercache.tier import mover
 
 # pyarrow imports these on use, if they are installed: 0.2 s in each child.
 for _name in ("pandas", "pyarrow.dataset"):

@@ -78,7 +78,7 @@ class World:
             + (f'storage_class = "{self.cold_class}"\n' if self.classes and name == "archive" else "")
             for name in TIERS
         )
-        text += f'\n{self.rules}\n{more}\n'
+        text += f"\n{self.rules}\n{more}\n"
         (self.root / "tiercache.toml").write_text(text)
 
     @property
