@@ -42,8 +42,8 @@ import torch.distributed.checkpoint as dcp
 
 import bench_disk
 from rows import OUT, spread, table, write_rows
+from support import S3Server
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.demo.s3_server import S3Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rows import OUT, spread, table, write_rows
-from tiercache.demo.s3_server import S3Server
+from support import S3Server
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.tier.journal import PlannedObject

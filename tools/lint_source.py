@@ -26,7 +26,7 @@ HOMES = {
     "obstore": ("store/obstore.py",),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py"),
     "boto3": ("store/archive.py",),
-    "botocore": ("store/archive.py", "store/access.py", "demo/s3_server.py"),
+    "botocore": ("store/archive.py", "store/access.py"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
     **dict.fromkeys(("typer", "rich", "click"), ("cli/",)),
     "ml_dtypes": ("load/batch.py",),

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 import tiercache as tc
-from support import HttpFaultServer
+from support import HttpFaultServer, S3Server
 from tiercache.cache.folder import charge_bytes
-from tiercache.demo.s3_server import S3Server
 from tiercache.shard.versions import latest, read_shards
 from tiercache.store import open_store
 

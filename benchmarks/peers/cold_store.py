@@ -13,7 +13,7 @@ import obstore
 import obstore.store
 
 from peers.runner import read_through
-from tiercache.demo.s3_server import S3Server
+from support import S3Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -29,7 +29,7 @@ def warm_python() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Any]:
     """A real S3 server; every test uses a folder of its own, server.store(prefix), and is marked `s3`."""
-    from tiercache.demo.s3_server import S3Server
+    from tests.support.s3_server import S3Server
 
     with S3Server() as server:
         yield server
@@ -38,7 +38,7 @@ def s3_server() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def moto_server() -> Iterator[Any]:
     """Moto's server of S3, which knows archives and restores."""
-    from tiercache.demo.s3_server import S3Server
+    from tests.support.s3_server import S3Server
 
     with S3Server(kind="moto") as server:
         yield server

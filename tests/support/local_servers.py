@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from tests.support import ROOT
+from tests.support.s3_server import free_ports
 
-from tiercache.demo.s3_server import free_ports
 from tiercache.waiting import wait_for
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to loopback must bypass proxies

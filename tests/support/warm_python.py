@@ -35,7 +35,7 @@ WARM_MODULES = (
     "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
     "torch._dynamo", "torch.utils.data", "tiercache.checkpoint.dcp",
     "tiercache.integrations.accelerate",
-    "tiercache.demo.s3_server", "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache",
+    "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache",
     "tiercache.cli.data",
     "tiercache.cli.warm", "tiercache.cli.tier", "tiercache.images.decoder", "tiercache.load.loader",
     "tiercache.packer.pack", "tiercache.shard.writer",

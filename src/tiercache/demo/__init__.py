@@ -1,1 +1,1 @@
-"""`tiercache demo`: `story` is the verb, `train` its training processes, `s3_server` the object store."""
+"""`tiercache demo`: `story` is the verb, `train` its training processes."""

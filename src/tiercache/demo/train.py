@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from select import select
@@ -117,15 +116,12 @@ def run_phase(job: Job) -> Iterator[dict[str, Any]]:
         for mode, from_step, until_step in parts:
             if from_step:
                 checkpoints.load(from_step, into=state)
-            started_s = time.perf_counter()
             kept = None if mode in ("whole", "moved") else checkpoints
             digests, loss = train(state, until_step, kept, n // CHECKPOINTS_PER_EPOCH)
-            elapsed_s = time.perf_counter() - started_s
             fetched_bytes = cache.stats()["bytes_fetched"]
             yield {
                 "mode": mode,
                 "epoch": from_step // n + 1,
-                "samples_per_s": round(len(digests) * BATCH_SIZE / elapsed_s),
                 "fetched_bytes": fetched_bytes - counted_bytes,
                 "loss": loss,
                 "digests": digests,
@@ -169,8 +165,7 @@ def attempt(job: Job, run: str, kill_after: int | None, delay_s: float) -> str |
             os.write(to_parent, train_to_the_end(job, run, to_parent).encode())
             os._exit(0)
         except BaseException as error:  # noqa: BLE001 - the top of a process
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            sys.stderr.flush()
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
     os.close(to_parent)
     n_steps, text = 0, b""
@@ -201,19 +196,14 @@ def run_killed(job: Job) -> dict[str, Any]:
     return {"n_kills": n_kills, "whole": whole, "killed": killed}
 
 
-def main() -> int:
+def main() -> None:
     """Run the job on standard input."""
     job = json.load(sys.stdin)
     # A small model does not gain from more threads, and a forked child cannot use the threads of its parent.
     torch.set_num_threads(1)
-    try:
-        for result in [run_killed(job)] if job["phase"] == "killed" else run_phase(job):
-            sys.stdout.write(json.dumps(result) + "\n")
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    for result in [run_killed(job)] if job["phase"] == "killed" else run_phase(job):
+        sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

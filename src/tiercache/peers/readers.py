@@ -15,7 +15,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from http import HTTPStatus
@@ -58,8 +58,6 @@ STALL_S = 10.0
 SLOWEST_BYTES_S = 1e6
 FIRST_ABSENCE_S, LONGEST_ABSENCE_S = 5.0, 60.0
 RESOLVE_EVERY_S = 30.0
-# A store keeps some threads and connections.
-MOST_STORES = 64
 MOST_DISTRUSTED = 4096
 _UNIT_BYTES = 4096  # of what a peer has sent
 MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at all must not fill the log
@@ -215,11 +213,10 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(slots=True)
 class _Peer:
-    """What this process knows about one machine, and its store, which is open while it is used."""
+    """What this process knows about one machine, and its store, which is opened when it is first used."""
 
     url: str
     store: Store | None = None
-    n_users: int = 0
     n_failures: int = 0
     absent_until_s: float = 0.0
     is_own: bool = False
@@ -285,8 +282,7 @@ class Peers:
             n_tried += 1
             self.counters.add("peer_requests")
             try:
-                with self._store_of(peer) as store:
-                    found = request(store)
+                found = request(self._store_of(peer))
             except (StoreError, OSError) as error:  # OSError: a network error that the store did not convert
                 if cancel is not None and cancel.is_set():
                     break
@@ -352,29 +348,14 @@ class Peers:
         level = logging.WARNING if self._n_reported <= MOST_REPORTED else logging.INFO
         logger.log(level, "peer %s is left out for %.0f s: %s%s", peer.url, absence_s, error, hint)
 
-    @contextmanager
-    def _store_of(self, peer: _Peer) -> Iterator[Store]:
-        idle: list[Store] = []
+    def _store_of(self, peer: _Peer) -> Store:
         with self._lock:
             if peer.store is None:
                 try:
                     peer.store = self._open_peer(peer.url, self._options, self._reader_id)
                 except ValueError as error:  # the file of certificates is gone
                     raise StoreError(str(error), url=peer.url) from error
-                opened = [one for one in self._peers.values() if one.store is not None]
-                for one in [one for one in opened if not one.n_users and one is not peer][: len(opened) - MOST_STORES]:
-                    if one.store is not None:
-                        idle.append(one.store)
-                    one.store = None
-            store = peer.store
-            peer.n_users += 1
-        try:
-            for one_store in idle:
-                one_store.close()
-            yield store
-        finally:
-            with self._lock:
-                peer.n_users -= 1
+            return peer.store
 
     def close(self) -> None:
         with self._lock:

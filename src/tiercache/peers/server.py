@@ -255,9 +255,6 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             self.server.slots.release()
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the base class
         """Log nothing: nginx does."""
 
@@ -278,11 +275,9 @@ class _Handler(BaseHTTPRequestHandler):
             span = self._span(lease.n_bytes)
             starts = range(span.start, span.end, PIECE_BYTES)
             pieces = [ByteRange(start, min(start + PIECE_BYTES, span.end)) for start in starts]
-            is_head = self.command == "HEAD"
-            if not is_head:
-                lease.prefetch([span])
+            lease.prefetch([span])
             # The first piece comes before the status, which can then still say that nothing will come.
-            first = b"" if is_head or not pieces else _read(lease, pieces[0])
+            first = _read(lease, pieces[0]) if pieces else b""
             if first is None:
                 store.remove_if_corrupt(key, identity)
                 raise _Answer(HTTPStatus.NOT_FOUND)
@@ -293,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "bytes")
             self._send_headers(span.n_bytes)
             try:
-                for piece in [] if is_head else pieces:
+                for piece in pieces:
                     data = first if piece is pieces[0] else _read(lease, piece)
                     if data is None:
                         return  # the body ends early, which the reader notices
@@ -443,7 +438,7 @@ def server_block(options: ServerOptions) -> str:
         "keepalive_timeout 120s;",
         f'root "{options.root}";',
         "disable_symlinks on from=$document_root;",
-        "if ($request_method !~ ^(GET|HEAD)$) { return 405; }",
+        "if ($request_method != GET) { return 405; }",
     ]
     if options.token is not None:
         lines.append(f'if ($http_authorization != "Bearer {options.token}") {{ return 401; }}')

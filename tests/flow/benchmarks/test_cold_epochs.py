@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from tests.flow.benchmarks.conftest import BENCHMARKS
+from tests.support.s3_server import S3Server
 from tests.support.warm_python import WarmPython
-
-from tiercache.demo.s3_server import S3Server
 
 
 def tiny(bench: Callable[[str], ModuleType]) -> Any:

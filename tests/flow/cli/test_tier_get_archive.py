@@ -11,11 +11,11 @@ from botocore.config import Config
 from botocore.session import Session
 from tests.support.clock import JumpingClock
 from tests.support.s3 import s3fs_options
+from tests.support.s3_server import S3Server
 from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc
 from tiercache.cli.app import app
-from tiercache.demo.s3_server import S3Server
 
 RULES = """
 state_dir = "state"

@@ -7,9 +7,7 @@ from tiercache.demo import story
 from tiercache.demo.story import Story, write_digits
 from tiercache.errors import TierCacheError
 
-
-class Server:
-    kind, endpoint, url, storage_options = "moto", "http://127.0.0.1:1", "s3://b", {}
+ENDPOINT = "http://127.0.0.1:1"
 
 
 def test_digits_are_pngs_in_a_folder_for_each_class(tmp_path):
@@ -28,7 +26,7 @@ def test_a_training_process_that_fails_is_an_error_with_the_end_of_its_output(mo
     code = "import sys; sys.stdin.read(); sys.exit('it went wrong')"
     monkeypatch.setattr(story.subprocess, "run", lambda program, **options: real([program[0], "-c", code], **options))
     with pytest.raises(TierCacheError, match=r"\(cold\) ended with 1:\nit went wrong"):
-        Story(Output(), tmp_path, Server()).train()
+        Story(Output(), tmp_path, ENDPOINT).train()
 
 
 def epoch(*digests, weights="w", fetched_bytes=0):
@@ -52,7 +50,7 @@ CLAIM = "a stopped and resumed epoch equals an uninterrupted one"
 )
 def test_a_resumed_epoch_that_is_not_the_whole_one_fails(monkeypatch, tmp_path, stopped, resumed, failed):
     found = {"cold": [epoch()], "warm": [epoch()], "stop": [epoch("a", "b", "c"), stopped], "resume": [resumed]}
-    told = Story(Output(), tmp_path, Server())
+    told = Story(Output(), tmp_path, ENDPOINT)
     monkeypatch.setattr(told, "_run", found.get)
     told.train()
     assert told.failed == failed
@@ -77,7 +75,7 @@ def test_objects_that_are_not_where_the_rules_say_fail(monkeypatch, tmp_path, af
         "shard": "digits/shards/a.tcs",
     }
     states = [{t: {paths[n]: d for n, d in files.items()} for t, files in one.items()} for one in (before, after)]
-    told = Story(Output(), tmp_path, Server())
+    told = Story(Output(), tmp_path, ENDPOINT)
     monkeypatch.setattr(told, "_digests", lambda: states.pop(0))
     monkeypatch.setattr(told, "_apply_rules", lambda: None)
     monkeypatch.setattr(told, "_run", lambda _phase: [epoch("a", fetched_bytes=1)])

@@ -14,9 +14,9 @@ import pytest
 from fsspec.asyn import sync
 from fsspec.implementations.memory import MemoryFileSystem
 from tests.support.s3 import s3fs_options
+from tests.support.s3_server import S3Server
 
 import tiercache as tc
-from tiercache.demo.s3_server import S3Server
 from tiercache.integrations.fsspec import TierCacheFileSystem
 from tiercache.waiting import wait_for
 

