@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.records import ids_of, join_loading, make_columns
+from tests.support.records import ids_of, make_columns
 
 import tiercache as tc
-from tiercache.data.opened_version import OpenedVersion
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
 SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25
@@ -147,46 +146,6 @@ def test_any_number_of_ranks_serves_one_sequence_and_others_resume_it(packed, da
     assert run.padded == (0 if drop_last or not tail else max(ranks.world_size - tail, 0))
     assert (run.state["epoch"], run.state["offset"]) == (epoch + 1, 0)
     assert n_global == (run.loaders[0].stats()["batches"])
-
-
-def loads_by_rank(monkeypatch, dataset, world_size, **options):
-    """How often each (shard, block) was loaded, by rank, in an epoch."""
-    loads = [Counter() for _ in range(world_size)]
-    load = OpenedVersion.load_blocks
-    for rank in range(world_size):
-
-        def counted(self, shard, blocks, rank=rank):
-            loads[rank].update((shard, block) for block in blocks)
-            return load(self, shard, blocks)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(OpenedVersion, "load_blocks", counted)
-            settings = tc.LoaderOptions(rank=rank, world_size=world_size, seed=5, **options)
-            loader = tc.DataLoader(tc.Dataset(dataset), batch_size=8, shuffle=True, options=settings)
-            for _ in loader:
-                pass
-            join_loading()
-    return loads
-
-
-def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monkeypatch):
-    path = make_dataset(2000)
-    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)  # of the next epoch
-    options = {"shuffle_window_bytes": "8KiB"}
-    first, second = loads_by_rank(monkeypatch, path, 2, **options)
-    n_blocks = sum(len(table.records) for table in tables_of(path))
-    assert n_blocks > 100
-    assert set(first.values()) == set(second.values()) == {1}
-    assert len(first.keys() | second.keys()) == n_blocks
-    assert len(first.keys() & second.keys()) <= 1  # the block in which the cut falls
-    # One stream for both is what they would read without: everything, twice.
-    first, second = loads_by_rank(monkeypatch, path, 2, **options, shuffle_streams=1)
-    assert len(first.keys() & second.keys()) > n_blocks // 2
-
-
-def tables_of(path):
-    source = tc.Dataset(path)._source
-    return source.block_sizes(range(len(source.shard_records)))
 
 
 def test_streams_that_do_not_divide_a_global_batch_are_warned_of_once(make_dataset):

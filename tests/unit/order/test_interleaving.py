@@ -36,15 +36,6 @@ def test_shares_of_an_epoch_are_exact_to_one_record(n: int, weights: list[int]) 
         assert abs(got - Fraction(n * weight, sum(weights))) < 1
 
 
-@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.integers(1, 40))
-def test_streams_take_equal_numbers_of_a_part_to_one_record(totals: list[int], n_streams: int) -> None:
-    deal = StreamAllocation(tuple(totals), n_streams)
-    table = np.array([deal.quotas(stream) for stream in range(n_streams)])
-    assert table.sum(axis=0).tolist() == totals
-    assert table.sum(axis=1).tolist() == [max(0, -((s - sum(totals)) // n_streams)) for s in range(n_streams)]
-    assert np.all(np.ptp(table, axis=0) <= 1)
-
-
 TOTALS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 10**11)), min_size=1, max_size=7).filter(any)
 
 
@@ -99,10 +90,7 @@ def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
 @example([1] * 8, 16, 1601)
 def test_in_any_range_a_part_deviates_by_a_few_records(weights: list[int], n_streams: int, n: int) -> None:
     deal = StreamAllocation(apportion(n, weights), n_streams)
-    sequence = np.empty(n, np.int64)
-    for stream in range(min(n_streams, n)):
-        shares = interleave(deal, stream)
-        sequence[stream::n_streams] = shares.locate(np.arange(shares.n_records))[0]
+    sequence = sequence_of(deal)
     assert np.bincount(sequence, minlength=len(weights)).tolist() == list(deal.totals)
     assert worst(sequence.tolist(), shares_of(weights)) < 5 + (2 * math.sqrt(n_streams) if n_streams > 1 else 0)
 

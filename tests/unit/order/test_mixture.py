@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 from typing import Literal
 from unittest import mock
 
@@ -181,27 +180,6 @@ def test_an_invalid_mixture_is_refused() -> None:
         StoredMixture(even(4, 4).spec([1, 1]), (4, 4)).locate(np.array([0, 8]))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "weights", "first", "all_served"),
-    [
-        ((70, 20, 10), [0.7, 0.2, 0.1], (70, 20, 10), (70, 20, 10)),
-        ((100, 100), [1, 1], (100, 100), (100, 100)),
-        ((100, 300), [1, 1], (100, 100), (300, 300)),
-        ((10, 10), [Fraction(1, 3), Fraction(2, 3)], (5, 10), (10, 20)),
-        ((1000, 1), [0.999, 0.001], (999, 1), (1001, 1)),
-        ((1, 1000), [0.7, 0.3], (1, 0), (2334, 1000)),
-        ((5,), [3], (5,), (5,)),
-    ],
-)
-def test_an_epoch_ends_when_the_first_part_or_all_parts_are_served(
-    sizes: tuple[int, ...], weights: list, first: tuple[int, ...], all_served: tuple[int, ...]
-) -> None:
-    for stop, expected in (("first", first), ("all", all_served)):
-        spec = even(*sizes).spec(weights, stop)
-        assert spec.epoch_shares(sizes) == expected
-        assert spec.epoch_records(sizes) == sum(expected)
-
-
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=6), st.data())
 def test_an_epoch_has_the_right_length_for_any_sizes(sizes: list[int], data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.integers(1, 10**6), min_size=len(sizes), max_size=len(sizes)))
@@ -261,45 +239,27 @@ def schedule_of(steps: list[tuple[int, list[int]]], n_parts: int) -> tuple:
     return (*found, (start, tuple(weight or 1 for weight in steps[-1][1][:n_parts])))
 
 
-@given(PARTS, SCHEDULES, STOPS)
-def test_an_epoch_with_changing_weights_has_the_right_length(parts: Parts, steps: list, stop: str) -> None:
-    spec = parts.spec(schedule_of(steps, len(parts.parts)), stop)
-    shares = spec.epoch_shares(parts.sizes)
-    assert sum(shares) == spec.epoch_records(parts.sizes)
-    excess = [share - size for share, size in zip(shares, parts.sizes, strict=True)]
-    assert max(excess) <= 0 if stop == "first" else min(excess) >= 0
-
-
 @given(PARTS, SCHEDULES, STOPS, OPTIONS, st.integers(0, 2), st.sampled_from([1, 4, 1024]))
 def test_an_epoch_with_changing_weights_serves_its_shares_and_is_the_same_from_any_position(
     parts: Parts, steps: list, stop: str, how: OrderOptions, epoch: int, own_stream: int
 ) -> None:
     spec = parts.spec(schedule_of(steps, len(parts.parts)), stop)
+    shares = spec.epoch_shares(parts.sizes)
+    excess = [share - size for share, size in zip(shares, parts.sizes, strict=True)]
+    assert max(excess) <= 0 if stop == "first" else min(excess) >= 0
     with mock.patch.object(mixture, "OWN_STREAM_RECORDS", own_stream):
-        check_epoch(parts, spec, how, epoch)
-
-
-def check_epoch(parts: Parts, spec: MixtureSpec, how: OrderOptions, epoch: int) -> None:
-    """Its shares, that it repeats and omits no record in the first epoch, and reading it from some positions on."""
-    sequence = parts.epoch(spec, how, epoch)
-    counts = Counter(part for part, _ in sequence)
-    assert tuple(counts[part] for part in range(len(parts.parts))) == spec.epoch_shares(parts.sizes)
-    if epoch == 0:  # "first": no record is repeated; "all": every record is served
-        assert len(set(sequence)) == (len(sequence) if spec.stop == "first" else sum(parts.sizes))
-    order = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
-    for stream in range(order.n_streams):
-        whole = parts.stream(order, stream)
-        for position in range(0, len(whole), max(1, len(whole) // 3)):
-            again = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
-            assert parts.stream(again, stream, position) == whole[position:]
-
-
-def test_without_shuffle_a_schedule_s_epoch_is_the_mixture_s_records_by_number() -> None:
-    data = even(40, 70)
-    spec = data.spec(((0, (1, 0)), (11, (1, 2)), (30, (0, 1))), "first")
-    records = StoredMixture(spec, data.sizes)
-    part, number = records.locate(np.arange(len(records)))
-    assert list(zip(part.tolist(), number.tolist(), strict=True)) == data.epoch(spec, options(shuffle=False), 0)
+        sequence = parts.epoch(spec, how, epoch)
+        assert len(sequence) == spec.epoch_records(parts.sizes)
+        counts = Counter(part for part, _ in sequence)
+        assert tuple(counts[part] for part in range(len(parts.parts))) == shares
+        if epoch == 0:  # "first": no record is repeated; "all": every record is served
+            assert len(set(sequence)) == (len(sequence) if stop == "first" else sum(parts.sizes))
+        order = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
+        for stream in range(order.n_streams):
+            whole = parts.stream(order, stream)
+            for position in range(0, len(whole), max(1, len(whole) // 3)):
+                again = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
+                assert parts.stream(again, stream, position) == whole[position:]
 
 
 @given(mixtures(), st.integers(0, 4))
@@ -374,35 +334,6 @@ def test_a_window_is_in_all_sections_from_its_first_record_to_its_last(
             assert set(found) >= {start for start in starts if touched[0] <= start <= touched[-1]}
 
 
-@pytest.mark.parametrize("streams", [1, 3])
-@pytest.mark.parametrize("sizes", [(50, 200, 7), (64, 64, 64)])
-@pytest.mark.parametrize("stop", ["first", "all"])
-def test_no_record_of_a_part_is_repeated_within_a_part_epoch(
-    stop: Literal["first", "all"], sizes: tuple[int, ...], streams: int
-) -> None:
-    """Parts of fewer than 1,024 records a stream are one sequence, at which streams take turns by their own numbers."""
-    data, spec_weights = even(*sizes), [0.7, 0.2, 0.1]
-    spec = data.spec(spec_weights, stop)
-    all_draws: dict[int, dict[int, int]] = {part: {} for part in range(3)}
-    for epoch in range(7):
-        order = MixtureOrder(data.dataset_sizes, spec, options(streams), epoch)
-        totals = spec.epoch_shares(sizes)
-        allocation = StreamAllocation(totals, streams)
-        for stream in range(streams):
-            drawn = [0, 0, 0]
-            for part, record in data.stream(order, stream):
-                number = epoch * totals[part] + drawn[part] * streams + allocation.turns(stream)[part]
-                all_draws[part][number] = record
-                drawn[part] += 1
-    for part, size in enumerate(sizes):
-        sequence = [all_draws[part][number] for number in range(len(all_draws[part]))]  # no number is left out
-        whole = [sequence[at : at + size] for at in range(0, len(sequence), size)]
-        assert all(len(set(own)) == len(own) for own in whole)
-        complete = [own for own in whole if len(own) == size]
-        if size > 7:
-            assert all(one != other for one, other in pairwise(complete))
-
-
 @pytest.mark.parametrize("placement", ["sticky", "global"])
 def test_a_large_part_has_its_own_streams_and_repeats_no_record_in_a_part_epoch(
     placement: Literal["sticky", "global"],
@@ -443,11 +374,11 @@ def test_a_part_of_one_record_does_not_end_a_section_at_each_repetition() -> Non
         assert section.stop >= 998  # the part's last record ends it
 
 
-@given(PARTS, WEIGHTS, STOPS)
+@given(PARTS, SCHEDULES, STOPS)
 def test_without_shuffle_every_epoch_is_the_mixture_s_records_by_number(
-    parts: Parts, weights: list[int], stop: Literal["first", "all"]
+    parts: Parts, steps: list, stop: Literal["first", "all"]
 ) -> None:
-    spec = parts.spec(weights[: len(parts.parts)], stop)
+    spec = parts.spec(schedule_of(steps, len(parts.parts)), stop)
     stored = StoredMixture(spec, parts.sizes)
     part, record = stored.locate(np.arange(len(stored)))
     expected = list(zip(part.tolist(), record.tolist(), strict=True))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.order_oracle import Shards, options, owners, read, shards, uniform
+from tests.support.order_oracle import Shards, options, read, shards, uniform
 
 from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.window import OrderOptions
@@ -24,17 +23,6 @@ def blocks_of(order: EpochOrder, stream: int) -> set[tuple[int, int]]:
         for window in order.windows(stream)
         for shard, block in zip(window.shards, window.blocks, strict=True)
     }
-
-
-@given(shards(), options(), st.integers(0, 5))
-def test_streams_are_equal_parts_of_the_shuffled_shards(data: Shards, how: OrderOptions, epoch: int) -> None:
-    order = EpochOrder(data.dataset_sizes, how, epoch)
-    expected = owners(data, how, epoch)
-    assert order.n_streams == len(expected)
-    assert [sorted(of_stream(order, s)) for s in range(order.n_streams)] == [sorted(run) for run in expected]
-    sizes = [order.stream_records(s) for s in range(order.n_streams)]
-    assert max(sizes) - min(sizes) <= 1
-    assert sum(sizes) == order.n_records
 
 
 @given(shards(), options())
@@ -61,22 +49,6 @@ def test_a_global_stream_has_other_records_in_another_epoch_and_a_sticky_one_ano
         first, second = (of_stream(EpochOrder(data.dataset_sizes, how, epoch), 1) for epoch in (0, 1))
         assert first != second
         assert (sorted(first) == sorted(second)) == (how.placement == "sticky")
-
-
-def test_more_streams_than_records_leave_some_empty() -> None:
-    order = EpochOrder(uniform(1, 1, 3, 10).dataset_sizes, OrderOptions(1, True, 10, 10, streams=8), 0)
-    assert [order.stream_records(stream) for stream in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert list(order.windows(5)) == []
-    assert order.shards_ahead(5, 0, None).tolist() == []
-    assert sorted(read(order)) == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
-
-
-@pytest.mark.parametrize("n_streams", [1, 3])
-def test_an_order_without_records_is_empty(n_streams: int) -> None:
-    for data in (Shards([], []), Shards([[], [(0, 5)]], [3, 4])):
-        order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, 10, 10, n_streams), 0)
-        assert (order.n_records, order.n_streams) == (0, n_streams)
-        assert [list(order.windows(stream)) for stream in range(n_streams)] == [[]] * n_streams
 
 
 def test_the_order_of_streams_equals_the_stored_golden_values() -> None:
