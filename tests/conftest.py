@@ -71,8 +71,6 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("XDG_CONFIG_HOME", str(home / "xdg-config"))
     patch.setenv("XDG_STATE_HOME", str(home / "xdg-state"))
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    # Idle threads of a store end, and no_leaks waits for them.
-    patch.setattr("tiercache.store.remote.IDLE_S", 0.05)
     yield home
     patch.undo()
 

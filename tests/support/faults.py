@@ -15,11 +15,6 @@ from tiercache.store.contract import Span, Store, WrapperStore
 
 T = TypeVar("T")
 
-VERBS = (
-    "head", "get", "read_tail", "read_into", "put", "put_if_absent", "create", "delete", "list",
-    "put_part", "complete", "abort",
-)  # fmt: skip
-
 
 class FaultKind(StrEnum):
     """Kind of a fault in a call."""
@@ -36,27 +31,11 @@ class FaultKind(StrEnum):
     """read_into: the object is replaced after the first span was read; the call must raise ObjectChanged."""
 
 
-_VERBS_OF = {
-    FaultKind.SHORT_READ: ("read_into",),
-    FaultKind.REPLACED: ("read_into",),
-    FaultKind.BIT_FLIP: ("get", "read_tail", "read_into"),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A scripted fault: calls number nth, nth + 1, ... nth + times - 1 of a verb go wrong, counted from 1.
 
-    Attributes:
-        verb: Name of the call, one of VERBS.
-        nth: First call that goes wrong.
-        times: Number of calls that go wrong.
-        kind: Kind of the fault.
-        error: Class of the exception.
-        retryable: The exception's retryable.
-        status: The exception's HTTP status.
-        keys: Glob over keys; only calls with matching keys are counted.
-        replacement: New content of the object, for REPLACED; None: the old content reversed.
+    verb: Name of the method. error, retryable, status: Of the exception. keys: Glob over the keys whose calls count.
     """
 
     verb: str
@@ -67,22 +46,8 @@ class Fault:
     retryable: bool = True
     status: int | None = 503
     keys: str = "*"
-    replacement: bytes | None = None
-
-    def __post_init__(self) -> None:
-        if self.verb not in VERBS or self.nth < 1 or self.times < 1:
-            raise ValueError(f"verb must be one of {VERBS}, and nth and times at least 1; got {self}")
-        verbs = _VERBS_OF.get(self.kind, VERBS)
-        if self.verb not in verbs:
-            raise ValueError(f"a fault of kind {self.kind} applies only to {' and '.join(verbs)}, not to {self.verb}")
 
     def failure(self, url: str, doing: str) -> StoreError:
-        """Return the exception of this fault.
-
-        Args:
-            url: URL of the object.
-            doing: Name of the call, for the message.
-        """
         if self.error in (NotFound, ObjectChanged):
             return self.error(f"scripted fault in {doing}", url=url)
         return self.error(
@@ -95,14 +60,9 @@ class Fault:
 
 
 class FaultStore(WrapperStore):
-    """A store whose calls go wrong as scripted. Thread-safe: the lock guards the counts.
+    """A store whose calls go wrong as scripted; of two faults of one call, the first counts. Safe for threads.
 
-    Args:
-        inner: Store that makes the calls.
-        script: Faults, in any order; if two apply to one call, the first one is used.
-
-    Attributes:
-        faulted_calls: Verb and key of each call that went wrong, in order.
+    faulted_calls: Verb and key of each call that went wrong, in order.
     """
 
     def __init__(self, inner: Store, script: Sequence[Fault] = ()) -> None:
@@ -131,7 +91,6 @@ class FaultStore(WrapperStore):
             return due
 
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:
-        """See WrapperStore.around."""
         fault = self._fault(method, key)
         if fault is None:
             return call()
@@ -155,8 +114,6 @@ class FaultStore(WrapperStore):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """See Store.read_into."""
-
         def read(wanted: Sequence[Span], etag: str | None = if_match) -> None:
             self.inner.read_into(key, wanted, if_match=etag, deadline_s=deadline_s, cancel=cancel)
 
@@ -169,7 +126,7 @@ class FaultStore(WrapperStore):
         elif fault.kind is FaultKind.REPLACED:
             etag = if_match or self.inner.head(key).etag
             read(spans[:1], etag)
-            self.inner.put(key, self.inner.get(key)[::-1] if fault.replacement is None else fault.replacement)
+            self.inner.put(key, self.inner.get(key)[::-1])
             read(spans[1:], etag)
         else:
             self._befall(fault, key, lambda: read(spans))

@@ -20,8 +20,6 @@ from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from tiercache.errors import NotFound
-from tiercache.model import ByteRange
 from tiercache.store import Store, open_store
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -46,7 +44,6 @@ class HttpFault:
             - "unconditional": a PUT is executed without its condition
             - "reset": the connection is reset after n_bytes of the body
             - "short": the connection is closed in order after n_bytes
-            - "long": n_bytes more than the header announced follow the body; then the connection is closed
             - "stall": the bytes after n_bytes are sent after pause_s, release() or the server's stop
             - "drip": the body is sent in pieces of n_bytes, with pause_s before each
             - "wrong_length": the range in the response ends n_bytes before the requested end, and so does the body
@@ -62,7 +59,7 @@ class HttpFault:
     """
 
     kind: Literal[
-        "status", "drop", "silence", "lost_answer", "unconditional", "reset", "short", "long", "stall", "drip",
+        "status", "drop", "silence", "lost_answer", "unconditional", "reset", "short", "stall", "drip",
         "wrong_length", "wrong_bytes", "etag", "whole", "replace",
     ]  # fmt: skip
     status: int = 503
@@ -73,33 +70,20 @@ class HttpFault:
 
 
 class RandomFaults:
-    """A rule for HttpFaultServer.when(): each request goes wrong with the same probability, by one of some faults.
+    """A rule for HttpFaultServer.when(): requests go wrong with this probability, each by one of some faults.
 
-    Which requests go wrong, and how, follows from the seed and the number of the request. Safe for threads.
-
-    Args:
-        faults: Faults of which each is equally likely.
-        rate: Probability that a request goes wrong, from 0 to 1.
-        seed: Seed of the choice.
-        keys: Predicate on the path of a request, without the leading slash; other requests are served and not counted.
-            None: all requests.
-
-    Attributes:
-        n_requests: Number of requests that were counted.
-        n_faults: Number of requests that went wrong.
+    Which requests go wrong, and how, follows from the seed and the number of the request. Safe for threads. keys: Of
+    the paths that are counted, without the leading slash; None: all.
     """
 
     def __init__(
         self, faults: Sequence[HttpFault], rate: float, *, seed: int, keys: Callable[[str], bool] | None = None
     ) -> None:
-        if not faults or not 0 <= rate <= 1:
-            raise ValueError(f"faults must not be empty, and rate must be from 0 to 1; got {rate!r}")
         self._faults, self._rate, self._keys = tuple(faults), rate, keys
         self._random, self._lock = Random(seed), Lock()
         self.n_requests = self.n_faults = 0
 
     def __call__(self, _method: str, path: str) -> HttpFault | None:
-        """Return the fault of the next request, or None."""
         if self._keys is not None and not self._keys(path.lstrip("/")):
             return None
         with self._lock:
@@ -113,18 +97,7 @@ class RandomFaults:
 
 @dataclass(frozen=True, slots=True)
 class RecordedRequest:
-    """A request that was served.
-
-    Attributes:
-        method: Method of the request.
-        path: Path of the request.
-        range: Range field of the request; None without one.
-        if_match: If-Match field of the request; None without one.
-        status: Status of the response; 0 without a response.
-        n_bytes: Bytes of the response body that were sent.
-        headers: Header fields of the request, with names in lower case.
-        body: Body of a POST request.
-    """
+    """A request that was served. status: 0 without a response. headers: With names in lower case."""
 
     method: str
     path: str
@@ -145,14 +118,8 @@ class HttpFaultServer:
     scripts the next requests in order, when() all requests by a rule, such as RandomFaults. Each request has a thread;
     the lock guards script and log.
 
-    Args:
-        objects: Objects by path, a folder whose files are served, or a Store. The server neither closes the store nor
-            writes to it, except as requests and faults ask.
-        tls: TLS context for https; None: http.
-
-    Attributes:
-        objects: The dict of objects, which may be changed at any time; empty if a folder or a Store is served.
-        log: The requests, in order.
+    objects: By path, and may be changed at any time; given as a dict, or as a folder or a Store that is copied. tls:
+    Context for https. log: The requests, in order.
     """
 
     def __init__(
@@ -162,10 +129,10 @@ class HttpFaultServer:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._tls = tls
-        self.objects: dict[str, bytes] = objects if isinstance(objects, dict) else {}
-        self._store: Store | None = None
         if objects is not None and not isinstance(objects, dict):
-            self._store = objects if isinstance(objects, Store) else open_store(objects)
+            store = objects if isinstance(objects, Store) else open_store(objects)
+            objects = {info.key: store.get(info.key) for info in store.list()}
+        self.objects: dict[str, bytes] = {} if objects is None else objects
         self._etags: dict[str, tuple[bytes, str]] = {}
         self.log: list[RecordedRequest] = []
         self._lock = Lock()
@@ -228,68 +195,24 @@ class HttpFaultServer:
         """End all stalls."""
         self._released.set()
 
-    def etag(self, key: str) -> str:
-        """Return the current ETag of an object. Raises KeyError."""
-        found = self.find(key)
-        if found is None:
-            raise KeyError(key)
-        return found.etag
-
-    def find(self, key: str) -> ServedObject | None:
-        """Return an object as it is now; None if there is none. Called by the request's thread."""
-        if self._store is not None:
-            try:
-                info = self._store.head(key)
-            except (NotFound, ValueError):  # ValueError: the path is no key
-                return None
-            return ServedObject(info.etag or f'"{info.n_bytes}"', info.n_bytes, self._reader(key, info.etag))
-        data = self.objects.get(key)
-        if data is None:
-            return None
+    def etag(self, key: str, data: bytes | None = None) -> str:
+        data = self.objects[key] if data is None else data
         hashed, etag = self._etags.get(key, (None, ""))
         if hashed is not data:  # hashing a large object for each request would cost more than serving it
             etag = f'"{hashlib.blake2b(data, digest_size=8).hexdigest()}"'
             self._etags[key] = data, etag
-        return ServedObject(etag, len(data), lambda start, end: data[start:end])
-
-    def _reader(self, key: str, etag: str | None) -> Callable[[int, int], bytes]:
-        def read(start: int, end: int) -> bytes:
-            buffer = bytearray(end - start)
-            if self._store is not None:
-                self._store.read_into(key, [(ByteRange(start, end), memoryview(buffer))], if_match=etag)
-            return bytes(buffer)
-
-        return read
+        return etag
 
     def write(self, key: str, data: bytes, *, if_absent: bool) -> bool:
-        """Write an object; return False if it must not be replaced. Called by the request's thread."""
-        if self._store is not None and if_absent:
-            return self._store.put_if_absent(key, data)
+        """Write an object; return False if it must not be replaced."""
         with self._lock:
             if if_absent and key in self.objects:
                 return False
-            if self._store is None:
-                self.objects[key] = data
-                return True
-        self._store.put(key, data)
-        return True
-
-    def delete(self, key: str) -> None:
-        """Delete an object. Called by the request's thread."""
-        self.objects.pop(key, None)
-        if self._store is not None:
-            self._store.delete([key])
-
-    def keys(self, prefix: str) -> list[tuple[str, int]]:
-        """Return the keys with a prefix, in order, and the sizes of their objects. Called by the request's thread."""
-        if self._store is not None:
-            sizes = {info.key: info.n_bytes for info in self._store.list()}
-        else:
-            sizes = {key: len(data) for key, data in [*self.objects.items()]}
-        return sorted(item for item in sizes.items() if item[0].startswith(prefix))
+            self.objects[key] = data
+            return True
 
     def take(self, method: str, path: str, headers: Mapping[str, str]) -> HttpFault | None:
-        """Return the fault of this request. Called by the request's thread."""
+        """Return the fault of this request."""
         if (fault := self._admission(path, headers)) is not None:
             return fault
         with self._lock:
@@ -298,22 +221,12 @@ class HttpFaultServer:
         return self._rule(method, path)
 
     def note(self, seen: RecordedRequest) -> None:
-        """Add a request to the log. Called by the request's thread."""
         with self._lock:
             self.log.append(seen)
 
     def wait_released(self, pause_s: float | None) -> None:
-        """Stall for pause_s, or until release(). Called by the request's thread."""
+        """Stall for pause_s, or until release()."""
         self._released.wait(_LONGEST_STALL_S if pause_s is None else pause_s)
-
-
-@dataclass(frozen=True, slots=True)
-class ServedObject:
-    """An object as one request finds it: its ETag, its size, and a function that returns the bytes of [start, end)."""
-
-    etag: str
-    n_bytes: int
-    read: Callable[[int, int], bytes]
 
 
 class _Server(ThreadingHTTPServer):
@@ -355,18 +268,15 @@ class _Handler(BaseHTTPRequestHandler):
     _posted = b""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Discard the message."""
+        pass
 
     def do_GET(self) -> None:
-        """Send an object."""
         self._serve(with_body=True)
 
     def do_HEAD(self) -> None:
-        """Send an object's header."""
         self._serve(with_body=False)
 
     def do_PUT(self) -> None:
-        """Store an object."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         owner = self.server.owner
         fault = owner.take(self.command, self.path, self._headers)
@@ -378,16 +288,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._confirm(fault, HTTPStatus.OK, {"ETag": owner.etag(self._key)})
 
     def do_POST(self) -> None:
-        """Respond as scripted."""
         self._posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self._is_prevented(self.server.owner.take(self.command, self.path, self._headers)):
             self._answer(HTTPStatus.NOT_IMPLEMENTED, b"", {}, with_body=True)
 
     def do_DELETE(self) -> None:
-        """Delete an object."""
         fault = self.server.owner.take(self.command, self.path, self._headers)
         if not self._is_prevented(fault):
-            self.server.owner.delete(self._key)
+            self.server.owner.objects.pop(self._key, None)
             self._confirm(fault, HTTPStatus.NO_CONTENT, {})
 
     def _is_prevented(self, fault: HttpFault | None) -> bool:
@@ -427,15 +335,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is_prevented(fault):
             return
         if fault is not None and fault.kind == "replace":
-            found = owner.find(key)
-            if found is not None:
-                new = found.read(0, found.n_bytes)[::-1] if fault.body is None else fault.body
-                owner.write(key, new, if_absent=False)
+            owner.write(key, owner.objects[key][::-1] if fault.body is None else fault.body, if_absent=False)
         query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
         if "list-type" in query:
             self._answer(HTTPStatus.OK, self._listing(key, query), {}, with_body=with_body)
             return
-        status, body, header = self._content(owner.find(key), fault)
+        status, body, header = self._content(key, fault)
         if fault is None or not with_body or not self._send_wrongly(fault, status, body, header):
             self._answer(status, body, header, with_body=with_body)
 
@@ -443,7 +348,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Return S3's listing of the bucket, in one page."""
         bucket, after = bucket.strip("/"), query.get("start-after", [""])[0]
         prefix = f"{bucket}/{query.get('prefix', [''])[0]}"
-        found = [(key.partition("/")[2], n_bytes) for key, n_bytes in self.server.owner.keys(prefix)]
+        objects = sorted(self.server.owner.objects.copy().items())
+        found = [(key.partition("/")[2], len(data)) for key, data in objects if key.startswith(prefix)]
         entries = "".join(
             f"<Contents><Key>{escape(key)}</Key><LastModified>2025-01-01T00:00:00.000Z</LastModified>"
             f"<Size>{n_bytes}</Size><StorageClass>STANDARD</StorageClass></Contents>"
@@ -452,32 +358,34 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
 
-    def _content(self, found: ServedObject | None, fault: HttpFault | None) -> tuple[int, bytes, dict[str, str]]:
-        if found is None:
+    def _content(self, key: str, fault: HttpFault | None) -> tuple[int, bytes, dict[str, str]]:
+        data = self.server.owner.objects.get(key)
+        if data is None:
             return HTTPStatus.NOT_FOUND, b"no such object", {}
+        object_etag = self.server.owner.etag(key, data)
         kind, n_bytes = (None, 0) if fault is None else (fault.kind, fault.n_bytes)
-        etag = f'"swapped-{found.etag.strip(chr(34))}"' if kind == "etag" else found.etag
+        etag = f'"swapped-{object_etag.strip(chr(34))}"' if kind == "etag" else object_etag
         header = {"ETag": etag, "Accept-Ranges": "bytes", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
-        if self.headers.get("If-Match") not in (None, "*", found.etag):
+        if self.headers.get("If-Match") not in (None, "*", object_etag):
             return HTTPStatus.PRECONDITION_FAILED, b"changed", header
         match = _RANGE.fullmatch(self.headers.get("Range") or "") if kind != "whole" else None
         if match is None:
-            start, end = 0, found.n_bytes
+            start, end = 0, len(data)
         elif match[1]:
-            start, end = int(match[1]), min(int(match[2]) + 1, found.n_bytes) if match[2] else found.n_bytes
+            start, end = int(match[1]), min(int(match[2]) + 1, len(data)) if match[2] else len(data)
         else:
-            start, end = max(found.n_bytes - int(match[2] or 0), 0), found.n_bytes
+            start, end = max(len(data) - int(match[2] or 0), 0), len(data)
         if match is not None and start >= end:
-            return HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"", {"Content-Range": f"bytes */{found.n_bytes}"}
+            return HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"", {"Content-Range": f"bytes */{len(data)}"}
         if kind == "wrong_length":
             end = max(end - ((end - start) // 2 if n_bytes is None else n_bytes), start + 1)
-        body = found.read(start, end)
+        body = data[start:end]
         if kind == "wrong_bytes" and body:
             at = len(self.server.owner.log) * _PRIME % len(body)  # other bytes in each response
             body = body[:at] + bytes((body[at] ^ 1,)) + body[at + 1 :]
         if match is None:
             return HTTPStatus.OK, body, header
-        return HTTPStatus.PARTIAL_CONTENT, body, header | {"Content-Range": f"bytes {start}-{end - 1}/{found.n_bytes}"}
+        return HTTPStatus.PARTIAL_CONTENT, body, header | {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
 
     def _answer(self, status: int, body: bytes, header: dict[str, str], *, with_body: bool) -> None:
         self._note(status, len(body) if with_body else 0)
@@ -490,8 +398,6 @@ class _Handler(BaseHTTPRequestHandler):
         n_bytes = len(body) // 2 if fault.n_bytes is None else fault.n_bytes
         if fault.kind in ("reset", "short", "stall"):
             first, rest = body[:n_bytes], body[n_bytes:]
-        elif fault.kind == "long":
-            first, rest = body, bytes(n_bytes)
         elif fault.kind == "drip":
             self._note(status, len(body))
             self._head(status, len(body), header)
@@ -508,7 +414,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(first)
         if fault.kind == "stall":
             self.server.owner.wait_released(fault.pause_s)
-        if fault.kind in ("stall", "long"):
             self._send(rest)
         if fault.kind == "reset":
             self._reset()

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from random import Random
-from threading import Barrier, Event
+from threading import Barrier, Event, Lock
 
 import pytest
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.store.contract import Lease, LocalStore, Store
 
 BAD_KEYS = ("", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a\\b", "a\0b", "s3://a/b")
@@ -107,6 +107,21 @@ class ReadSuite:
             ranges = [ByteRange(start, end) for start, end in cuts] + [ByteRange(7, 7), ByteRange(0, len(data))]
             assert read_ranges(store, "s", ranges, deadline_s=60.0) == [data[r.start : r.end] for r in ranges]
         store.read_into("s", [])
+
+    def test_read_pieces_gives_the_bytes_of_each_range_in_order(self, store: Store) -> None:
+        self.raw_put(store, "s", data := pattern(3 << 20))
+        ranges = [ByteRange(0, 2 << 20), ByteRange((2 << 20) + 100, (2 << 20) + 200), ByteRange(2_900_000, len(data))]
+        found = {wanted.start: b"" for wanted in ranges}
+        lock = Lock()
+
+        def receive(offset: int, piece: memoryview) -> None:
+            with lock:
+                start = max(start for start in found if start <= offset)
+                assert offset == start + len(found[start])
+                found[start] += bytes(piece)
+
+        store.read_pieces("s", ranges, receive)
+        assert found == {wanted.start: data[wanted.start : wanted.end] for wanted in ranges}
 
     def test_read_into_reads_more_than_one_request_holds(self, store: Store) -> None:
         self.raw_put(store, "big", data := pattern((9 << 20) + 17))
@@ -302,13 +317,13 @@ class WriteSuite:
     def test_an_upload_completes_if_absent_only_on_a_free_key(self, store: Store) -> None:
         for n_parts in (1, 4):
 
-            def send(n_parts: int = n_parts) -> object:
+            def send(n_parts: int = n_parts) -> ObjectInfo | None:
                 with store.create("free") as upload:
                     for number in range(n_parts):
                         upload.put_part(number, pattern(store.min_part_bytes, seed=number))
                     return upload.complete(if_absent=True)
 
-            assert send() is not None, n_parts
+            assert send() == store.head("free"), n_parts
             store.put("free", b"taken")
             assert send() is None, n_parts
             assert self.raw_get(store, "free") == b"taken"

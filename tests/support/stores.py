@@ -8,8 +8,6 @@ from random import Random
 from threading import Event, Lock
 from typing import TypeVar
 
-from tests.support.faults import VERBS
-
 from tiercache.store.contract import Store, WrapperStore
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 
@@ -17,15 +15,7 @@ T = TypeVar("T")
 
 
 class LatencyStore(WrapperStore):
-    """A store that delays every call by a seeded random time, uniform between shortest_s and longest_s seconds.
-
-    Args:
-        inner: Store that makes the calls.
-        seed: Seed of the delays.
-        shortest_s: Shortest delay in seconds.
-        longest_s: Longest delay in seconds.
-        clock: Clock that waits.
-    """
+    """A store that delays every call by a seeded random time, uniform between shortest_s and longest_s seconds."""
 
     def __init__(
         self, inner: Store, *, seed: int, shortest_s: float = 0.0, longest_s: float, clock: Clock = SYSTEM_CLOCK
@@ -36,7 +26,6 @@ class LatencyStore(WrapperStore):
         self._shortest_s, self._longest_s, self._clock = shortest_s, longest_s, clock
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """See WrapperStore.around."""
         del verb, key
         with self._lock:
             late_s = self._random.uniform(self._shortest_s, self._longest_s)
@@ -47,16 +36,10 @@ class LatencyStore(WrapperStore):
 class Gate:
     """A point at which one call of a GateStore stops until open(). Leaving the gate's context opens it.
 
-    Args:
-        point: "before_VERB" or "after_VERB", with VERB one of `wrapper.VERBS`.
-        keys: Glob over keys.
-        timeout_s: Seconds after which a waiting thread raises AssertionError.
+    point: "before_VERB" or "after_VERB". keys: Glob over keys. A thread that waits for timeout_s raises AssertionError.
     """
 
     def __init__(self, point: str, keys: str = "*", timeout_s: float = 30.0) -> None:
-        when, _, verb = point.partition("_")
-        if when not in ("before", "after") or verb not in VERBS:
-            raise ValueError(f"a point must be before_VERB or after_VERB with a VERB of {VERBS}; got {point!r}")
         self.point, self.keys, self.timeout_s = point, keys, timeout_s
         self._reached, self._opened = Event(), Event()
 
@@ -83,13 +66,7 @@ class Gate:
 
 
 class GateStore(WrapperStore):
-    """A store whose calls stop at gates.
-
-    For example, `gate = store.stop_at("before_read_into")`, then `gate.wait_reached()` and `gate.open()`.
-
-    Args:
-        inner: Store that makes the calls.
-    """
+    """A store whose calls stop at gates: stop_at("before_read_into") returns one; then wait_reached() and open()."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
@@ -97,19 +74,13 @@ class GateStore(WrapperStore):
         self._gates: list[Gate] = []
 
     def stop_at(self, point: str, keys: str = "*") -> Gate:
-        """Return a gate for the next call that reaches a point.
-
-        Args:
-            point: "before_VERB" or "after_VERB".
-            keys: Glob over keys.
-        """
+        """Return a gate for the next call that reaches a point, of a key that matches the glob."""
         gate = Gate(point, keys)
         with self._lock:
             self._gates.append(gate)
         return gate
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """See WrapperStore.around."""
         self._pass(f"before_{verb}", key)
         answer = call()
         self._pass(f"after_{verb}", key)
@@ -125,29 +96,16 @@ class GateStore(WrapperStore):
 
 
 class CountingStore(WrapperStore):
-    """A store that records every call.
-
-    Args:
-        inner: Store that makes the calls.
-
-    Attributes:
-        calls: Verb and key of each call, in order.
-    """
+    """A store that records every call. calls: Verb and key of each, in order."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
         self.calls: list[tuple[str, str]] = []
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """See WrapperStore.around."""
         self.calls.append((verb, key))  # appending is atomic
         return call()
 
     def n_calls(self, verb: str | None = None, keys: str = "*") -> int:
-        """Return the number of recorded calls.
-
-        Args:
-            verb: Name of the calls; None: all.
-            keys: Glob over keys.
-        """
+        """Return the number of calls of a verb (None: all) whose key matches the glob."""
         return sum(1 for called, key in [*self.calls] if verb in (None, called) and fnmatch(key, keys))

@@ -56,8 +56,6 @@ logger = logging.getLogger("tiercache")
 REPORT_AFTER_S = 2.0
 # How often a waiting caller looks at its requests and at its cancel event: no thread can wait for an Event and a queue.
 _LOOK_EVERY_S = 0.05
-# Threads of a store that has not been called for this long end.
-IDLE_S = 0.5
 # Threads for each request that may run: the others keep requests that hang.
 _THREADS_PER_REQUEST = 4
 
@@ -336,8 +334,6 @@ class RequestRunner:
         self._is_closed = False
         self._calls: set[_Call] = set()
         self._threads: ThreadPoolExecutor | None = None
-        self._last_call_s = 0.0
-        self._idle_timer: threading.Timer | None = None
         self._reported: CallLimit | None = None
 
     def close(self) -> None:
@@ -346,29 +342,9 @@ class RequestRunner:
             self._is_closed = True
             for call in self._calls:
                 call.limit.stop.set()
-            self._end_threads()
-            if self._idle_timer is not None:
-                self._idle_timer.cancel()
-
-    def _end_threads(self) -> None:
-        threads, self._threads = self._threads, None
+            threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(wait=False)
-
-    def _end_idle_threads(self) -> None:
-        with self._lock:
-            self._idle_timer = None
-            if not self._calls and not self._is_closed:
-                if SYSTEM_CLOCK.monotonic() - self._last_call_s >= IDLE_S:
-                    self._end_threads()
-                else:
-                    self._start_idle_timer()
-
-    def _start_idle_timer(self) -> None:
-        self._idle_timer = threading.Timer(IDLE_S, self._end_idle_threads)
-        self._idle_timer.name, self._idle_timer.daemon = "tiercache-store-idle", True
-        with suppress(RuntimeError):  # no thread can start, for example while Python ends
-            self._idle_timer.start()
 
     def run(
         self,
@@ -412,9 +388,6 @@ class RequestRunner:
                 self._end_turn(task)
             with self._lock:
                 self._calls.discard(call)
-                self._last_call_s = SYSTEM_CLOCK.monotonic()
-                if not self._calls and self._idle_timer is None and not self._is_closed:
-                    self._start_idle_timer()
         return [task.result for task in tasks]
 
     def _run_all(self, call: _Call, tasks: Sequence[_Task], *, is_write: bool, hedges: bool) -> None:

@@ -153,12 +153,6 @@ def test_a_file_system_that_ignores_create_is_refused(ignores):
     single.close()
 
 
-@pytest.mark.parametrize("url", ["s3://b", "sftp://b"])
-def test_single_writer_must_be_a_boolean(url):
-    with pytest.raises(ValueError, match="single_writer"):
-        open_store(url, single_writer="perhaps")
-
-
 @pytest.mark.s3
 def test_a_real_server_that_ignores_the_condition_of_googles_client_is_refused(moto_server):
     """Moto serves the XML interface that Google's client uses, but not x-goog-if-generation-match."""
@@ -183,12 +177,3 @@ def test_googles_client_sends_the_condition_of_google(http_server):
     store.require_conditional_put()
     assert http_server.objects == {"bucket/a": b"1"}
     store.close()
-
-
-@pytest.mark.s3
-def test_real_s3_servers_have_conditional_puts(s3, moto):
-    for door in (s3, moto):
-        store = door.server.store(door.prefix)
-        store.require_conditional_put()
-        assert list(store.list()) == []
-        store.close()

@@ -213,11 +213,6 @@ def test_an_invalid_result_of_a_credentials_function_is_described(opened):
             opened(credentials=lambda given=given: given).get("a")
 
 
-def test_credentials_must_be_a_function():
-    with pytest.raises(ValueError, match="function"):
-        open_store("s3://bucket", credentials="keys.json")
-
-
 # Profiles
 
 
@@ -291,17 +286,6 @@ def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
     with pytest.raises(StoreError, match="no keys"):  # the next call asks again
         credentials.get()
     assert len(calls) == 2
-
-
-def test_aws_skip_signature_accepts_the_usual_words(opened, tmp_path, monkeypatch):
-    (tmp_path / "credentials").write_text(profile_text("KEY", "default"))
-    for text, is_signed in (("false", True), ("true", False)):
-        monkeypatch.setenv("AWS_SKIP_SIGNATURE", text)
-        store = opened()
-        assert (s3_access(store.options, store.url)[1] is not None) == is_signed
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
-    with pytest.raises(ValueError, match="AWS_SKIP_SIGNATURE"):
-        opened()
 
 
 # Roles by a token's file

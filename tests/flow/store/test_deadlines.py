@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from tiercache.store.archive import S3StorageClasses
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.remote import ReadSettings
-from tiercache.waiting import fail_fast_if_unreachable, wait_for
+from tiercache.waiting import fail_fast_if_unreachable
 
 MIB = 1 << 20
 DATA = pattern(3 * MIB)
@@ -138,30 +137,6 @@ def test_timeouts_of_the_http_client_are_at_most_that_of_the_call():
 # Reports
 
 
-def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_server, opened, caplog):
-    http_server.when(lambda method, path: HttpFault("silence"))
-    store = opened(timeout=30)
-    errors = []
-
-    def read():
-        try:
-            store.get("a")
-        except StoreError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    assert wait_for(lambda: caplog.records, GATE_S)
-    http_server.when(lambda method, path: None)
-    http_server.release()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert http_server.url in caplog.text
-
-
 # Nobody there
 
 
@@ -224,14 +199,6 @@ def test_the_reason_of_a_refusal_is_read_from_the_body(http_server):
         with pytest.raises(StoreError, match=reason):
             store.get("a")
     store.close()
-
-
-def test_a_refused_head_is_followed_by_a_get_that_gives_the_reason(http_server, opened):
-    body = b"<Error><Code>AccessDenied</Code><Message>not yours</Message></Error>"
-    http_server.when(lambda method, path: HttpFault("status", 403, body=body))
-    with pytest.raises(StoreError, match="AccessDenied: not yours") as caught:
-        opened().head("a")
-    assert caught.value.code == "AccessDenied"
 
 
 def test_an_error_always_names_the_server():

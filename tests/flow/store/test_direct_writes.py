@@ -128,13 +128,3 @@ def test_a_full_disk_is_an_error_of_the_part(tmp_path: Path, monkeypatch: pytest
         made.put_part(0, aligned(MIN_BYTES).data)
     made.abort()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_direct_writes_leave_no_descriptor_open(tmp_path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    store = LocalFolder(tmp_path)
-    for end in ("complete", "abort"):
-        made = store.create(end)
-        made.put_part(0, aligned(MIN_BYTES).data)
-        getattr(made, end)()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before

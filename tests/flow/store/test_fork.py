@@ -64,10 +64,3 @@ def test_a_fork_of_a_process_that_has_not_used_obstore_uses_it(store):
     command = [sys.executable, "-W", "error", "-c", CHILD_OF_AN_UNUSED_PARENT, pickle.dumps(store).hex()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_no_repr_of_a_store_contains_its_secret(s3, store):
-    secret = s3.server.secret_access_key
-    store.put("a", b"x")
-    shown = [repr(store), store.url, repr(store.client), repr(store.options), repr(store.folder)]
-    assert not any(secret in text for text in shown)

@@ -90,14 +90,6 @@ def test_a_temporary_fault_is_retried(http_server, make, clock, cloud):
         assert len(http_server.log) - n_seen + sum(fault.kind == "drop" for fault in script) == len(script) + 1, script
 
 
-def test_head_get_and_read_tail_are_retried_too(http_server, make):
-    http_server.objects = {"a": b"12345"}
-    store = make()
-    for call in (lambda: store.head("a").n_bytes, lambda: store.get("a"), lambda: store.read_tail("a", 2)[0]):
-        http_server.next(HttpFault("status", 503))
-        assert call() in (5, b"12345", b"45")
-
-
 def test_the_last_error_names_the_operation_and_the_answer(http_server, make, clock):
     http_server.objects = {"a": DATA}
     body = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
@@ -121,20 +113,6 @@ def test_a_permanent_refusal_is_not_retried(http_server, make):
         assert len(http_server.log) == number
 
 
-def test_a_refused_connection_is_retryable(make, http_server):
-    store = make(policy=RetryPolicy(n_attempts=2))
-    http_server.__exit__()
-    with pytest.raises(StoreError, match="cannot connect") as caught:
-        store.get("a")
-    assert caught.value.retryable
-
-
-def test_a_missing_object_is_requested_once(http_server, make):
-    with pytest.raises(NotFound):
-        make().get("a")
-    assert len(http_server.log) == 1
-
-
 def test_an_object_replaced_between_two_ranges_is_an_error(http_server, make):
     http_server.objects = {"a": DATA}
     store = make(max_gap_bytes=0, max_bytes=MIB)
@@ -142,23 +120,6 @@ def test_an_object_replaced_between_two_ranges_is_an_error(http_server, make):
     with pytest.raises(ObjectChanged) as caught:
         read_ranges(store, "a", WHOLE)
     assert not caught.value.retryable
-
-
-def test_an_object_replaced_before_a_retry_is_an_error(http_server, make):
-    http_server.objects = {"a": DATA}
-    http_server.next(HttpFault("reset"), HttpFault("replace"))
-    with pytest.raises(ObjectChanged):
-        read_ranges(make(), "a", WHOLE)
-    assert http_server.log[-1].if_match is not None
-
-
-def test_neighbouring_spans_are_one_request_and_far_ones_are_several(http_server, make):
-    http_server.objects = {"a": DATA}
-    store = make(max_gap_bytes=1000, max_bytes=MIB)
-    ranges = [ByteRange(0, 100), ByteRange(100, 200), ByteRange(1000, 1100), ByteRange(500_000, 500_100)]
-    assert read_ranges(store, "a", ranges) == [DATA[r.start : r.end] for r in ranges]
-    assert sorted(seen.range for seen in http_server.log) == ["bytes=0-1099", "bytes=500000-500099"]
-    assert http_server.n_bytes_sent == 1200
 
 
 def test_read_tail_is_one_request(http_server, make):
@@ -199,15 +160,6 @@ def test_a_stalled_read_ends_in_time_and_nothing_is_written_after_it(http_server
     store.close()
     _wait_for_workers()
     assert bytes(buffer) == seen
-
-
-def test_a_deadline_ends_retrying(http_server, make, clock):
-    http_server.when(lambda method, path: HttpFault("status", 503))
-    store = make(policy=RetryPolicy(n_attempts=1000, first_s=1.0, longest_s=1.0))
-    with pytest.raises(StoreError):
-        read_ranges(store, "a", WHOLE, deadline_s=5.0)
-    assert sum(clock.slept) <= 5.0
-    assert len(http_server.log) < 100
 
 
 def test_a_conditional_put_with_a_lost_answer_is_not_repeated(http_server, make):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -229,22 +228,6 @@ def test_forget_cached_drops_the_pages_of_a_file(store):
     assert store.get("a") == bytes(1 << 20)
 
 
-def _put_in_child(store, winners):
-    winners.put(store.put_if_absent("prize", b"%d" % os.getpid()))
-
-
-def test_put_if_absent_has_one_winner_among_processes(store):
-    context = multiprocessing.get_context("fork")
-    winners = context.SimpleQueue()
-    children = [context.Process(target=_put_in_child, args=(store, winners)) for _ in range(4)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert sorted(winners.get() for _ in children) == [False, False, False, True]
-    winners.close()
-
-
 def test_ctrl_c_after_a_close_closes_no_descriptor_twice(store, monkeypatch):
     """By then the number may be somebody else's file: what an upload's thread opened meanwhile."""
     store.put("x/y/z", b"123")
@@ -325,16 +308,6 @@ def test_symlinks_lists_links_to_existing_targets(store, tmp_path):
     expected = {f"runs/{name}": str((store.root / target).resolve()) for name, target in targets.items()}
     assert dict(store.symlinks()) == expected | {"runs/outside": str(tmp_path.resolve())}
     assert [info.key for info in store.list()] == ["runs/a/model"]
-
-
-@WITHOUT
-def test_the_etag_of_an_upload_is_that_of_the_published_file(tmp_path, monkeypatch, without):
-    refuse(monkeypatch, without)
-    store = LocalFolder(tmp_path)
-    with store.create("f") as upload:
-        upload.put_part(0, b"bytes")
-        made = upload.complete(if_absent=True)
-    assert made == store.head("f")
 
 
 def write_old(path, mode):

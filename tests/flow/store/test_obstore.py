@@ -73,46 +73,6 @@ def test_explicit_keys_are_not_combined_with_a_token_of_the_environment(s3, monk
 
 
 @pytest.mark.s3
-def test_aws_environment_variables_open_a_bucket(s3, monkeypatch):
-    for name, value in s3.server.environment.items():
-        monkeypatch.setenv(name, value)
-    store = open_store(f"{s3.server.url}/{s3.prefix}")
-    store.put("a", b"x")
-    assert s3.get("a") == b"x"
-    store.close()
-
-
-@pytest.mark.s3
-def test_option_names_of_s3fs_open_a_bucket(s3):
-    server = s3.server
-    names = {"key": server.access_key_id, "secret": server.secret_access_key, "anon": False, "token": None}
-    store = open_store(
-        f"{server.url}/{s3.prefix}",
-        endpoint_url=server.endpoint,
-        region="us-east-1",
-        **names,
-    )
-    store.put("a", b"x")
-    assert s3.get("a") == b"x"
-    store.close()
-
-
-@pytest.mark.s3
-def test_a_profile_opens_a_bucket(s3, monkeypatch, tmp_path):
-    file = tmp_path / "credentials"
-    keys = f"aws_access_key_id={s3.server.access_key_id}\naws_secret_access_key={s3.server.secret_access_key}\n"
-    file.write_text(f"[work]\n{keys}")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
-    for options in ({"profile": "work"}, {}):
-        store = open_store(f"{s3.server.url}/{s3.prefix}", **options)
-        store.put("a", b"x")
-        assert s3.get("a") == b"x"
-        store.close()
-        monkeypatch.setenv("AWS_PROFILE", "work")
-
-
-@pytest.mark.s3
 def test_wrong_keys_are_an_error_that_is_not_retryable(s3):
     store = open_store(s3.server.url, **{**s3.server.storage_options, "secret_access_key": "wrong-s3cret"})
     with pytest.raises(StoreError, match="403") as caught:

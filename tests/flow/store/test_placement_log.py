@@ -16,7 +16,6 @@ from tests.support.stores import CountingStore, GateStore
 
 from tiercache.errors import CommitConflict, CorruptShard, StoreError, UnsupportedFormat
 from tiercache.store import LocalFolder, MemoryStore, placement_log
-from tiercache.store.contract import WrapperStore
 from tiercache.store.placement_log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 
 # -- what it says ---------------------------------------------------------------------------------------------------
@@ -92,21 +91,6 @@ def test_a_marker_without_a_placement_means_that_everything_is_at_home(store):
     assert placement_log.is_tracked(store)
     found = placement_log.read_placement(store)
     assert (found.number, len(found), found.find("a")) == (0, 0, None)
-
-
-def test_the_last_ten_placements_are_kept(store):
-    for n in range(3 * N_KEPT):
-        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    assert numbers(store) == list(range(2 * N_KEPT + 1, 3 * N_KEPT + 1))
-    assert placement_log.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
-
-
-def test_a_row_without_a_url_or_with_an_unknown_state_or_a_negative_size_is_refused():
-    for wrong in ({"url": ""}, {"state": "gone"}, {"n_bytes": -1}):
-        with pytest.raises(ValueError, match="a row needs a URL"):
-            PlacementRow(**{"key": "a", "url": "u", **wrong})
-    with pytest.raises(ValueError, match="not a valid key"):
-        PlacementRow("../a", "u")
 
 
 # -- hints ----------------------------------------------------------------------------------------------------------
@@ -198,18 +182,6 @@ def test_no_change_of_racing_writers_is_lost(kind, tmp_path, request):
     home.close()
 
 
-def test_a_writer_that_loses_a_race_merges_its_changes(store):
-    gated = GateStore(store)
-    gate = gated.stop_at("before_put_if_absent", placement_key(1))
-    late = threading.Thread(target=lambda: placement_log.commit_placement(gated, {"late": row("late")}))
-    late.start()
-    with gate:
-        gate.wait_reached()
-        placement_log.commit_placement(store, {"early": row("early")})
-    late.join()
-    assert set(rows_of(placement_log.read_placement(store))) == {"early", "late"}
-
-
 @pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
 @pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
 def test_repeating_a_commit_that_was_killed_at_any_point_completes_it(store, point, n_before):
@@ -262,27 +234,6 @@ def test_a_corrupt_placement_is_reported_to_readers_and_writers(store, mark):
     assert numbers(store) == [1, 2]
 
 
-class Misread(WrapperStore):
-    """A store that returns damaged bytes of a placement n times, from the nth read on."""
-
-    def __init__(self, inner, key, n, nth=1):
-        super().__init__(inner)
-        self._wrong, self._key, self._n = range(nth, nth + n), key, 0
-
-    def read_tail(self, key, n_bytes):
-        data, info = super().read_tail(key, n_bytes)
-        self._n += key == self._key
-        wrong = key == self._key and self._n in self._wrong
-        return (data.replace(b"s3://", b"s3:/0") if wrong else data), info
-
-
-def test_a_placement_that_was_damaged_in_transit_is_read_again(store):
-    placement_log.commit_placement(store, {"a": row("a")})
-    assert rows_of(placement_log.read_placement(Misread(store, placement_key(1), 1))) == {"a": row("a")}
-    with pytest.raises(CorruptShard):
-        placement_log.read_placement(Misread(store, placement_key(1), 2))
-
-
 # -- the codec ------------------------------------------------------------------------------------------------------
 
 
@@ -310,14 +261,6 @@ def test_a_truncated_or_misnumbered_placement_is_corrupt(store):
     for wrong, number in ((data[:-9], 1), (b"", 1), (data, 2)):
         with pytest.raises(CorruptShard, match="placement"):
             placement_log.decode_placement(wrong, number, url="u")
-
-
-def test_a_placement_with_an_invalid_row_is_corrupt(store):
-    rows = placement_log.commit_placement(store, {"a": row("a")}).rows
-    for column, wrong in {"url": pa.array([""], pa.large_string()), "n_bytes": pa.array([-1])}.items():
-        bad = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), wrong)
-        with pytest.raises(CorruptShard, match="without a URL"):
-            placement_log.decode_placement(placement_log.encode_placement(placement_log.Placement(1, bad)), 1, url="u")
 
 
 def file_of(rows, **options):

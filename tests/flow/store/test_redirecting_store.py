@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -129,19 +128,6 @@ def test_shards_that_move_during_an_epoch_are_read_to_its_end(packed, stores, ho
             moved.move(moved.keys, place_store)
     assert sorted(ids) == ALL
     assert by_loader(dataset) == ALL
-    dataset.close()
-
-
-def test_a_shard_that_moves_repeatedly_is_found_each_time(packed, tmp_path):
-    moved = Moved(packed, LocalFolder(tmp_path / "home"))
-    dataset = tc.Dataset(moved.store.url)
-    where = moved.store
-    for n in range(4):
-        there = LocalFolder(tmp_path / f"cold-{n}")
-        moved.move(moved.keys, there, src=where)
-        where = there
-        dataset.close()  # what is open stays readable whatever is dropped
-        assert by_record(dataset) == ALL
     dataset.close()
 
 
@@ -306,22 +292,6 @@ def test_a_location_that_cannot_be_opened_is_an_error_without_credentials(packed
         with pytest.raises(StoreError, match="names a location that cannot be opened") as caught:
             by_loader(dataset)
         assert "hunter2" not in str(caught.value)
-
-
-def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tmp_path):
-    with HttpFaultServer() as cold:
-        moved = Moved(None, ServedStore(server, "home"))
-        moved.move(moved.keys[::3], ServedStore(cold, "far"))
-        with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0%") as cache:
-            dataset = tc.Dataset(f"{server.url}/home", cache=cache)
-            assert by_record(dataset) == ALL
-            loader = TorchLoader(
-                dataset, batch_size=10, num_workers=2, collate_fn=_as_it_is, multiprocessing_context="fork"
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a store that a fork has left
-                assert [int(record["id"]) for records in loader for record in records] == ALL
-            dataset.close()
 
 
 # -- archived -------------------------------------------------------------------------------------------------------

@@ -39,13 +39,6 @@ def test_a_large_upload_is_invisible_until_it_is_complete(s3, store):
     assert s3.get("big") == b"".join(PARTS)
 
 
-def test_a_large_upload_that_is_aborted_leaves_nothing(s3, store):
-    with store.create("big") as upload:
-        _send(upload)
-    assert list(store.list()) == []
-    assert s3.uploads() == []
-
-
 @pytest.mark.parametrize("door", ["s3", "moto"])
 def test_an_upload_whose_store_was_closed_or_whose_writer_failed_leaves_nothing(request, door):
     door = request.getfixturevalue(door)
@@ -64,17 +57,6 @@ def test_an_upload_whose_store_was_closed_or_whose_writer_failed_leaves_nothing(
     assert list(store.list()) == []
     assert door.uploads() == []
     store.close()
-
-
-def test_a_large_conditional_upload_replaces_nothing(s3, store):
-    for wins in (True, False):
-        with store.create("big") as upload:
-            _send(upload)
-            assert (upload.complete(if_absent=True) is not None) == wins
-    assert s3.get("big") == b"".join(PARTS)
-    assert [info.key for info in store.list()] == ["big"]
-    listed = s3.client.list_objects_v2(Bucket=s3.server.bucket, Prefix=s3.prefix)["Contents"]
-    assert [found["Key"] for found in listed] == [f"{s3.prefix}/big"], "no temporary object is left"
 
 
 def test_a_failed_part_ends_the_upload_and_leaves_nothing(s3, store, monkeypatch):

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,7 @@ from tests.support.moved_shards import Moved, N, ServedStore, by_loader, by_reco
 from tests.support.stores import CountingStore
 
 import tiercache as tc
-from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore, uses
-from tiercache.store.contract import WrapperStore
 from tiercache.store.placement import LocationResolver
 from tiercache.store.uses import (
     IN_USE_S,
@@ -38,9 +35,6 @@ from tiercache.store.uses import (
     ActiveReader,
     UseRecorder,
     UseReport,
-    merge_reports,
-    read_reports,
-    usage_key,
 )
 from tiercache.waiting import wait_for
 
@@ -296,30 +290,6 @@ def test_an_unreadable_report_counts_as_overdue():
     store.delete([info.key for info in store.list()])
 
 
-LYING = {
-    "nested": b"[" * 200_000,
-    "no time": uses.encode(UseReport("m", math.nan)),
-    "no end": uses.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
-    "a time of many digits": uses.encode(UseReport("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
-}
-
-
-def test_an_impossible_report_keeps_the_data_in_place(moved):
-    moved.adopt()
-    for name, text in LYING.items():
-        _check_impossible_report(moved, name, text)
-
-
-def _check_impossible_report(moved, name, text):
-    moved.store.put(uses.usage_key("other"), text)
-    moved.store.put(uses.usage_key(uses.machine_name()), text)
-    said = uses.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
-    assert said.unreported, name
-    with closing(tc.Dataset(moved.store.url)) as dataset:
-        assert by_loader(dataset) == ALL
-    assert len(uses.decode(moved.store.get(uses.usage_key(uses.machine_name())), "m").shards) == len(moved.keys)
-
-
 TIMES = st.floats(NOW_S - 10 * DAY_S, NOW_S)
 REPORTS = st.builds(
     UseReport,
@@ -351,63 +321,3 @@ def test_merging_reports_equals_a_plain_loop(found):
 def test_a_report_is_decoded_as_it_was_encoded(one):
     assert uses.decode(uses.encode(one), "m") == one
     json.loads(uses.encode(one))
-
-
-def test_a_store_error_passes_through_read_reports():
-    store = FaultStore(MemoryStore("usage-fails"), [Fault("list")])
-    with pytest.raises(StoreError):
-        uses.read_reports(store)
-
-
-# -- clocks --------------------------------------------------------------------------------------------------------
-
-
-AB_NAMES = pa.array(["a", "b"])
-
-
-class Dated(WrapperStore):
-    """A store that gives its objects this date; None: no date."""
-
-    def __init__(self, inner, dated_s):
-        super().__init__(inner)
-        self.dated_s = dated_s
-
-    def list(self, prefix=""):
-        return (replace(info, modified_s=self.dated_s) for info in super().list(prefix))
-
-
-@pytest.fixture
-def store(request):
-    store = MemoryStore(f"clocks-{request.node.name}")
-    yield store
-    store.delete([info.key for info in store.list()])
-
-
-def reported(store, machine_s, *, store_s, reads_all=False):
-    """Return the report of a machine with this clock, as the planner reads it; its reader began an hour earlier."""
-    reader = ActiveReader(machine_s - 3600, machine_s, reads_all)
-    report = UseReport("m", machine_s, machine_s if reads_all else 0.0, {"r": reader}, {"a": machine_s - 60})
-    store.put(usage_key("m"), uses.encode(report))
-    (found,) = read_reports(Dated(store, store_s))
-    return found
-
-
-@pytest.mark.parametrize("behind_s", [8 * DAY_S, 5 * 365 * DAY_S, NOW_S - 1000])
-def test_shards_of_a_machine_with_a_late_clock_are_in_use(store, behind_s):
-    said = merge_reports([reported(store, NOW_S - 100 - behind_s, store_s=NOW_S - 100)], AB_NAMES, now_s=NOW_S)
-    assert said.in_use.tolist() == [True, False]
-    assert said.last_use_s[0] == NOW_S - 160
-
-
-@pytest.mark.parametrize("store_s", [None, NOW_S - 20 * DAY_S, NOW_S + 30])
-def test_reported_times_stay_unless_the_clock_of_the_store_is_clearly_later(store, store_s):
-    said = reported(store, NOW_S, store_s=store_s)
-    assert (said.reported_s, said.readers["r"].since_s, said.shards["a"]) == (NOW_S, NOW_S - 3600, NOW_S - 60)
-
-
-def test_an_oversized_report_is_not_read_and_counts_as_overdue(store, monkeypatch):
-    reported(store, NOW_S - 100, store_s=NOW_S - 100)
-    monkeypatch.setattr(uses, "_MOST_BYTES", 10)
-    counting = CountingStore(Dated(store, NOW_S - 100))
-    assert merge_reports(read_reports(counting), AB_NAMES, now_s=NOW_S).unreported
-    assert counting.n_calls("get") == 0

@@ -111,16 +111,3 @@ print(json.dumps([once.ended.lines, for_ever.ended.lines, never.n_struck, counts
     assert for_ever == ["3 122", "4 122"]
     assert (n_never, n_calls) == (0, 5)
     assert where == f"pwrite64({tmp_path / 'ours' / 'f'})"
-
-
-def test_a_file_without_a_name_and_a_duplicated_descriptor_are_still_below_the_folder(shim, tmp_path):
-    code = """
-def work(tell):
-    other = os.dup(fd_ours)
-    os.unlink(ours / "f")
-    try:
-        os.pread(other, 1, 0)
-    except OSError as error:
-        tell(str(error.errno))
-print(json.dumps(fail_calls(work, ours, Position("pread", "EIO", 1)).ended.lines))"""
-    assert answer(shim, tmp_path, code) == ["5"]

@@ -98,22 +98,6 @@ def test_a_request_gets_more_attempts_the_longer_it_is_silent():
     assert times.take_hedge(4.9, 2)
 
 
-def test_a_request_without_a_byte_gets_more_attempts_although_nothing_was_observed(make):
-    clock = FakeClock()
-    runner, counters = make(clock=clock)
-    hanging = Hanging("answer", n_hanging=2)
-    results = []
-    thread = threading.Thread(target=lambda: results.extend(runner.run([hanging], limit(clock))))
-    thread.start()
-    for n_attempts in (1, 2):
-        assert wait_for(lambda n=n_attempts: hanging.n_attempts >= n, GATE_S)
-        clock.advance(11)  # more than the first deadline, doubled once
-    thread.join(GATE_S)
-    assert results == ["answer"]
-    assert (counters["retries"], counters["hedges"]) == (0, 2)
-    hanging.gate.set()
-
-
 def test_a_request_that_brings_bytes_is_not_hedged(make):
     clock = FakeClock()
     runner, counters = make(clock=clock)
@@ -348,20 +332,6 @@ def test_attempts_timeout_and_deadline_limit_retries():
             with_retries(attempt, policy, limit(clock, **options))
         assert sum(clock.slept) <= most_s
         assert len(calls) == len(clock.slept) + 1
-
-
-def test_a_set_stop_event_ends_a_pause_at_once():
-    call = limit(FakeClock())
-    attempt, calls = failing(10**9, retryable=True)
-
-    def stopping():
-        if len(calls) == 2:
-            call.stop.set()
-        return attempt()
-
-    with pytest.raises(StoreError, match="no"):
-        with_retries(stopping, RetryPolicy(first_s=9, longest_s=9), call)
-    assert len(calls) == 3
 
 
 def test_an_unwanted_call_is_not_retried():

@@ -102,6 +102,7 @@ REFUSED = [
     ("file://other-machine/a", {}, "three slashes"),
     ("/data", {"region": "x"}, "no storage options, got region"),
     ("s3://bucket/a/../b", {}, "key"),
+    ("s3://bucket", {"credentials": "keys.json"}, "must be a function"),
     ("", {}, "not a URL"),
 ]
 
