@@ -7,7 +7,6 @@ scan the folder. They can be rebuilt from the files of the folder, and are if th
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -18,9 +17,8 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tiercache.cache.folder import close_private, is_locked, keep_private, try_exclusive
-from tiercache.cache.names import NAME
 from tiercache.crash_points import crash_point
-from tiercache.store.shared_files import Database, boot_id, open_file, pid_namespace, read_text, start_time
+from tiercache.store.shared_files import Database, boot_id, open_file, pid_namespace, start_time
 
 if TYPE_CHECKING:
     import sqlite3
@@ -70,8 +68,8 @@ _open_here: set[str] = set()
 class Owners:
     """This session as an owner, the other owners, and what the accounts ask about the files. Safe from any thread."""
 
-    def __init__(self, folder: Folder, limit_bytes: int) -> None:
-        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self._lock = folder, Lock()
         self.me = Owner.of_this_process()
         self.is_closed = False
         self._fd = self._make()
@@ -82,14 +80,12 @@ class Owners:
         try:
             crash_point("owner.made")
             try_exclusive(fd)
-            crash_point("owner.locked")
-            os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
         except BaseException:
             os.close(fd)
             with suppress(OSError):
                 self._folder.remove_file("owners", str(self.me))
             raise
-        crash_point("owner.written")
+        crash_point("owner.locked")
         return keep_private(fd)
 
     def ensure(self) -> None:
@@ -129,31 +125,9 @@ class Owners:
                 self.remove_files_of(text)
 
     def processes(self) -> list[tuple[int, str]]:
-        running = [owner for owner in map(Owner.parse, self.limits()) if owner is not None and owner.runs()]
+        owners = [Owner.parse(file.name) for file in self._folder.owners.iterdir()]
+        running = [owner for owner in owners if owner is not None and owner.runs()]
         return [(pid, command_of(pid)) for pid in sorted({owner.pid for owner in running})]
-
-    def limits(self) -> dict[str, int]:
-        limits = {str(self.me): self._limit_bytes}
-        with suppress(FileNotFoundError):
-            for file in self._folder.owners.iterdir():
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    note = json.loads(read_text(file))
-                    if self.alive(file.name):
-                        limits[file.name] = int(note["limit_bytes"])
-        return limits
-
-    def running_fetches(self) -> list[tuple[str, str, int]]:
-        """Return (owner, name, bytes that may still come) of each fetch, also of dead owners, as the lock files say."""
-        fetches: list[tuple[str, str, int]] = []
-        with suppress(OSError):
-            for file in self._folder.locks.iterdir():
-                # Not the lock of a fetch, or released meanwhile.
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    note = json.loads(read_text(file))
-                    fetch = str(note["owner"]), file.name, int(note["reserved_bytes"])
-                    if fetch[2] > 0 and NAME.fullmatch(file.name):
-                        fetches.append(fetch)
-        return fetches
 
     def charge_of(self, name: str) -> int | None:
         return self._folder.charge_of(name)
@@ -300,10 +274,6 @@ class Accounts:
         # The accounts of another boot of the machine are not trusted.
         db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (boot_id(), secrets.token_hex(8)))
         db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
-        db.executemany("INSERT INTO openers VALUES (?, ?)", list(self.owners.limits().items()))
-        for owner, name, charge in self.owners.running_fetches():
-            if owner != self._owner and self.owners.alive(owner):
-                db.execute("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", (owner, name, charge))
         self._come_back(db)
         self._take_in(db, is_new=True)
 
@@ -374,9 +344,6 @@ class Accounts:
                     self._come_back(db)
                 return False
             db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self._owner, name, charge_bytes))
-            used, reserved, limit = self._sums(db)
-            if used + reserved > limit:
-                raise RuntimeError(f"the cache's accounts would exceed the budget: {used} + {reserved} > {limit} bytes")
             self._held[name] = charge_bytes
             return True
 
@@ -396,18 +363,11 @@ class Accounts:
     def set_charge(self, name: str, charge_bytes: int) -> None:
         """Set the row of a copy or partial copy, and release this owner's reservation for the name.
 
-        Bytes without a reservation (the catalog was lost, or the file was found) are charged too. Raises RuntimeError,
-        and changes nothing, if the copy takes more than its row and the reservation for it.
+        Bytes without a reservation (the catalog was lost, or the file was found) are charged too.
         """
 
         def work(db: sqlite3.Connection) -> None:
-            own = self._delete_reservation(db, name)
-            row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
-            most = own + (0 if row is None else row[0])
-            if own and charge_bytes > most:
-                raise RuntimeError(
-                    f"a copy takes more bytes than were reserved for it: {charge_bytes} > {most} ({name})"
-                )
+            self._delete_reservation(db, name)
             _set_copy(db, name, charge_bytes)
             self._held.pop(name, None)
 
@@ -420,9 +380,8 @@ class Accounts:
 
         self._database.run(work)
 
-    def _delete_reservation(self, db: sqlite3.Connection, name: str) -> int:
-        query = "DELETE FROM reservations WHERE owner = ? AND name = ? RETURNING charge_bytes"
-        return sum(charge for (charge,) in db.execute(query, (self._owner, name)).fetchall())
+    def _delete_reservation(self, db: sqlite3.Connection, name: str) -> None:
+        db.execute("DELETE FROM reservations WHERE owner = ? AND name = ?", (self._owner, name))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove the rows of copies whose files are gone.

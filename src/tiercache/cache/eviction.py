@@ -259,10 +259,6 @@ MAX_ROUNDS = 7
 WIDER = 16
 # lru frees some space in advance; plan frees exactly what is needed, because all its copies will be needed.
 WATERMARK_SHARE = 0.01
-# Copies that were deleted by hand, or by a process that died before it updated the accounts, leave the accounts too
-# high. The folder is scanned again before space is refused, but at most this often: a full cache refuses often, and a
-# scan takes milliseconds.
-RECONCILE_INTERVAL_S = 60.0
 # Freeing space takes milliseconds; a process that cannot get the lock in this time continues without it.
 SPACE_WAIT_S = 10.0
 # A process that holds the lock for longer was stopped (SIGSTOP, a paused container): for this time nobody waits for it.
@@ -330,7 +326,7 @@ class Evictor:
         self._reported = counters.snapshot()
         self._mirror = AccountsMirror(accounts)
         self._pins: set[str] | None = None
-        self._reconciled_s = self._waits_again_s = SYSTEM_CLOCK.monotonic()
+        self._waits_again_s = SYSTEM_CLOCK.monotonic()
 
     def note_use(self, name: str) -> int:
         """Record a use, in order; return the number of copies whose uses are not written to the accounts yet."""
@@ -370,25 +366,16 @@ class Evictor:
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
         """Return whether a reservation would certainly fail: the policy frees too little, and nobody fetches it now."""
-        if self.lack_bytes(charge_bytes) <= 0 or (self._reconcile() and self.lack_bytes(charge_bytes) <= 0):
+        if self.lack_bytes(charge_bytes) <= 0:
             return False
         return not self.accounts.is_reserved(name) and (
             self._victims(name, self.lack_bytes(charge_bytes), {name}) is None
         )
 
-    def _reconcile(self) -> bool:
-        now_s = SYSTEM_CLOCK.monotonic()
-        if now_s - self._reconciled_s < RECONCILE_INTERVAL_S:
-            return False
-        self._reconciled_s = now_s
-        self.accounts.reconcile()
-        return True
-
     def reserve(self, name: str, charge_bytes: int, *, protected: Set[str] = frozenset()) -> bool:
         """Reserve space for a copy, and evict what the policy chooses except `protected`; False: there is none."""
         if self.accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
             return True
-        self._reconcile()
         excluded, wider = {name, *protected}, 1
         with self._making_space():
             for _ in range(MAX_ROUNDS):
@@ -570,10 +557,9 @@ class Evictor:
             crash_point("evict.deleted")
             try:
                 self.accounts.remove(gone)
-            except OSError as error:
+            except OSError as error:  # the accounts stay too high until such a copy is a victim again
                 if not is_disk_full(error):
                     raise
-                self._reconciled_s = -math.inf  # the accounts stay too high: reconcile them as soon as possible
             self.counters.add("evicted", len(gone))
             crash_point("evict.booked")
 

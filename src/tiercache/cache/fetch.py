@@ -204,7 +204,9 @@ class Fetch:
         del kept  # possibly the last reference to the cache, whose finalizer must not run under the condition
 
     def run(self) -> bool:
-        """Fetch the requested units. Units for which there is no space, or for which the disk fails, are refused.
+        """Fetch the requested units. Units for which there is no space are refused.
+
+        If the disk is full, copies are evicted and the fetch is repeated once; what was fetched stays.
 
         Returns:
             False: The fetch has yielded to urgent ones, and must be run again.
@@ -218,8 +220,7 @@ class Fetch:
         except OSError as error:
             if isinstance(error, StoreError) or not is_disk_full(error):
                 raise
-            # The disk was full for a record, a name or the accounts. What was fetched stays.
-            self._evictor.free_disk(charge_bytes(self.spec.n_bytes), protected=self.protected)
+            self._evictor.free_disk(charge_bytes(self.spec.n_bytes), protected=self.protected | {self.spec.name})
             return self._run_locked()
 
     # -- what leases see -----------------------------------------------------------------------------------------------
@@ -364,10 +365,10 @@ class Fetch:
 
     def _transfer_and_complete(self) -> int | None:
         while True:
-            self._transfer_requested()
+            while self.missing_units()[0].any() and not self._should_yield():
+                self._transfer()
             if self._part is not None and self._part.present.all():
                 crc = self._part.checksum()
-                self._note_reservation(0)
                 if not self._complete(self._part, crc):
                     self._withdraw()
                     return crc
@@ -457,23 +458,15 @@ class Fetch:
     def _reserve(self, units: Mask) -> bool:
         name = self.spec.name
         need_bytes = max(charge_of(units, self.spec.n_bytes) - self._charged_bytes, 0)
-        self._note_reservation(need_bytes)
         if not self._evictor.reserve(name, need_bytes, protected=self.protected | {name}):
-            self._note_reservation(self._reserved_bytes)
             self._evictor.warn_no_space(self.spec, need_bytes)
             return False
         self._reserved_bytes = need_bytes
         crash_point("fetch.reserved")
         return True
 
-    def _note_reservation(self, n_bytes: int) -> None:
-        """Write to the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
-        self._name_lock.note({"owner": str(self._accounts.owners.me), "reserved_bytes": n_bytes})
-
     def _update_charge(self) -> None:
         """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
-        # First: after the commit, the entry would be counted whenever the accounts are rebuilt.
-        self._note_reservation(0)
         if self._part is None or not self._part.has_name:  # a reader found it corrupt and removed it
             self._accounts.release(self.spec.name)
         elif self._part.present.any():
@@ -484,7 +477,6 @@ class Fetch:
 
     def _remove_part(self) -> None:
         """Remove the partial copy and its charge. If it has lost its name, the name belongs to another file."""
-        self._note_reservation(0)
         self._withdraw()  # with our own view open, the file would count as deleted but still in use
         if self._part is not None and self._part.has_name:
             self._evictor.remove(self.spec.name)
@@ -499,26 +491,6 @@ class Fetch:
                 self._update_charge()
 
     # -- transfer ---------------------------------------------------------------------------------------------------
-
-    def _transfer_requested(self) -> None:
-        """Transfer the requested units until none is left, space for them is refused, or the fetch yields.
-
-        If the disk is full, copies are evicted and the transfer is repeated once; then the missing units are refused.
-        """
-        was_full = False
-        while self.missing_units()[0].any() and not self._should_yield():
-            try:
-                self._transfer()
-                was_full = False
-            except OSError as error:
-                if isinstance(error, StoreError) or not is_disk_full(error):
-                    raise
-                if was_full:
-                    self._refuse(self.missing_units()[0])
-                    self._evictor.warn_full_disk()
-                else:
-                    self._evictor.free_disk(self._reserved_bytes, protected=self.protected | {self.spec.name})
-                was_full = not was_full
 
     def _transfer(self) -> None:
         self._transfer_error = None

@@ -55,7 +55,7 @@ from tiercache.store.shared_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -83,9 +83,6 @@ def _close_inherited() -> None:
 
 
 os.register_at_fork(after_in_child=_close_inherited)
-
-
-_NOTE_BYTES = 512
 
 
 def try_shared(fd: int) -> bool:
@@ -138,21 +135,14 @@ class NameLock:
                 raise
             if is_free and has_name:
                 self._fd = keep_private(fd)
-                with suppress(OSError):
+                text = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+                with suppress(OSError):  # a full disk: the note only serves messages
                     os.ftruncate(fd, 0)
-                self.note({})
+                    os.pwrite(fd, text.encode(), 0)
                 return True
             os.close(fd)
             if not is_free:
                 return False
-
-    def note(self, facts: Mapping[str, object]) -> None:
-        """Write facts about the holder into the lock file. Does nothing while the lock is not held."""
-        if self._fd is not None:
-            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **facts})
-            with suppress(OSError):  # a full disk: the note only serves messages and the rebuilding of lost accounts
-                # One write over the whole former note, so that no reader sees a mixture of two notes.
-                os.pwrite(self._fd, text.ljust(_NOTE_BYTES).encode(), 0)
 
     @property
     def is_held(self) -> bool:
@@ -342,15 +332,6 @@ class Folder:
         except OSError:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else -1
-
-    def last_read_s(self, name: str) -> float:
-        """Return when a copy, whole or partial, was last read or written, as far as the file system says; 0: never."""
-        times = [0.0]
-        for kind in ("", ".part"):
-            with suppress(OSError):
-                status = os.lstat(f"{self._copies}/{name}{kind}")
-                times.append(max(status.st_atime, status.st_mtime))
-        return max(times)
 
     def charge_of(self, name: str) -> int | None:
         """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""

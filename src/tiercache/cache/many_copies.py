@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -239,7 +238,6 @@ def _wait(opened: CacheSession, fetch: Fetch, one: RequestedCopy) -> None:
 class CopyState(StrEnum):
     OK = "ok"
     DAMAGED = "damaged"
-    UNREADABLE = "unreadable"
     UNKNOWN = "unknown"
     """No record says what the copy should be; it is verified when it is next used."""
 
@@ -277,7 +275,7 @@ class VerifyReport:
 
     @property
     def wrong(self) -> tuple[CopyCheck, ...]:
-        return tuple(one for one in self.checked if one.state in (CopyState.DAMAGED, CopyState.UNREADABLE))
+        return tuple(one for one in self.checked if one.state is CopyState.DAMAGED)
 
     @property
     def is_right(self) -> bool:
@@ -311,8 +309,6 @@ def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | Non
         return _check_partial_copy(opened, name, repair=repair)
     try:
         try_shared(fd)  # prevents eviction during the check
-        with suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
         checked = _check_copy(fd, name, opened.folder.read_record(name))
         if not repair or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
@@ -327,18 +323,18 @@ def _check_copy(fd: int, name: str, record: CopySpec | None) -> CopyCheck:
     n_bytes = os.fstat(fd).st_size
     if record is None or record.crc32c is None:
         return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN)
-    state, defect = CopyState.DAMAGED, ""
+    defect = ""
     if n_bytes != record.n_bytes:
         defect = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
     else:
         crc, offset, _ = read_checksum(fd, n_bytes)
         if offset < n_bytes:
-            state, defect = CopyState.UNREADABLE, f"it cannot be read at offset {offset}"
+            defect = f"it cannot be read at offset {offset}"
         elif crc != record.crc32c:
             defect = f"its CRC-32C is {crc:08x}, expected {record.crc32c:08x}"
     if not defect:
         return CopyCheck(name, record.source, n_bytes, CopyState.OK)
-    return CopyCheck(name, record.source, n_bytes, state, where=(defect,))
+    return CopyCheck(name, record.source, n_bytes, CopyState.DAMAGED, where=(defect,))
 
 
 def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> CopyCheck | None:

@@ -183,15 +183,12 @@ class NameTable:
         return np.searchsorted(self.heads, names.heads)
 
     def rows_of(self, names: NameTable) -> NDArray[np.int64]:
-        """Return the row of each of other names in this sorted table, int64[len(names)]; -1: not in the table."""
+        """Return the row of each of other names in this sorted table, int64[len(names)]; -1: not in the table.
+
+        Two names with equal heads are one in 2**64: the second may count as not in the table.
+        """
         if not len(self):
             return np.full(len(names), -1, np.int64)
         rows = np.minimum(self.places_of(names), len(self) - 1)
-        has_head = self.heads[rows] == names.heads
-        is_found = self.strings[rows] == names.strings
-        rows[~is_found] = -1
-        # Two names with equal heads are extremely rare; for them, all rows with that head are searched.
-        for i in np.flatnonzero(has_head & ~is_found).tolist():
-            same_head = np.flatnonzero(self.heads == names.heads[i])
-            rows[i] = max([row for row in same_head.tolist() if (self.raw[row] == names.raw[i]).all()], default=-1)
+        rows[self.strings[rows] != names.strings] = -1
         return rows

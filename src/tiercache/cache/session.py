@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache.accounts import Accounts, Owners
 from tiercache.cache.copy_file import CopyFile, bytes_of, open_map, open_part, open_whole, read_all, read_checksum
-from tiercache.cache.eviction import POLICIES, Evictor, delete_copy
+from tiercache.cache.eviction import POLICIES, Evictor
 from tiercache.cache.fetch import CopyLease, Fetch
 from tiercache.cache.folder import Folder, NameLock, charge_bytes, disk_space, is_disk_full, network_file_system
 from tiercache.cache.reading_plans import ReadingPlans
@@ -46,8 +46,6 @@ REMOVE_WAIT_S = 10.0
 USES_PER_FLUSH = 1024
 # Limit of remembered prefetches whose copies were not opened yet. A prefetch runs a few hundred shards ahead at most.
 MOST_PREFETCHED = 65_536
-# What a session needs on a full disk: its owner file, and a few pages of the accounts.
-SESSION_BYTES = 1 << 20
 
 
 class Breaker:
@@ -143,16 +141,7 @@ class CacheSession:
                 f"cache {options.path}: is on {network}; a local disk is faster, and each machine needs a folder of "
                 "its own (TIERCACHE_CACHE_DIR)",
             )
-        try:
-            self._start(options)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            self._free_full_disk()
-            self._start(options)
-
-    def _start(self, options: CacheOptions) -> None:
-        self.owners = Owners(self.folder, self.limit_bytes)
+        self.owners = Owners(self.folder)
         self.accounts = Accounts(self.folder.catalog, self.owners)
         self.plans = ReadingPlans(self.folder, self.owners)
         self.evictor = Evictor(
@@ -178,15 +167,6 @@ class CacheSession:
         except BaseException:
             self._leave_folder()
             raise
-
-    def _free_full_disk(self) -> None:
-        """Delete some copies that nobody uses, the least recently read first: without accounts, by the files."""
-        freed_bytes = 0
-        for name, charge in sorted(self.folder.sizes().items(), key=lambda item: self.folder.last_read_s(item[0])):
-            if freed_bytes >= SESSION_BYTES:
-                break
-            if delete_copy(self.folder, name):
-                freed_bytes += charge
 
     def _sweep(self) -> None:
         self.owners.remove_files_of_dead()

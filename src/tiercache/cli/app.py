@@ -1,4 +1,4 @@
-"""The application: all verbs, the options of the command itself, and shell completion.
+"""The application: all verbs, and the options of the command itself.
 
 A verb is a function with the decorator `verb` in one of the other modules of this package. Its module is imported only
 when the verb is called or its help is requested, so `tiercache --help` loads nothing but typer.
@@ -6,8 +6,6 @@ when the verb is called or its help is requested, so `tiercache --help` loads no
 
 from __future__ import annotations
 
-from contextlib import suppress
-from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -17,7 +15,6 @@ from typer.core import TyperGroup
 from tiercache.distribution import __version__
 
 _NAME = "tiercache"
-_COMPLETE = "_TIERCACHE_COMPLETE"  # environment variable with which a shell's completion script requests completions
 
 # The module of each verb below tiercache, and the first line of the docstring of its function.
 VERBS = {
@@ -89,7 +86,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    # Typer's own completion options guess the shell from the parent process. They fail if it is sh (make, containers).
     add_completion=False,
 )
 _GROUPS = {
@@ -114,43 +110,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-class _Shell(StrEnum):
-    BASH = "bash"
-    ZSH = "zsh"
-    FISH = "fish"
-
-
-# Typer's functions for completion are not public. They are looked up on use, so that a typer release that moves them
-# breaks only completion.
-def _show_completion(shell: _Shell | None) -> None:
-    if shell is not None:
-        script = import_module("typer._completion_shared").get_completion_script
-        typer.echo(script(prog_name=_NAME, complete_var=_COMPLETE, shell=shell.value))
-        raise typer.Exit
-
-
 @app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    show_completion: Annotated[
-        _Shell | None,
-        typer.Option(
-            "--show-completion",
-            callback=_show_completion,
-            is_eager=True,
-            help="Print the completion script for a shell, and exit.",
-        ),
-    ] = None,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run the command with this process's arguments, and exit. Prints completions if a shell requests them."""
-    with suppress(ImportError, AttributeError):
-        import_module("typer._completion_classes").completion_init()
+    """Run the command with this process's arguments, and exit."""
     app(prog_name=_NAME)
 
 

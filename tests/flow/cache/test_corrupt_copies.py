@@ -250,19 +250,6 @@ def test_verify_names_a_corrupt_copy_and_leaves_it_in_place(world, checked):
     assert len(world.copies()) == 3
 
 
-def test_an_unreadable_copy_is_reported_differently_from_a_damaged_one(world, checked, monkeypatch):
-    really_read, inode = os.preadv, world.copy_of("b").stat().st_ino
-
-    def read(fd, buffers, offset):
-        if os.fstat(fd).st_ino == inode:
-            raise OSError(5, "input/output error")
-        return really_read(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", read)
-    (one,) = checked.cache.verify().wrong
-    assert (one.state, one.where) == (CopyState.UNREADABLE, ("it cannot be read at offset 0",))
-
-
 def test_a_copy_without_a_record_has_an_unknown_state(world, checked):
     path = world.copy_of("a")
     path.with_name(f"{path.name}.json").unlink()

@@ -46,14 +46,13 @@ def test_this_process_runs_and_one_that_has_ended_does_not():
 
 
 def test_the_lock_decides_about_owners_of_another_container(tmp_path, monkeypatch):
-    here = Owners(Folder(tmp_path / "c"), 1000)
-    there = Owners(Folder(tmp_path / "c"), 2000)
+    here = Owners(Folder(tmp_path / "c"))
+    there = Owners(Folder(tmp_path / "c"))
     stranger = Owner(there.me.boot, there.me.namespace + 1, there.me.pid, there.me.started, there.me.nonce)
     file = tmp_path / "c" / "owners" / str(there.me)
     file.rename(file.with_name(str(stranger)))
     assert stranger.runs() is None
     assert here.alive(str(stranger))
-    assert here.limits() == {str(here.me): 1000, str(stranger): 2000}
     there.close()
     assert not here.alive(str(stranger))
     here.remove_files_of(str(stranger))

@@ -45,7 +45,7 @@ class Side:
 
     def __init__(self, folder):
         self.folder = folder
-        self.owners = Owners(folder, 1 << 30)
+        self.owners = Owners(folder)
         self.plans = ReadingPlans(folder, self.owners)
 
     def close(self):
@@ -284,13 +284,6 @@ def test_a_folder_that_was_deleted_has_no_plans(open_side):
     side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     side.folder.plans.rename(side.folder.root / "away")
     assert next_use(side.plans, names_of(1)).tolist() == [UNPLANNED]
-
-
-def test_names_with_equal_heads_are_distinguished():
-    raw = np.zeros((4, 20), np.uint8)
-    raw[:, 19] = [1, 2, 3, 4]
-    table = NameTable.of(raw[[0, 2]])
-    assert table.rows_of(NameTable.of(raw)).tolist() == [0, -1, 1, -1]
 
 
 # -- closed under who is at work --------------------------------------------------------------------------------------
