@@ -187,8 +187,7 @@ class DiskBucket(Store):
             self.counters.add("bytes_read", len(tail))
             return tail, self._info(key, about, data)
 
-    def read_into(self, key: str, spans: Sequence[Span], *, if_match=None, deadline_s=None, cancel=None) -> None:
-        del deadline_s
+    def read_into(self, key: str, spans: Sequence[Span], *, if_match=None, cancel=None) -> None:
         check_spans(spans)
         with self._call("read_into", key) as due:
             about, data = self._read(key, due)

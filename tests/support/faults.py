@@ -106,16 +106,10 @@ class FaultStore(WrapperStore):
         raise fault.failure(url, fault.verb)
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
         def read(wanted: Sequence[Span], etag: str | None = if_match) -> None:
-            self.inner.read_into(key, wanted, if_match=etag, deadline_s=deadline_s, cancel=cancel)
+            self.inner.read_into(key, wanted, if_match=etag, cancel=cancel)
 
         fault = self._fault("read_into", key)
         if fault is None:

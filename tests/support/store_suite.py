@@ -105,7 +105,7 @@ class ReadSuite:
         for _ in range(10):
             cuts = [sorted(random.choices(range(len(data) + 1), k=2)) for _ in range(random.randrange(1, 12))]
             ranges = [ByteRange(start, end) for start, end in cuts] + [ByteRange(7, 7), ByteRange(0, len(data))]
-            assert read_ranges(store, "s", ranges, deadline_s=60.0) == [data[r.start : r.end] for r in ranges]
+            assert read_ranges(store, "s", ranges) == [data[r.start : r.end] for r in ranges]
         store.read_into("s", [])
 
     def test_read_pieces_gives_the_bytes_of_each_range_in_order(self, store: Store) -> None:

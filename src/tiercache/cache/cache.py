@@ -174,13 +174,7 @@ class CachedStore(WrapperStore):
         return spec is not None and (session is None or session.remove_if_corrupt(spec))
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
         """See Store.read_into. The spans come from the cached copy of an object that was opened under key, if possible.
 
@@ -194,7 +188,7 @@ class CachedStore(WrapperStore):
             is_same = spec.identity is not None if if_match is None else spec.etag == if_match
             if is_same and self.read_copy(spec, spans):
                 return
-        self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+        self.inner.read_into(key, spans, if_match=if_match, cancel=cancel)
 
     def read_copy(self, spec: CopySpec, spans: Sequence[Span]) -> bool:
         """Fill spans from a cached copy; return False if it is missing or corrupt: the buffers are then undefined."""

@@ -33,7 +33,7 @@ from tiercache.stats import Counters
 from tiercache.store import CloudStore, Span, Store, open_store
 from tiercache.store.access import CloudOptions
 from tiercache.store.contract import Receive, WrapperStore
-from tiercache.store.remote import ReadSettings, RetryPolicy
+from tiercache.store.remote import ReadSettings, RemoteStore, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class _Peer:
     """What this process knows about one machine, and its store, which is opened when it is first used."""
 
     url: str
-    store: Store | None = None
+    store: RemoteStore | None = None
     n_failures: int = 0
     absent_until_s: float = 0.0
     is_own: bool = False
@@ -237,7 +237,7 @@ class Peers:
         options: PeerOptions,
         reader_id: str,
         *,
-        open_peer: Callable[[str, PeerOptions, str], Store] | None = None,
+        open_peer: Callable[[str, PeerOptions, str], RemoteStore] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Keep the options; nothing is resolved or requested. reader_id: Id of this machine's cache folder."""
@@ -265,7 +265,9 @@ class Peers:
             if len(self._distrusted) > MOST_DISTRUSTED:
                 del self._distrusted[next(iter(self._distrusted))]
 
-    def ask(self, name: str, request: Callable[[Store], T], refused: set[str], cancel: Event | None = None) -> T | None:
+    def ask(
+        self, name: str, request: Callable[[RemoteStore], T], refused: set[str], cancel: Event | None = None
+    ) -> T | None:
         """Return request(store of the owner of the copy); None: the caller must ask the origin.
 
         refused: URLs of peers that do not have it, or are too busy; this method adds to them.
@@ -348,7 +350,7 @@ class Peers:
         level = logging.WARNING if self._n_reported <= MOST_REPORTED else logging.INFO
         logger.log(level, "peer %s is left out for %.0f s: %s%s", peer.url, absence_s, error, hint)
 
-    def _store_of(self, peer: _Peer) -> Store:
+    def _store_of(self, peer: _Peer) -> RemoteStore:
         with self._lock:
             if peer.store is None:
                 try:
@@ -367,7 +369,7 @@ class Peers:
                 store.close()
 
 
-def open_peer_store(url: str, options: PeerOptions, reader_id: str) -> Store:
+def open_peer_store(url: str, options: PeerOptions, reader_id: str) -> RemoteStore:
     """Return the HTTP store of a peer. Failed requests are not repeated: another peer, or the origin, is faster."""
     headers = {READER_HEADER: reader_id}
     if options.token is not None:
@@ -402,19 +404,13 @@ class PeerSource(WrapperStore):
         self._refused: set[str] = set()
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
-        def read(store: Store, name: str, limit_s: float) -> None:
+        def read(store: RemoteStore, name: str, limit_s: float) -> None:
             store.read_into(name, spans, deadline_s=limit_s, cancel=cancel)
 
-        if not self._read_from_peer(key, [span for span, _ in spans], read, deadline_s, cancel):
-            self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+        if not self._read_from_peer(key, [span for span, _ in spans], read, cancel):
+            self.inner.read_into(key, spans, if_match=if_match, cancel=cancel)
 
     def read_pieces(
         self,
@@ -423,7 +419,6 @@ class PeerSource(WrapperStore):
         receive: Receive,
         *,
         if_match: str | None = None,
-        deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
         """See Store.read_pieces. Ranges that a peer sent in part are passed again from their start."""
@@ -434,22 +429,21 @@ class PeerSource(WrapperStore):
             except Exception as error:
                 raise _ReceiverError from error
 
-        def read(store: Store, name: str, limit_s: float) -> None:
+        def read(store: RemoteStore, name: str, limit_s: float) -> None:
             store.read_pieces(name, ranges, receive_or_end, deadline_s=limit_s, cancel=cancel)
 
         try:
-            is_read = self._read_from_peer(key, ranges, read, deadline_s, cancel)
+            is_read = self._read_from_peer(key, ranges, read, cancel)
         except _ReceiverError as error:
             raise error.__cause__ or error  # noqa: B904 - the caller's own error, as it raised it
         if not is_read:
-            self.inner.read_pieces(key, ranges, receive, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+            self.inner.read_pieces(key, ranges, receive, if_match=if_match, cancel=cancel)
 
     def _read_from_peer(
         self,
         key: str,
         ranges: Sequence[ByteRange],
-        read: Callable[[Store, str, float], None],
-        deadline_s: float | None,
+        read: Callable[[RemoteStore, str, float], None],
         cancel: Event | None,
     ) -> bool:
         """Read ranges from a peer, if one has them and none of them was read from a peer before.
@@ -460,9 +454,8 @@ class PeerSource(WrapperStore):
         if key != self._key or not n_bytes or not self._take(ranges):
             return False
         limit_s = STALL_S + n_bytes / SLOWEST_BYTES_S
-        limit_s = limit_s if deadline_s is None else min(limit_s, deadline_s)
 
-        def request(store: Store) -> bool:
+        def request(store: RemoteStore) -> bool:
             read(store, f"copies/{self._name}", limit_s)
             return True
 

@@ -178,13 +178,7 @@ class Store(ABC):
 
     @abstractmethod
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
         """Fill each span's buffer with its byte range, by coalesced and parallel requests.
 
@@ -192,13 +186,11 @@ class Store(ABC):
             key: Key of the object.
             spans: Byte ranges and their destination buffers, whose contents are undefined after an error.
             if_match: ETag from head() or read_tail() that the object must still have.
-            deadline_s: Seconds from now within which the whole call must end.
             cancel: Event that makes the call end soon with StoreError once it is set.
 
         Raises:
             NotFound, ObjectChanged: The object does not exist, or does not match if_match.
-            StoreError: A range ends beyond the object (not retryable), the deadline passed (retryable), or the store
-                failed.
+            StoreError: A range ends beyond the object (not retryable), or the store failed.
         """
 
     def read_pieces(
@@ -208,7 +200,6 @@ class Store(ABC):
         receive: Receive,
         *,
         if_match: str | None = None,
-        deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
         """Pass each byte range to receive() as it arrives, without a buffer for all of it where the store can do so.
@@ -220,11 +211,11 @@ class Store(ABC):
                 Pieces of one range come in order, those of several ranges in any order and from several threads at
                 once. A range is passed again from its start if the object was moved during the call: the later bytes
                 count. An error that receive() raises ends the call.
-            if_match, deadline_s, cancel: As for read_into(), whose errors are raised, or those of receive().
+            if_match, cancel: As for read_into(), whose errors are raised, or those of receive().
         """
         buffers = [memoryview(bytearray(wanted.n_bytes)) for wanted in ranges]
         spans = list(zip(ranges, buffers, strict=True))
-        self.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+        self.read_into(key, spans, if_match=if_match, cancel=cancel)
         for wanted, buffer in spans:
             if buffer.nbytes:
                 receive(wanted.start, buffer)
@@ -324,20 +315,10 @@ class WrapperStore(Store):
         return data, self.info_outside(info)
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
         read, inner_key = self.inner.read_into, self.key_inside(key)
-        self.around(
-            "read_into",
-            key,
-            lambda: read(inner_key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel),
-        )
+        self.around("read_into", key, lambda: read(inner_key, spans, if_match=if_match, cancel=cancel))
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         return self.info_outside(self.around("put", key, lambda: self.inner.put(self.key_inside(key), data)))

@@ -26,7 +26,6 @@ from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
 from tiercache.store.contract import (
     Buffer,
-    Receive,
     SequentialUpload,
     Span,
     Store,
@@ -37,7 +36,6 @@ from tiercache.store.contract import (
     plan_requests,
 )
 from tiercache.store.shared_files import emfile_message
-from tiercache.waiting import SYSTEM_CLOCK
 
 
 class FileLease:
@@ -101,10 +99,9 @@ class FileUpload(SequentialUpload):
         self._file.close()
 
 
-# preadv accepts at most IOV_MAX (1024) buffers. Reads of 32 MiB keep deadlines and cancellation prompt on a slow disk.
+# preadv accepts at most IOV_MAX (1024) buffers. Reads of 32 MiB keep cancellation prompt on a slow disk.
 _MAX_PIECES = 1024
 _READ_BYTES = 32 << 20
-_PIECE_BYTES = 1 << 20
 
 
 class LocalFolder(Store):
@@ -140,49 +137,16 @@ class LocalFolder(Store):
             return bytes(data), info
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
-        """Read up to 32 MiB per call into the buffers, without the GIL. Checks deadline and cancel between calls."""
+        """Read up to 32 MiB per system call into the buffers, without the GIL. Checks cancel between them."""
         check_spans(spans)
-        end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
         with self._opened(key, "read_into") as fd:
             check_read(file_info(key, os.fstat(fd)), spans, if_match, self.url_of(key))
             for request in plan_requests(spans, 0, _READ_BYTES):
                 if cancel is not None and cancel.is_set():
                     raise StoreError("read_into: cancelled", url=self.url_of(key), retryable=True)
-                if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:
-                    raise StoreError(
-                        f"read_into: not done within {deadline_s:g} s", url=self.url_of(key), retryable=True
-                    )
                 self._fill(key, fd, request.range.start, [buffer for _, buffer in request.targets])
-
-    def read_pieces(
-        self,
-        key: str,
-        ranges: Sequence[ByteRange],
-        receive: Receive,
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
-    ) -> None:
-        """Read through one small buffer, which stays in the processor's cache."""
-        etag = self.head(key).etag if if_match is None else if_match
-        end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
-        buffer = memoryview(bytearray(min(_PIECE_BYTES, max((wanted.n_bytes for wanted in ranges), default=0))))
-        for wanted in ranges:
-            for start in range(wanted.start, wanted.end, _PIECE_BYTES):
-                piece = ByteRange(start, min(start + _PIECE_BYTES, wanted.end))
-                left_s = None if end_s is None else end_s - SYSTEM_CLOCK.monotonic()
-                spans = [(piece, buffer[: piece.n_bytes])]
-                self.read_into(key, spans, if_match=etag, deadline_s=left_s, cancel=cancel)
-                receive(start, buffer[: piece.n_bytes])
 
     def _fill(self, key: str, fd: int, offset: int, buffers: list[memoryview]) -> None:
         buffers = [buffer for buffer in buffers if buffer.nbytes]

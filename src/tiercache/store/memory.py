@@ -64,13 +64,7 @@ class MemoryStore(Store):
         return tail, info
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,  # noqa: ARG002 - the call never waits
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
         check_spans(spans)
         data, info = self._object(key)

@@ -419,19 +419,13 @@ class RedirectingStore(WrapperStore):
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def read_into(
-        self,
-        key: str,
-        spans: Sequence[Span],
-        *,
-        if_match: str | None = None,
-        deadline_s: float | None = None,
-        cancel: Event | None = None,
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
         """See Store.read_into. An ETag means the object as it was opened, wherever it has moved since."""
 
         def read(found: ObjectLocation) -> None:
             etag = self._etag_at(found, key, if_match)
-            found.store.read_into(key, spans, if_match=etag, deadline_s=deadline_s, cancel=cancel)
+            found.store.read_into(key, spans, if_match=etag, cancel=cancel)
 
         self.resolver.follow(key, read, if_match)
 
@@ -442,12 +436,11 @@ class RedirectingStore(WrapperStore):
         receive: Receive,
         *,
         if_match: str | None = None,
-        deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
         def read(found: ObjectLocation) -> None:
             etag = self._etag_at(found, key, if_match)
-            found.store.read_pieces(key, ranges, receive, if_match=etag, deadline_s=deadline_s, cancel=cancel)
+            found.store.read_pieces(key, ranges, receive, if_match=etag, cancel=cancel)
 
         self.resolver.follow(key, read, if_match)
 

@@ -820,9 +820,9 @@ class RemoteStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Read the ranges in parallel, with one copy from the client's buffer.
+        """Read the ranges in parallel, with one copy from the client's buffer. All are of one version of the object.
 
-        All ranges are of one version of the object.
+        deadline_s: Seconds from now within which the whole call must end; else it fails with a retryable error.
         """
         check_key(key)
         check_spans(spans)

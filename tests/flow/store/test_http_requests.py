@@ -15,7 +15,7 @@ from tests.support.store_suite import pattern, read_ranges
 
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
-from tiercache.store import CloudStore, open_store
+from tiercache.store import CloudStore
 from tiercache.store.access import CloudOptions
 from tiercache.store.obstore import BucketFolder
 from tiercache.store.remote import ReadSettings
@@ -207,12 +207,3 @@ def test_an_error_of_the_receiver_ends_the_read_and_is_no_error_of_the_store(htt
         make().read_pieces("a", WHOLE, receive)
     assert not isinstance(caught.value, StoreError)
     assert len(http_server.log) == 1, "it is not repeated"
-
-
-def test_a_local_file_that_is_replaced_while_pieces_are_read_is_an_error(tmp_path):
-    store = open_store(tmp_path)
-    store.put("a", DATA)
-    with pytest.raises(ObjectChanged):
-        store.read_pieces("a", WHOLE, lambda _offset, _data: store.put("a", DATA[::-1]))
-    with pytest.raises(StoreError, match="not done within"):
-        store.read_pieces("a", WHOLE, lambda _offset, _data: None, deadline_s=-1.0)
