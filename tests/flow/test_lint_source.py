@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 from tests.support import ROOT
@@ -83,25 +82,3 @@ def test_code_in_its_allowed_file_is_no_violation(lint, root):
     (source / "low" / "a.py").write_text("class A:\n    def __del__(self, is_exiting=sys.is_finalizing): pass\n")
     (source / "high" / "b.py").write_text("try:\n    f()\nexcept Exception:  # a thread's top\n    pass\n")
     assert lint(root) == []
-
-
-def test_a_backend_library_may_be_imported_in_its_listed_files(lint, root):
-    (root / "docs" / "architecture.md").write_text(DOCUMENT + "  store/  [2] x\n")
-    path = root / "src" / "tiercache" / "store" / "archive.py"
-    path.parent.mkdir()
-    path.write_text("from importlib import import_module\nimport boto3\nimport_module('botocore.session')\n")
-    assert lint(root) == []
-
-
-def test_only_listed_files_import_our_package_in_the_bodies_of_functions(lint, root):
-    (root / "docs" / "architecture.md").write_text(DOCUMENT + "  checkpoint/  [5] x\n")
-    folder = root / "src" / "tiercache" / "checkpoint"
-    folder.mkdir()
-    for name in ("checkpoints.py", "writer.py"):
-        (folder / name).write_text("def warm():\n    from tiercache.low import a\n")
-    assert [Path(fact.split(":")[0]).name for fact in lint(root)] == ["writer.py"]
-
-
-def test_a_document_that_lists_what_does_not_exist_is_a_violation(lint, root):
-    (root / "docs" / "architecture.md").write_text(DOCUMENT + "  gone/  [2] x\n")
-    assert [fact for fact in lint(root) if "gone" in fact]

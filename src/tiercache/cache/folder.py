@@ -313,13 +313,6 @@ class Folder:
         """Open a copy for reading; None: it does not exist, or is a link, which is never followed."""
         try:
             return open_file(f"{self._copies}/{name}", os.O_RDONLY)
-        except PermissionError:
-            if os.lstat(self.copy_path(name)).st_uid == os.geteuid():
-                raise
-            # Another user, perhaps root, left the file in this user's folder: nobody can use it, and nothing else would
-            # remove it.
-            self._remove(name)
-            return None
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None

@@ -240,12 +240,3 @@ def test_evicting_to_a_target_size_removes_the_least_recently_used_copies(world)
     assert cache.evict(target_bytes=3 * one) == 0
     assert cache.evict(lambda entry: entry.source.endswith("s0"), target_bytes=0) == one
     assert cache.evict(target_bytes=0) == 2 * one
-
-
-@pytest.mark.parametrize("size", [1 << 63, "9999999999TB", "9" * 400 + "GB", "120%"])
-def test_an_impossibly_large_size_is_an_error(tmp_path, size):
-    with pytest.raises(ValueError, match="not a size"):
-        Cache(tmp_path / "c", size=size)
-    with pytest.raises(ValueError, match="not a size"):
-        Cache(tmp_path / "c", size="1MB", min_free=size)
-    assert not (tmp_path / "c").exists()

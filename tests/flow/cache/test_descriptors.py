@@ -19,7 +19,7 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.shard.codec import _Loan
 
-NAME, UNIT = "0" * 40, 4096
+NAME, OTHER, UNIT = "0" * 40, "1" * 40, 4096
 N_BYTES = 3 * UNIT
 STRUCK = [(os, name) for name in ("open", "dup", "fstat", "pread", "pwrite", "ftruncate")]
 STRUCK += [(fcntl, "flock")]
@@ -73,73 +73,24 @@ def check_each_call(monkeypatch, folder, work):
             return
 
 
-@pytest.mark.parametrize("proc", [True, False], ids=["with /proc", "without /proc"])
-def test_a_failed_handle_on_a_partial_copy_leaves_nothing_open(folder, part, monkeypatch, proc):
-    really_open = os.open
-
-    def open_without_proc(path, *args, **options):
-        if str(path).startswith("/proc/"):
-            raise FileNotFoundError(path)
-        return really_open(path, *args, **options)
-
-    if not proc:
-        monkeypatch.setattr(os, "open", open_without_proc)
-    check_each_call(monkeypatch, folder, part.hold)
-
-
-def test_a_failed_duplicate_of_a_handle_leaves_nothing_open(folder, part, monkeypatch):
-    with contextlib.closing(part.hold()) as held:
-        check_each_call(monkeypatch, folder, held.dup)
-
-
-def test_a_failed_opening_of_a_partial_copy_leaves_nothing_open(folder, part, monkeypatch):
-    check_each_call(monkeypatch, folder, lambda: open_part(folder, NAME, N_BYTES))
-
-
-@pytest.mark.parametrize("boot", ["of this boot", "of an earlier boot"])
-def test_a_partial_copy_that_cannot_be_continued_leaves_nothing_open(folder, part, monkeypatch, boot):
-    def of_boot():
+def test_a_system_call_that_fails_leaves_nothing_open(folder, part, monkeypatch):
+    def of_an_earlier_boot():
         with monkeypatch.context() as patch:
-            if boot == "of an earlier boot":
-                patch.setattr(copy_file, "boot_id", lambda: "another-boot")
+            patch.setattr(copy_file, "boot_id", lambda: "another-boot")
             return continue_part(folder, NAME, N_BYTES)
 
-    check_each_call(monkeypatch, folder, of_boot)
-
-
-def test_a_partial_copy_that_cannot_be_created_leaves_nothing_open(folder, monkeypatch):
     def make_anew():
         for kind in (".part", ".map"):
-            (folder.copies / f"{NAME}{kind}").unlink(missing_ok=True)
-        return create_part(folder, NAME, N_BYTES)
+            (folder.copies / f"{OTHER}{kind}").unlink(missing_ok=True)
+        return create_part(folder, OTHER, N_BYTES)
 
+    with contextlib.closing(part.hold()) as held:
+        check_each_call(monkeypatch, folder, held.dup)
+    check_each_call(monkeypatch, folder, part.hold)
+    check_each_call(monkeypatch, folder, lambda: open_part(folder, NAME, N_BYTES))
+    check_each_call(monkeypatch, folder, lambda: continue_part(folder, NAME, N_BYTES))
+    check_each_call(monkeypatch, folder, of_an_earlier_boot)
     check_each_call(monkeypatch, folder, make_anew)
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda folder, part: part.hold().close(),
-        lambda folder, part: continue_part(folder, NAME, N_BYTES).close(),
-        lambda folder, part: open_part(folder, NAME, N_BYTES + 1),
-    ],
-    ids=["a hold", "a part", "of another size"],
-)
-def test_if_closing_one_file_fails_the_other_is_closed(folder, part, monkeypatch, work):
-    """As close(2) does on a network file system, where it tells what could not be written: it has closed by then."""
-    before, really_close, closed = open_below(folder.root), os.close, []
-
-    def close(fd):
-        really_close(fd)
-        closed.append(fd)
-        if len(closed) == 1:
-            raise OSError(errno.EIO, "what was written is not on the server")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "close", close)
-        with pytest.raises(OSError, match="not on the server"):
-            work(folder, part)
-    assert open_below(folder.root) == before
 
 
 def fetch_in_vain(world):

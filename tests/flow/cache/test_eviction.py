@@ -8,9 +8,9 @@ import numpy as np
 
 from tiercache.cache import eviction
 from tiercache.cache.eviction import Trace, simulate
-from tiercache.cache.folder import NameLock, charge_bytes
+from tiercache.cache.folder import charge_bytes
 from tiercache.cache.names import name_of_identity
-from tiercache.model import NEVER, ByteRange, ReadingPlan
+from tiercache.model import ByteRange, ReadingPlan
 
 WHOLE = [ByteRange(0, 10_000)]
 
@@ -117,34 +117,6 @@ def test_an_object_needed_later_than_all_copies_bypasses_the_cache(world):
         assert cache.stats()["evicted"] == 0
 
 
-def test_planned_copies_displace_unplanned_ones_and_not_vice_versa(world):
-    put_shards(world, "abcde")
-    cache = shards_cache(world, 3)
-    store = world.store(cache)
-    for key in "de":
-        world.fetch(store, key)
-    with closing(publish(world, cache, {"a": (0, 1, 30), "b": (1, 2, 40), "c": (2, 3, NEVER)})) as plan:
-        for clock, key in enumerate("abc", start=1):
-            world.fetch(store, key)
-            plan.advance(clock)
-        assert cached(cache) == {"a", "b", "c"}
-        assert world.read(store, "d") is None
-    world.fetch(store, "d")
-    assert "d" in cached(cache)
-
-
-def test_a_copy_that_a_job_reads_now_is_not_evicted_for_another_job(world):
-    put_shards(world, "abc")
-    cache = shards_cache(world, 2)
-    store = world.store(cache)
-    with closing(publish(world, cache, {"a": (0, 100, 900), "b": (0, 100, 800)})):
-        world.fetch(store, "a")
-        world.fetch(store, "b")
-        with closing(publish(world, cache, {"c": (0, 1, 2)})):
-            assert world.read(store, "c") is None
-        assert cached(cache) == {"a", "b"}
-
-
 def test_two_processes_keep_the_copies_that_the_other_needs_soon(world):
     put_shards(world, "abc")
     mine, yours = shards_cache(world, 2), shards_cache(world, 2)
@@ -220,26 +192,6 @@ def test_the_cache_has_the_hits_that_the_simulator_predicts(world, monkeypatch):
         cache._open().evictor.flush_uses()  # not in batches: the simulator knows the order of every use
     expected = simulate(Trace(order, sizes, order * 0, order * 0), "lru", size) > 0
     assert hits == expected.tolist()
-
-
-def test_skipping_leased_copies_creates_no_lock_files(world, monkeypatch):
-    """With one, a cache of which all is read made every refusal wait for thousands of files to be made and deleted."""
-    store = world.store(world.cache(20 * 4 * 4096 + 4096, policy="lru"))
-    leases = []
-    for number in range(20):
-        key = f"s{number:02}"
-        world.put(key)
-        world.fetch(store, key)
-        leases.append(store.open_local(key, world.identity(key)))
-    locked = []
-    really_take = NameLock.try_acquire
-    monkeypatch.setattr(NameLock, "try_acquire", lambda lock: locked.append(lock.path.name) or really_take(lock))
-    world.put("more")
-    assert world.read(store, "more") is None
-    assert not set(locked) & {path.name for path in world.copies()}
-    for lease in leases:
-        lease.close()
-    world.fetch(store, "more")
 
 
 def test_a_fully_leased_cache_refuses_in_three_rounds_without_trying_a_copy_twice(world, monkeypatch):

@@ -88,41 +88,6 @@ def test_the_error_for_a_folder_of_another_user_names_the_user_and_the_remedy(wo
     assert sorted(foreign.rglob("*")) == before
 
 
-def test_no_cache_is_created_in_a_folder_of_another_user(world, tmp_path, monkeypatch):
-    (tmp_path / "theirs").mkdir()
-    if is_root:
-        os.chown(tmp_path / "theirs", 65534, 65534)
-    else:
-        me = os.geteuid()
-        monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    with pytest.raises(PermissionError):
-        Cache(tmp_path / "theirs", size=1)
-    assert list((tmp_path / "theirs").iterdir()) == []
-
-
-@needs_root
-def test_files_of_another_user_in_our_folder_are_replaced(world, monkeypatch):
-    """As after a run by sudo: its files cannot be read, but they lie in our folder."""
-    world.put("a")
-    store = world.store()
-    world.fetch(store, "a")
-    left = world.copy("a")
-    os.chown(left, 65533, 65533)
-    really_open = folder_module.open_file
-
-    def refuse(path, *args, **options):
-        if Path(path) == left and left.exists() and left.stat().st_uid == 65533:
-            raise PermissionError(13, "permission denied", str(path))
-        return really_open(path, *args, **options)
-
-    monkeypatch.setattr(folder_module, "open_file", refuse)
-    world.fetch(store, "a")
-    world.fetch(store, "a")
-    assert world.n_reads() == 2
-    assert not store.cache.status()["bypassed"]
-    assert world.copy("a").stat().st_uid == 0
-
-
 # -- links --
 
 

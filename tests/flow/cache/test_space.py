@@ -144,15 +144,15 @@ def test_concurrent_evictions_do_not_refuse_each_other(world):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"size": "huge"},
-        {"size": -1},
+        *({"size": size} for size in ("huge", -1, "120%", 1 << 63)),
+        *({"size": 1, "min_free": size} for size in ("x", "9999999999TB")),
         {"size": 1, "policy": "best"},
-        {"size": 1, "min_free": "x"},
     ],
 )
 def test_invalid_arguments_are_errors(tmp_path, arguments):
     with pytest.raises(ValueError, match=r"size|policy|negative|shared"):
         Cache(tmp_path / "cache", **arguments)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_process_stopped_during_eviction_is_waited_for_once(world, monkeypatch):
