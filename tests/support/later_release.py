@@ -10,8 +10,6 @@ import struct
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
-
 from tiercache._native.checksum import crc32c
 from tiercache.model import ShardInfo
 from tiercache.shard import codec
@@ -65,15 +63,3 @@ def version_text(body: dict[str, Any]) -> bytes:
     body = {key: value for key, value in body.items() if key != "crc32c"}
     body["crc32c"] = crc32c(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-
-
-def segment(data: bytes) -> bytes:
-    """A segment with two more columns, one of them with nulls and of a type that ours has not."""
-    table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
-    more = pa.array(["a", None] * table.num_rows, pa.string())[: table.num_rows].dictionary_encode()
-    table = table.append_column("sha256", pa.array([bytes(32)] * table.num_rows, pa.binary(32)))
-    table = table.append_column("rack", more)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema.with_metadata({"later": "yes"})) as writer:
-        writer.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()

@@ -1,5 +1,6 @@
 """Every byte of a small shard is flipped, truncated, appended to: the result is a tiercache error, or equal data."""
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch  # noqa: F401 - bfloat16 values are its tensors
 from tests.support import golden_files as golden
 
 from tiercache.errors import CorruptShard, UnsupportedFormat
-from tiercache.model import ObjectInfo
+from tiercache.model import ObjectInfo, ShardInfo
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.values import as_batch, block_values
 from tiercache.shard.verify import verify_shard
@@ -36,7 +37,7 @@ class OneObject(MemoryStore):
 class Sample:
     data: bytes
     footer_offset: int
-    infos: tuple
+    info: ShardInfo
     rows: dict[str, object]
 
 
@@ -68,12 +69,7 @@ def sample() -> Sample:
     assert len(data) < 8192
     rows = read_all(ShardReader(store, info.name))
     assert take_all(ShardReader(store, info.name)) == rows
-    return Sample(data, info.footer_offset, (info,), rows)
-
-
-def flips(position: int) -> tuple[int, int]:
-    """Two patterns for a byte: one bit, another in each of eight neighbours, and all bits."""
-    return 1 << position % 8, 0xFF
+    return Sample(data, info.footer_offset, info, rows)
 
 
 def outcome(read: Callable[[], object]) -> object:
@@ -83,85 +79,65 @@ def outcome(read: Callable[[], object]) -> object:
         return None
 
 
-@pytest.mark.parametrize(("read", "step"), [(read_all, 1), (take_all, 7)])
-def test_a_flipped_byte_of_a_chunk_is_reported_or_harmless(sample, read, step):
-    store = OneObject(sample.data)
-    reader = ShardReader(store, "shard", verify="always")
-    reported = 0
-    for position in range(64, sample.footer_offset, step):
-        pattern = flips(position)[0]
-        store.data[position] ^= pattern
-        got = outcome(lambda: read(reader))
-        store.data[position] ^= pattern
-        assert got is None or got == sample.rows, position
-        reported += got is None
-    # most flips are seen; the rest are in gaps between chunks
-    assert reported > 0.7 * (sample.footer_offset - 64) / step
-    assert read(reader) == sample.rows
-
-
-@pytest.mark.parametrize("read", [read_all, take_all])
-def test_a_flipped_byte_of_a_mapped_chunk_is_reported_or_harmless(sample, read, tmp_path):
+@pytest.mark.parametrize(("read", "step"), [("read_all", 1), ("take_all", 7)])
+@pytest.mark.parametrize("where", ["memory", "mapped"])
+def test_a_flipped_byte_of_a_chunk_is_reported_or_harmless(sample, read, step, where, tmp_path):
+    read, step = globals()[read], 7 if where == "mapped" else step
     (tmp_path / "shard").write_bytes(sample.data)
-    with ShardReader(LocalFolder(tmp_path), "shard", verify="always") as reader:
-        fd = os.open(tmp_path / "shard", os.O_RDWR)
-        for position in range(64, sample.footer_offset, 7):
-            os.pwrite(fd, bytes([sample.data[position] ^ 0x10]), position)
+    store = OneObject(sample.data) if where == "memory" else LocalFolder(tmp_path)
+    fd, reported = os.open(tmp_path / "shard", os.O_RDWR), 0
+
+    def put(position, byte):
+        os.pwrite(fd, bytes([byte]), position)
+        if where == "memory":
+            store.data[position] = byte
+
+    with ShardReader(store, "shard", verify="always") as reader:
+        for position in range(64, sample.footer_offset, step):
+            put(position, sample.data[position] ^ 1 << position % 8)
             got = outcome(lambda: read(reader))
-            os.pwrite(fd, sample.data[position : position + 1], position)
+            put(position, sample.data[position])
             assert got is None or got == sample.rows, position
-        os.close(fd)
+            reported += got is None
+        # most flips are seen; the rest are in gaps between chunks
+        assert reported > 0.7 * (sample.footer_offset - 64) / step
+        assert read(reader) == sample.rows
+    os.close(fd)
 
 
-@pytest.mark.parametrize("how", ["alone", "with its row of the data set"])
-def test_a_flipped_byte_of_head_footer_or_tail_is_reported_or_harmless(sample, how):
+def test_a_flipped_byte_of_head_footer_or_tail_is_reported_or_harmless(sample):
     store = OneObject(sample.data)
-    info = None if how == "alone" else sample.infos[0]
-    n_bytes = len(sample.data)
-    for position in [*range(64), *range(sample.footer_offset, n_bytes)]:
-        for pattern in (0x01, 0x80):
+    for position in [*range(64), *range(sample.footer_offset, len(sample.data))]:
+        for info, pattern in itertools.product((None, sample.info), (0x01, 0x80)):
             store.data[position] ^= pattern
-            got = outcome(lambda: read_all(ShardReader(store, "shard", info=info)))
+            got = outcome(lambda info=info: read_all(ShardReader(store, "shard", info=info)))
             store.data[position] ^= pattern
             assert got is None or (position < 64 and got == sample.rows), position
 
 
-def test_a_shard_truncated_at_any_length_is_reported(sample):
+def test_a_shard_truncated_at_any_length_or_appended_to_is_reported(sample):
     store = OneObject(sample.data)
     for n_bytes in range(len(sample.data)):
         store.data = bytearray(sample.data[:n_bytes])
-        for info in (None, sample.infos[0]):
+        for info in (None, sample.info):
             with pytest.raises(ERRORS):
                 ShardReader(store, "shard", info=info)
+    for more in (b"\0", b"\n", b"TCSEND\r\n", bytes(64), sample.data):
+        store.data = sample.data + more
+        with pytest.raises(ERRORS):
+            ShardReader(store, "shard")
+        assert [f.part for f in verify_shard(store, "shard")] != []
 
 
-@pytest.mark.parametrize("more", [b"\0", b"\n", b"TCSEND\r\n", bytes(64), "itself"])
-def test_a_shard_that_was_appended_to_is_reported(sample, more):
-    store = OneObject(sample.data + (sample.data if more == "itself" else more))
-    with pytest.raises(ERRORS):
-        ShardReader(store, "shard")
-    assert [f.part for f in verify_shard(store, "shard")] != []
-
-
-def test_another_shard_under_the_same_name_is_reported(sample):
-    store = MemoryStore("corruption-other")
-    with ShardWriter(store, golden.SCHEMA, ShardOptions(), writer_id="s") as writer:
-        writer.write(golden.RECORDS[0])
-    name = writer.finish()[0].name
-    identity = sample.infos[0].identity("any")
-    with pytest.raises(CorruptShard, match=r"is shard .*, its data set states"):
-        ShardReader(store, name, identity=identity)
-
-
-@pytest.mark.parametrize("junk", [b"", b"x", bytes(64), bytes(500), b"\x89PNG\r\n" * 50])
-def test_an_object_that_is_not_a_shard_is_reported(junk):
-    with pytest.raises(CorruptShard, match=r"memory://corruption/shard"):
-        ShardReader(OneObject(junk), "shard")
+def test_an_object_that_is_not_a_shard_is_reported():
+    for junk in (b"", b"x", bytes(64), bytes(500), b"\x89PNG\r\n" * 50):
+        with pytest.raises(CorruptShard, match=r"memory://corruption/shard"):
+            ShardReader(OneObject(junk), "shard")
 
 
 def test_verification_finds_every_damaged_byte_that_is_not_in_a_gap(sample):
     store = OneObject(sample.data)
-    (info,) = sample.infos
+    info = sample.info
     for position in range(0, len(sample.data), 11):
         store.data[position] ^= 0x20
         found = list(verify_shard(store, "shard", info))

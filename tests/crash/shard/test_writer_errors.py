@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import shard_file
 from tiercache.shard import writer as shard_writer
-from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.shard_file import BlockCutter, ShardFile, UploadQueue
 from tiercache.shard.writer import ShardOptions, ShardWriter
@@ -26,10 +24,6 @@ DEADLINE_S = 60
 @pytest.fixture
 def store(request: pytest.FixtureRequest) -> MemoryStore:
     return MemoryStore(f"ends-{request.node.name}")
-
-
-def values(store, info):
-    return ShardReader(store, info.name, info=info).take(range(info.n_records), [0])[0].values.tolist()
 
 
 HAND_OVERS = [
@@ -72,28 +66,6 @@ def test_ctrl_c_in_the_middle_of_a_write_breaks_the_writer(store, monkeypatch, o
         writer.finish()
     writer.abort()
     assert list(store.list()) == []
-
-
-@pytest.mark.parametrize("n", [1, 300], ids=["records", "blocks"])
-def test_after_a_fork_before_the_first_part_only_the_parent_can_write(tmp_path, n):
-    store = LocalFolder(tmp_path)
-    writer = ShardWriter(store, SCHEMA, OPTIONS)
-
-    def child():
-        try:
-            writer.write_batch({"x": np.arange(7, 2000)})
-            writer.finish()
-        except ValueError as error:
-            writer.abort()
-            return 42 if "only in the process that began" in str(error) else 1
-        return 2
-
-    for i in range(n):
-        writer.write({"x": i})
-    assert in_a_fork(child) == 42
-    (info,) = writer.finish()
-    assert in_a_fork(lambda: writer.abort() or 42) == 42
-    assert values(store, info) == list(range(n))
 
 
 class Stubborn(MemoryStore):

@@ -26,68 +26,9 @@ INFOS = {
     name: ShardInfo(**{field: value for field, value in row.items() if field != "stats_json"})
     for name, row in json.loads((FOLDER / "infos.json").read_text()).items()
 }
-# The first 128 bits of each file's SHA-256. Never change a line of this, and never take one out: these files must be
-# readable for ever. Another format version gets a folder and a list of its own.
-FROZEN = {
-    "auto.arrow": "802282aebd9ca8f2d0a7eb0208935e27",
-    "auto.tcs": "6e70576c896274acbcc04f471b4e10f8",
-    "dataset/_tiercache/latest": "f0b5c2c2211c8d67ed15e75e656c7862",
-    "dataset/_tiercache/segments/56442fe93bb65dad0e7b3bb3cc125478.arrow": "29eb6da056d3d4f47b0888c2cabea250",
-    "dataset/_tiercache/segments/c4bc706337e687b9e97e83f21c89746e.arrow": "747fdab58fe855d7bb632ab8d3b0c497",
-    "dataset/_tiercache/segments/ce71c0961e389c2c1504f3c835fa1084.arrow": "3a133aedff54abc03870a59d1d4ad77a",
-    "dataset/_tiercache/segments/f209cd06474eafe7f5c064d00499453e.arrow": "2ccee3056ab16496c0d337966bed543e",
-    "dataset/_tiercache/segments/f5f56c89fb985f28ecfee5151f010903.arrow": "6cdfc6c354c19400aabff5dfd224cc97",
-    "dataset/_tiercache/versions/00000000000000000001.json": "9d1b66199f95a593f1db574939b028bf",
-    "dataset/_tiercache/versions/00000000000000000002.json": "ee280311a512aa9b82589e428c2cbabc",
-    "dataset/_tiercache/versions/00000000000000000003.json": "3625d207a179a66de7731f1ed5c3788f",
-    "dataset/_tiercache/versions/00000000000000000004.json": "78405a53a857181c4e088f8c02fa5177",
-    "dataset/_tiercache/versions/00000000000000000005.json": "a68045b02c8f856362694edfa6105a3e",
-    "dataset/shards/71bd31c07de29d4d-000000.tcs": "e2a6ebb8b23c0e3b97ed13e0c3000b98",
-    "dataset/shards/7b69cd0830257662-000000.tcs": "458532242f7f085ab2db66231d1540a7",
-    "dataset/shards/7c7058441d2b9ae8-000000.tcs": "9a77d358678e75d6caf13e7292372514",
-    "dataset/shards/7c7058441d2b9ae8-000001.tcs": "e9f9057ee8bda17deb5a4b5b5f1603b8",
-    "dataset/shards/7c7058441d2b9ae8-000002.tcs": "1743d03b8a3a1f6548e93f9de7535238",
-    "dataset/shards/dc7e1c481b74d7e7-000000.tcs": "9d55922350f74bcc66d0c3798974736b",
-    "dataset/shards/f10a1fe48d48e8fc-000000.tcs": "ec7280f95d44371c984834f6a376c5b4",
-    "dataset/shards/f10a1fe48d48e8fc-000001.tcs": "24afed6224b40c2c35048c7b72cab2c7",
-    "empty.arrow": "477bd84b2fa0e97bc928c0bf8c8c6d7f",
-    "empty.tcs": "0840947e58cb4fe19ecc5077eb40c294",
-    "fingerprints.json": "ebc5033c32484281ef0328852d9afc52",
-    "infos.json": "b45fe1d96280d3f1a05f84ae72dfcf6b",
-    "later/_tiercache/latest": "f0b5c2c2211c8d67ed15e75e656c7862",
-    "later/_tiercache/segments/04f2aed3e26491f16a78d4e5ee3be134.arrow": "04f2aed3e26491f16a78d4e5ee3be134",
-    "later/_tiercache/segments/56442fe93bb65dad0e7b3bb3cc125478.arrow": "29eb6da056d3d4f47b0888c2cabea250",
-    "later/_tiercache/segments/8fc6f38f3509dce1acff8c595fe7ed95.arrow": "8fc6f38f3509dce1acff8c595fe7ed95",
-    "later/_tiercache/segments/c4bc706337e687b9e97e83f21c89746e.arrow": "747fdab58fe855d7bb632ab8d3b0c497",
-    "later/_tiercache/segments/ce71c0961e389c2c1504f3c835fa1084.arrow": "3a133aedff54abc03870a59d1d4ad77a",
-    "later/_tiercache/segments/f209cd06474eafe7f5c064d00499453e.arrow": "2ccee3056ab16496c0d337966bed543e",
-    "later/_tiercache/segments/f5f56c89fb985f28ecfee5151f010903.arrow": "6cdfc6c354c19400aabff5dfd224cc97",
-    "later/_tiercache/versions/00000000000000000001.json": "9d1b66199f95a593f1db574939b028bf",
-    "later/_tiercache/versions/00000000000000000002.json": "ee280311a512aa9b82589e428c2cbabc",
-    "later/_tiercache/versions/00000000000000000003.json": "3625d207a179a66de7731f1ed5c3788f",
-    "later/_tiercache/versions/00000000000000000004.json": "78405a53a857181c4e088f8c02fa5177",
-    "later/_tiercache/versions/00000000000000000005.json": "456234465b90b9df71caff5246be7185",
-    "later/shards/71bd31c07de29d4d-000000.tcs": "e2a6ebb8b23c0e3b97ed13e0c3000b98",
-    "later/shards/7b69cd0830257662-000000.tcs": "458532242f7f085ab2db66231d1540a7",
-    "later/shards/7c7058441d2b9ae8-000000.tcs": "9a77d358678e75d6caf13e7292372514",
-    "later/shards/7c7058441d2b9ae8-000001.tcs": "e9f9057ee8bda17deb5a4b5b5f1603b8",
-    "later/shards/7c7058441d2b9ae8-000002.tcs": "1743d03b8a3a1f6548e93f9de7535238",
-    "later/shards/dc7e1c481b74d7e7-000000.tcs": "9d55922350f74bcc66d0c3798974736b",
-    "later/shards/f10a1fe48d48e8fc-000000.tcs": "ec7280f95d44371c984834f6a376c5b4",
-    "later/shards/f10a1fe48d48e8fc-000001.tcs": "24afed6224b40c2c35048c7b72cab2c7",
-    "later.arrow": "802282aebd9ca8f2d0a7eb0208935e27",
-    "later.tcs": "bd975c4e9985a77523208c327ca18017",
-    "none.arrow": "802282aebd9ca8f2d0a7eb0208935e27",
-    "none.tcs": "d1d768f6910709cddffcb90a288c3aa3",
-    "nothing/_tiercache/latest": "4355a46b19d348dc2f57c046f8ef63d4",
-    "nothing/_tiercache/versions/00000000000000000001.json": "de798c26da6128752100e2392c6cd6b6",
-    "wide-zstd.arrow": "b260379171eebd00e817f39235712740",
-    "wide-zstd.tcs": "5a0e5ac07ab0a8976b6a992bc0fdb35b",
-    "wide.arrow": "b260379171eebd00e817f39235712740",
-    "wide.tcs": "a846295a98503c992fe92d29ecb54e75",
-    "zstd.arrow": "802282aebd9ca8f2d0a7eb0208935e27",
-    "zstd.tcs": "7999fc3fff36c82f1a3357e3cf86f189",
-}
+# The first 128 bits of each file's SHA-256. Never change a line of that list, and never take one out: these files must
+# be readable for ever. Another format version gets a folder and a list of its own.
+FROZEN = dict(line.split("  ")[::-1] for line in FOLDER.with_name("v1.sums").read_text().splitlines())
 
 
 def frozen_name(path: Path) -> str:

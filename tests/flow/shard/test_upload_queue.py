@@ -15,7 +15,7 @@ from tiercache.shard import shard_file as shard_file
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.shard_file import UploadQueue
-from tiercache.shard.writer import ShardOptions, ShardWriter, Writer
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.contract import Upload
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
@@ -220,21 +220,3 @@ def test_a_chunk_that_is_longer_than_a_part_is_sent_in_parts(store: Gated) -> No
     (info,) = writer.finish()
     assert store.n_parts >= 21
     np.testing.assert_array_equal(ShardReader(store, info.name, info=info).take(range(7), [0])[0].values, rows)
-
-
-def test_a_data_set_whose_upload_failed_is_not_committed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    def full(fd: int, data: object, offset: int) -> int:
-        raise OSError(28, "No space left on device")
-
-    def write_much() -> None:
-        with writer:
-            for i in range(10_000):
-                writer.write({"x": i})
-
-    writer = Writer(tmp_path / "d", schema={"x": "int64"}, shard_size=3000, block_size=1000, compression="none")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        with pytest.raises(StoreError, match="No space left"):
-            write_much()
-    assert writer.version is None
-    assert list(LocalFolder(tmp_path / "d").list()) == []

@@ -52,39 +52,18 @@ def packed(request):
 
 def test_small_columns_of_large_blocks_are_read_by_one_request(packed):
     store, info = packed
-    counting = CountingStore(store)
+    counting, expected = CountingStore(store), columns()
     with ShardReader(counting, info.name, info=info) as reader:
-        assert reader.footer.n_blocks > 10
+        n_blocks = reader.footer.n_blocks
+        assert n_blocks > 10
         counting.ranges.clear()
-        for column in (0, 2):
-            loaded = reader.load_blocks(range(reader.footer.n_blocks), [column])
-            values = loaded.array(0, column).to_pylist()
-            assert values == list(columns()[SCHEMA.names[column]])[: len(values)]
+        labels, names = (reader.load_blocks(range(n_blocks), [column]) for column in (0, 2))
         assert len(counting.ranges) == 2
-
-
-def test_grouped_columns_have_the_records_that_were_written(packed):
-    store, info = packed
-    expected = columns()
-    with ShardReader(store, info.name, info=info) as reader:
         for block, first in enumerate(reader.footer.block_first[:-1].tolist()):
             last = int(reader.footer.block_first[block + 1])
-            loaded = reader.load_blocks([block], [0, 1, 2])
-            assert loaded.array(0, 0).to_pylist() == list(range(first, last))
-            assert loaded.array(0, 2).to_pylist() == expected["name"][first:last]
+            assert labels.array(block, 0).to_pylist() == list(range(first, last))
+            assert names.array(block, 2).to_pylist() == expected["name"][first:last]
     assert list(verify_shard(store, info.name)) == []
-
-
-def test_a_damaged_byte_of_a_grouped_chunk_is_found_with_its_block_and_column(packed):
-    store, info = packed
-    with ShardReader(store, info.name, info=info) as reader:
-        chunk = reader.footer.chunks[3, 0]
-    data = bytearray(store.get(info.name))
-    data[int(chunk["offset"]) + 3] ^= 1
-    store.put("damaged", bytes(data))
-    with ShardReader(store, "damaged") as reader, pytest.raises(CorruptShard, match="label"):
-        reader.load_blocks([3], [0]).array(0, 0)
-    assert [(finding.block, finding.column) for finding in verify_shard(store, "damaged")] == [(3, "label")]
 
 
 def test_a_shard_without_the_feature_must_have_its_chunks_in_the_order_of_the_table(packed):
@@ -97,15 +76,6 @@ def test_a_shard_without_the_feature_must_have_its_chunks_in_the_order_of_the_ta
     store.put("without", data[:-64] + later.resum_tail(changed))
     with pytest.raises(CorruptShard, match="not aligned, or overlap"):
         ShardReader(store, "without")
-
-
-def test_blocks_that_are_small_themselves_have_no_grouped_columns():
-    store = MemoryStore("small-blocks")
-    with ShardWriter(store, SCHEMA, ShardOptions(block_bytes=100_000, compression="none")) as writer:
-        writer.write_batch(columns())
-        (info,) = writer.finish()
-    data = store.get(info.name)
-    assert Tail.parse(data[-64:], len(data), "memory://small-blocks").features == 0
 
 
 @given(st.lists(st.integers(0, 4 << 20), min_size=1, max_size=6), st.integers(0, 3000))
