@@ -36,6 +36,7 @@ from tiercache.cli.common import (
     verb,
 )
 from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store
+from tiercache.load.epoch import OrderShare
 from tiercache.load.loader_options import LoaderOptions
 from tiercache.model import ByteRange, format_bytes
 from tiercache.order.epoch_order import EpochOrder
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
 
 # -- the order of a training -------------------------------------------------------------------------------------------
 
-# The default of LoaderOptions.
-GROUP_BYTES = LoaderOptions().group_bytes
+GROUP_BYTES = LoaderOptions().group_bytes  # that of a training with default options
+_ALL_BYTES = 1 << 60
 
 Placement: TypeAlias = Annotated[
     str | None,
@@ -81,13 +82,6 @@ class Training:
     ranks: tuple[int, ...] = (0,)
     world_size: int = 1
     placement: Literal["sticky", "global"] = "sticky"
-    group_bytes: int | None = GROUP_BYTES
-
-    def __post_init__(self) -> None:
-        """Check the ranks. Raises ValueError. The order checks the other values."""
-        bad = [rank for rank in self.ranks if not 0 <= rank < self.world_size]
-        if bad or not self.ranks:
-            raise ValueError(f"ranks must be from 0 to {self.world_size - 1} of {self.world_size}, got {bad or 'none'}")
 
     @property
     def options(self) -> OrderOptions:
@@ -95,7 +89,7 @@ class Training:
         return OrderOptions(
             seed=self.seed or 0,
             shuffle=self.seed is not None,
-            group_bytes=self.group_bytes,
+            group_bytes=GROUP_BYTES,
             window_bytes=None,
             streams=self.world_size,
             placement=self.placement,
@@ -113,29 +107,22 @@ class ReadOrder:
 def epoch_reads(
     records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training
 ) -> dict[int, ReadOrder]:
-    """Return the reads of each of the training's ranks in its epoch. O(shards). Raises ValueError.
+    """Return the reads of each of the training's ranks in its epoch. O(shards).
 
     records and stored_bytes are those of each shard, int64[n_shards].
     """
     order = EpochOrder(DatasetSizes(records, stored_bytes, _no_footers), training.options, training.epoch)
-    runs = [order.shards_ahead(stream, 0, None) for stream in range(order.n_streams)]
-    plan = RankPlan(
-        offset=0,
-        world_size=training.world_size,
-        rank=0,
-        batch_size=order.n_streams,
-        drop_last=False,
-        n_records=order.n_records,
-        n_streams=order.n_streams,
-    )
-    ranks = {rank: replace(plan, rank=rank).streams for rank in training.ranks}
-    return {rank: _interleave([runs[s] for s in streams], stored_bytes) for rank, streams in ranks.items()}
+    reads = {}
+    for rank in training.ranks:
+        plan = RankPlan(0, training.world_size, rank, order.n_streams, False, order.n_records, order.n_streams)
+        share = OrderShare(order, plan, training.seed or 0, training.epoch)
+        shards = np.array(share.shards_ahead(0, 0, _ALL_BYTES), np.int64)
+        reads[rank] = ReadOrder(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
+    return reads
 
 
 def merge_reads(reads: Sequence[ReadOrder]) -> NDArray[np.int64]:
     """Return the shards in the order in which parallel readers first read them, without duplicates: int64[m]."""
-    if not reads:
-        return np.zeros(0, np.int64)
     shards = np.concatenate([each.shards for each in reads])
     shards = shards[np.argsort(np.concatenate([each.clock for each in reads]), kind="stable")]
     return shards[np.sort(np.unique(shards, return_index=True)[1])]
@@ -145,18 +132,6 @@ def take_bytes(shards: NDArray[np.int64], stored_bytes: NDArray[np.int64], n_byt
     """Return the first shards that together hold n_bytes; all shards if they hold less."""
     before = np.cumsum(stored_bytes[shards]) - stored_bytes[shards]
     return shards[: int(np.searchsorted(before, n_bytes, side="left"))]
-
-
-def _interleave(runs: Sequence[NDArray[np.int64]], stored_bytes: NDArray[np.int64]) -> ReadOrder:
-    """Return the reads of streams that advance together, one record of each in turn, at about equal byte rates."""
-    if not runs:
-        return ReadOrder(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    shards = np.concatenate(runs)
-    before = np.concatenate([np.cumsum(stored_bytes[run]) - stored_bytes[run] for run in runs])
-    shards = shards[np.argsort(before, kind="stable")]
-    # A shard that two of the rank's streams read is opened once.
-    shards = shards[np.sort(np.unique(shards, return_index=True)[1])]
-    return ReadOrder(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
 
 
 def _no_footers(shards: Sequence[int]) -> Sequence[BlockSizes]:
