@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.support.http_server import HttpFaultServer
 from tests.support.plain_packer import Plain
 from tests.support.records import join_loading
@@ -128,39 +126,16 @@ def test_stored_order_equals_a_plain_packer_in_every_way_of_reading(opened, mode
                     == torchs[name][at].tolist()
                     == value.tolist()
                 )
+    stored = sum(token not in (PAD, END) for row in expected for token in row.tokens)
+    assert rows._source.fill_ratio == stored / (len(expected) * LENGTH)
+    bounds = [0, *(at * LENGTH + bound for at, i in enumerate(some) for bound in expected[i].bounds[1:])]
+    assert by_index["cu_seqlens"].tolist() == bounds
+    assert by_index["max_seqlen"] == max(b - a for a, b in itertools.pairwise(bounds))
     for name in ("cu_seqlens", "max_seqlen"):
         assert np.array_equal(by_index[name], native[name])
         assert np.array_equal(by_index[name], torchs[name])
     with pytest.raises(ValueError, match="packed rows have no Arrow form"):
         next(rows.to_arrow())
-
-
-def test_cu_seqlens_bound_the_pieces_of_the_flattened_batch(opened):
-    for batch in batches(packed(opened[0]["a"], mode="best_fit"), shuffle=True):
-        bounds, ids = batch["cu_seqlens"].tolist(), batch["document_ids"].flatten().tolist()
-        positions = batch["position_ids"].flatten().tolist()
-        assert bounds[0] == 0
-        assert bounds[-1] == len(ids)
-        assert batch["max_seqlen"] == max(b - a for a, b in itertools.pairwise(bounds))
-        for a, b in itertools.pairwise(bounds):
-            assert len(set(ids[a:b])) == 1
-            assert positions[a:b] == list(range(b - a))
-        assert [a for a in bounds[:-1] if positions[a] != 0] == []
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_every_epoch_serves_every_token_once_in_another_order(opened, mode):
-    datasets, documents = opened
-    rows = packed(datasets["a"], mode=mode)
-    loader = tc.DataLoader(
-        rows, batch_size=7, shuffle=True, options=tc.LoaderOptions(seed=3, shuffle_window_bytes="2KiB")
-    )
-    epochs = [list(loader) for _ in range(2)]
-    for epoch in epochs:
-        assert tokens_of(epoch) == list(itertools.chain(*documents["a"]))
-        assert sum(len(batch["tokens"]) for batch in epoch) == len(rows)
-    assert joined(epochs[0]) != joined(epochs[1])
-    assert joined(epochs[0]) != joined(batches(rows))
 
 
 def serve(dataset, plan: list[tuple[int, int]]) -> tuple[list[list[int]], list[int]]:
@@ -189,21 +164,6 @@ def serve(dataset, plan: list[tuple[int, int]]) -> tuple[list[list[int]], list[i
     return rows, padded
 
 
-def check_resumed(documents, plan, mode, is_mixed):
-    """A run that is resumed in turns of (ranks, batches) serves the rows of an uninterrupted run, and padding."""
-    datasets = [tc.Dataset(path) for path, _ in documents.values()]
-    parts = [packed(dataset, mode=mode, eos=END) for dataset in datasets]
-    rows = tc.mix(parts, [3, 1]) if is_mixed else parts[0]
-    whole, _ = serve(rows, [(1, 10**6)])
-    found, padded = serve(rows, plan)
-    join_loading()
-    for dataset in (*parts, *datasets):
-        dataset.close()
-    assert Counter(map(tuple, whole)) - Counter(map(tuple, found)) == Counter()
-    assert sum((Counter(map(tuple, found)) - Counter(map(tuple, whole))).values()) == padded
-    assert len(whole) == len(rows)
-
-
 @pytest.mark.parametrize(
     ("plan", "mode", "is_mixed"),
     [
@@ -212,37 +172,15 @@ def check_resumed(documents, plan, mode, is_mixed):
         ([(3, 19)], "separate", True),
     ],
 )
-def test_a_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(documents, plan, mode, is_mixed):
-    check_resumed(documents, plan, mode, is_mixed)
-
-
-@pytest.mark.stress
-@settings(max_examples=150)
-@given(
-    plan=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 60)), min_size=1, max_size=5),
-    mode=st.sampled_from(MODES),
-    is_mixed=st.booleans(),
-)
-def test_any_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(documents, plan, mode, is_mixed):
-    check_resumed(documents, plan, mode, is_mixed)
-
-
-def test_a_state_at_every_step_resumes_with_the_same_batches(opened):
-    rows = packed(opened[0]["b"], mode="best_fit")
-    loader = tc.DataLoader(rows, batch_size=9, shuffle=True, options=tc.LoaderOptions(seed=1))
-    served, states = [], []
-    for batch in loader:
-        served.append(batch)
-        states.append(loader.state_dict())
-    assert len(states) > 20
-    for step, state in enumerate(states[:-1]):
-        resumed = tc.DataLoader(rows, batch_size=9, shuffle=True, options=tc.LoaderOptions(seed=1))
-        resumed.load_state_dict(state)
-        iterator = iter(resumed)
-        again = next(iterator)
-        iterator.close()
-        for name in OUTPUTS:
-            assert torch.equal(again[name], served[step + 1][name])
+def test_a_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(opened, plan, mode, is_mixed):
+    """A run that is resumed in turns of (ranks, batches) serves the rows of an uninterrupted run, and padding."""
+    parts = [packed(dataset, mode=mode, eos=END) for dataset in opened[0].values()]
+    rows = tc.mix(parts, [3, 1]) if is_mixed else parts[0]
+    whole, _ = serve(rows, [(1, 10**6)])
+    found, padded = serve(rows, plan)
+    assert Counter(map(tuple, whole)) - Counter(map(tuple, found)) == Counter()
+    assert sum((Counter(map(tuple, found)) - Counter(map(tuple, whole))).values()) == padded
+    assert len(whole) == len(rows)
 
 
 def test_a_mixture_has_its_shares_in_rows_in_every_range_and_its_parts_go_on_in_the_next_epoch(opened):
@@ -260,17 +198,6 @@ def test_a_mixture_has_its_shares_in_rows_in_every_range_and_its_parts_go_on_in_
     of_parts = [list(itertools.chain(*documents[name])) for name in "ab"]
     fills = [len(tokens) / (len(rows) * LENGTH) for tokens, rows in zip(of_parts, (a, b), strict=True)]
     assert ratio == pytest.approx(np.average(fills, weights=[len(mixed) - n_b, n_b]), rel=1e-3)
-
-
-def test_stats_have_the_fill_ratio_of_packed_rows_only(opened):
-    datasets, _ = opened
-    for mode in MODES:
-        rows = packed(datasets["a"], mode=mode, eos=END)
-        loader = tc.DataLoader(rows, batch_size=16)
-        tokens = torch.cat([batch["tokens"] for batch in loader])
-        stored = int(((tokens != PAD) & (tokens != END)).sum())
-        assert loader.stats()["fill_ratio"] == stored / tokens.numel()
-    assert "fill_ratio" not in tc.DataLoader(datasets["a"], batch_size=4).stats()
 
 
 def test_views_are_packed_and_packed_rows_have_views(opened):
@@ -303,7 +230,7 @@ def test_views_are_packed_and_packed_rows_have_views(opened):
     assert (labels.tolist(), tokens.tolist()) == (joined(batches(rows)[:1], "labels"), every[:5])
 
 
-def test_joined_data_sets_are_packed_one_by_one(opened):
+def test_joined_data_sets_are_packed_one_by_one(opened, tmp_path):
     datasets, documents = opened
     rows = packed(datasets["a"].take(100) + datasets["b"] + datasets["a"].skip(800))
     expected = [*documents["a"][:100], *documents["b"], *documents["a"][800:]]
@@ -311,39 +238,30 @@ def test_joined_data_sets_are_packed_one_by_one(opened):
     assert len(rows) == sum(
         len(packed(one)) for one in (datasets["a"].take(100), datasets["b"], datasets["a"].skip(800))
     )
-    both = tc.concat([packed(datasets["a"]), packed(datasets["b"], mode="separate")])
-    assert tokens_of(batches(both, shuffle=True)) == sorted(itertools.chain(*documents["a"], *documents["b"]))
+    more = write(tmp_path / "more", [5, 0, 9, 30, 2], 200_000, "int64")  # parts may be stored with different dtypes
+    both = tc.concat([packed(datasets["a"]), packed(tc.Dataset(tmp_path / "more"), mode="separate")])
+    assert tokens_of(batches(both, shuffle=True)) == sorted(itertools.chain(*documents["a"], *more))
 
 
-def test_parts_may_be_stored_with_different_dtypes(tmp_path):
-    texts = [write(tmp_path / dtype, [5, 0, 9, 30, 2], 100 * i, dtype) for i, dtype in enumerate(("uint16", "int64"))]
-    rows = tc.concat([packed(tc.Dataset(tmp_path / dtype)) for dtype in ("uint16", "int64")])
-    assert tokens_of(batches(rows, shuffle=True)) == sorted(itertools.chain(*texts[0], *texts[1]))
-
-
-def test_packing_reads_no_documents_and_by_concatenation_no_lengths(opened, monkeypatch):
+def test_packing_reads_no_documents_by_concatenation_no_lengths_and_of_a_pickle_nothing(opened, monkeypatch):
     datasets, _ = opened
 
     def refuse(*_args):
         raise AssertionError("documents were read")
 
-    monkeypatch.setattr(OpenedVersion, "load_blocks", refuse)
-    assert len(packed(datasets["a"], mode="best_fit")) > 1000, "lengths are not documents"
-    monkeypatch.setattr(OpenedVersion, "load_shapes", refuse)
-    assert len(packed(datasets["a"], eos=END)) > 1000
-    with pytest.raises(AssertionError, match="documents were read"):
-        packed(datasets["a"], mode="best_fit")
-
-
-def test_a_pickled_data_set_has_the_rows_without_reading_lengths_again(opened, monkeypatch):
-    rows = packed(opened[0]["a"], mode="best_fit", eos=END)
-    expected = joined(batches(rows))
-    data = pickle.dumps(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenedVersion, "load_blocks", refuse)
+        rows = packed(datasets["a"], mode="best_fit", eos=END)
+        assert len(rows) > 1000, "lengths are not documents"
+        patch.setattr(OpenedVersion, "load_shapes", refuse)
+        assert len(packed(datasets["a"], eos=END)) > 1000
+        with pytest.raises(AssertionError, match="documents were read"):
+            packed(datasets["a"], mode="best_fit")
+    expected, data = joined(batches(rows)), pickle.dumps(rows)
     assert len(data) < 4000
     monkeypatch.setattr("tiercache.data.packing._make_index", None)
     again = pickle.loads(data)
-    assert joined(batches(again)) == expected
-    assert len(again) == len(rows)
+    assert (len(again), joined(batches(again))) == (len(rows), expected)
     join_loading()
     again.close()
 
@@ -364,22 +282,24 @@ def test_a_state_is_refused_by_rows_that_are_packed_otherwise(opened):
         tc.DataLoader(datasets["a"], batch_size=4, shuffle=True).load_state_dict(state)
 
 
-def test_a_state_of_an_older_version_continues_on_that_version(tmp_path):
+def test_a_state_of_an_older_version_continues_on_that_version_from_every_step(tmp_path):
     first = write(tmp_path / "data", [5, 9, 2, 7])
     rows = packed(tc.Dataset(tmp_path / "data"))
-    loader = tc.DataLoader(rows, batch_size=1, options=tc.LoaderOptions(seed=0))
-    iterator = iter(loader)
-    next(iterator)
-    state = loader.state_dict()
-    iterator.close()
+    loader = tc.DataLoader(rows, batch_size=1, shuffle=True, options=tc.LoaderOptions(seed=0))
+    served, states = [], []
+    for batch in loader:
+        served.append(batch)
+        states.append(loader.state_dict())
     schema = tc.Dataset(tmp_path / "data").schema
     with tc.Writer(tmp_path / "data", schema=schema, mode="append") as writer:
         writer.write({"tokens": np.arange(900, 930, dtype="uint32"), "number": 4, "text": ""})
     newer = packed(tc.Dataset(tmp_path / "data"))
     assert len(newer) > len(rows)
-    resumed = tc.DataLoader(newer, batch_size=1)
-    resumed.load_state_dict(state)
-    assert joined(list(resumed)) == joined(batches(rows, batch_size=1))[1:]
+    for step, state in enumerate(states[:-1]):
+        resumed = tc.DataLoader(newer, batch_size=1, shuffle=True)
+        resumed.load_state_dict(state)
+        for again, batch in zip(resumed, served[step + 1 :], strict=True):
+            assert all(torch.equal(again[name], batch[name]) for name in OUTPUTS)
     assert tokens_of(batches(newer)) == [*itertools.chain(*first), *range(900, 930)]
     join_loading()
 
@@ -387,7 +307,15 @@ def test_a_state_of_an_older_version_continues_on_that_version(tmp_path):
 def test_wrong_arguments_are_explained(opened, tmp_path):
     datasets, _ = opened
     a = datasets["a"]
-    cases = [
+    with tc.Writer(tmp_path / "fixed", schema={"tokens": tc.Tensor("int64", (LENGTH,))}) as writer:
+        writer.write({"tokens": np.arange(LENGTH)})
+    with tc.Writer(tmp_path / "named", schema={"labels": tc.Ragged("int32", (None,))}) as writer:
+        writer.write({"labels": np.arange(3, dtype="int32")})
+    fixed, named = tc.Dataset(tmp_path / "fixed"), tc.Dataset(tmp_path / "named")
+    transformed = tc.Dataset(a._source.url.removeprefix("file://"), transform=len)
+    previous = tc.LoaderOptions(on_corrupt="previous")
+    best = {"mode": "best_fit", "eos": END, "long_documents": "error"}
+    for error, message, call in (
         (ValueError, "length must be 2 to", lambda: packed(a, 1)),
         (ValueError, "mode must be", lambda: packed(a, mode="greedy")),
         (ValueError, "long_documents must be", lambda: packed(a, mode="separate", long_documents="drop")),
@@ -398,52 +326,23 @@ def test_wrong_arguments_are_explained(opened, tmp_path):
         (ValueError, "pad must fit int64", lambda: packed(a, pad=2**63)),
         (tc.SchemaError, "packs a column of token lists", lambda: tc.pack_sequences(a, "number", 8)),
         (tc.SchemaError, "no such column", lambda: tc.pack_sequences(a, "words", 8)),
+        (tc.SchemaError, "another entry of this name", lambda: tc.pack_sequences(named, "labels", 8)),
         (TypeError, "takes a tiercache.Dataset", lambda: tc.pack_sequences([[1, 2]], "tokens", 8)),
         (ValueError, "packed already", lambda: packed(packed(a))),
+        (ValueError, "has a transform", lambda: packed(transformed)),
         (ValueError, "pack the data sets, then mix", lambda: packed(tc.mix([a, datasets["b"]], [1, 1]))),
         (ValueError, "select from each data set", lambda: packed((a + datasets["b"]).take(950))),
         (ValueError, "filter the documents", lambda: packed(a).filter(pc.field("labels") == 3)),
-        (
-            tc.SchemaError,
-            "joined only with packed rows",
-            lambda: tc.concat([packed(a).select_columns(["tokens"]), fixed(tmp_path)]),
-        ),
-        (
-            tc.SchemaError,
-            r"data set 1 plain records.*pack_sequences\(\).*then mix\(\)",
-            lambda: tc.mix([packed(a), a], [1, 1]),
-        ),
+        (tc.SchemaError, "only with packed rows", lambda: tc.concat([packed(a).select_columns(["tokens"]), fixed])),
+        (tc.SchemaError, r"1 plain records.*pack_sequences\(\)", lambda: tc.mix([packed(a), a], [1, 1])),
         (tc.SchemaError, r"data set 0 has plain records, data set 1 packed rows", lambda: a + packed(a)),
         (tc.SchemaError, "shape|int64", lambda: tc.concat([packed(a), packed(a, 16)])),
-        (
-            ValueError,
-            "packed rows of many documents",
-            lambda: tc.DataLoader(packed(a), options=tc.LoaderOptions(on_corrupt="previous")),
-        ),
-    ]
-    for error, message, call in cases:
+        (ValueError, "packed rows of many documents", lambda: tc.DataLoader(packed(a), options=previous)),
+        (ValueError, r"document \d+ has 24 tokens, and a row has 24 with the end token", lambda: packed(a, 24, **best)),
+    ):
         with pytest.raises(error, match=message):
             call()
-    with pytest.raises(ValueError, match=r"document \d+ has 24 tokens, and a row has 24 with the end token"):
-        packed(a, 24, mode="best_fit", eos=END, long_documents="error")
-    assert len(packed(a, 25, mode="best_fit", eos=END, long_documents="error")) > 100
-    transformed = tc.Dataset(a._source.url.removeprefix("file://"), transform=len)
-    with pytest.raises(ValueError, match="has a transform"):
-        packed(transformed)
-    named = tmp_path / "named"
-    with tc.Writer(named, schema={"labels": tc.Ragged("int32", (None,))}) as writer:
-        writer.write({"labels": np.arange(3, dtype="int32")})
-    with pytest.raises(tc.SchemaError, match="another entry of this name"):
-        tc.pack_sequences(tc.Dataset(named), "labels", 8)
-
-
-def fixed(folder):
-    """A data set of stored rows with the schema of packed tokens."""
-    path = folder / "fixed"
-    if not path.exists():
-        with tc.Writer(path, schema={"tokens": tc.Tensor("int64", (LENGTH,))}) as writer:
-            writer.write({"tokens": np.arange(LENGTH)})
-    return tc.Dataset(path)
+    assert len(packed(a, 25, **best)) > 100
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -466,18 +365,16 @@ def test_nulls_and_empty_documents_are_empty(tmp_path, compression):
     dataset.close()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_compressed_documents_and_rows_longer_than_a_shard_are_packed(tmp_path, mode):
-    random = np.random.default_rng(3)
-    documents = write(
-        tmp_path / "data", random.integers(0, 90, 200), shard_size="2KiB", block_size="512B", compression="zstd"
-    )
+def test_compressed_documents_and_rows_longer_than_a_shard_are_packed(tmp_path):
+    lengths = np.random.default_rng(3).integers(0, 90, 200)
+    documents = write(tmp_path / "data", lengths, shard_size="2KiB", block_size="512B", compression="zstd")
     dataset = tc.Dataset(tmp_path / "data")
-    rows = packed(dataset, 4096, mode=mode)
-    assert len(dataset._source.shard_records) > 5
-    assert tokens_of(batches(rows, shuffle=True)) == list(itertools.chain(*documents))
-    if mode != "separate":
-        assert len(rows) == len(dataset._source.shard_records), "no row goes from shard to shard"
+    n_shards = len(dataset._source.shard_records)
+    assert n_shards > 5
+    for mode in MODES:
+        rows = packed(dataset, 4096, mode=mode)
+        assert tokens_of(batches(rows, shuffle=True)) == list(itertools.chain(*documents))
+        assert mode == "separate" or len(rows) == n_shards, "no row goes from shard to shard"
     join_loading()
     dataset.close()
 
@@ -485,22 +382,6 @@ def test_compressed_documents_and_rows_longer_than_a_shard_are_packed(tmp_path, 
 def objects_of(folder: Path) -> dict[str, bytes]:
     files = [file for file in (folder / "data").rglob("*") if file.is_file()]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
-def test_packed_rows_of_a_remote_data_set_come_through_the_cache_once(tmp_path):
-    documents = write(tmp_path / "data", [7] * 3000, shard_size="16KiB")
-    objects = objects_of(tmp_path)
-    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        rows = packed(dataset, mode="best_fit")
-        loader = tc.DataLoader(rows, batch_size=32, shuffle=True)
-        for _ in range(2):
-            assert tokens_of(loader) == list(itertools.chain(*documents))
-        fetched = dataset._source.storage.figures()["bytes_fetched"]
-        assert fetched < 2 * sum(map(len, objects.values()))
-        join_loading()
-        rows.close()
-        dataset.close()
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
@@ -519,12 +400,15 @@ def test_only_lengths_are_fetched_to_pack_a_remote_data_set(tmp_path, is_cached)
         dataset.close()
 
 
-def test_a_corrupt_cached_copy_is_fetched_again(tmp_path):
-    documents = write(tmp_path / "data", [9] * 800, shard_size="64MiB", compression="none")
+def test_packed_rows_come_through_the_cache_once_and_a_corrupt_copy_is_fetched_again(tmp_path):
+    documents = write(tmp_path / "data", [9] * 3000, shard_size="64MiB", compression="none")
     objects = objects_of(tmp_path)
     with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
         first = tc.Dataset(f"{server.url}/data", cache=cache)
-        assert tokens_of(batches(packed(first))) == list(itertools.chain(*documents))
+        loader = tc.DataLoader(packed(first, mode="best_fit"), batch_size=32, shuffle=True)
+        for _ in range(2):
+            assert tokens_of(loader) == list(itertools.chain(*documents))
+        assert first._source.storage.figures()["bytes_fetched"] < 2 * sum(map(len, objects.values()))
         join_loading()
         first.close()
         stored = max(objects.values(), key=len)
@@ -542,7 +426,7 @@ def test_a_corrupt_cached_copy_is_fetched_again(tmp_path):
         second.close()
 
 
-def test_a_file_that_is_truncated_while_rows_are_served_is_an_error(tmp_path):
+def test_a_file_that_is_damaged_or_truncated_while_rows_are_served_is_an_error(tmp_path):
     write(tmp_path / "data", [1000] * 400, shard_size="64MiB", block_size="64KiB", compression="none")
     shard = max((p for p in (tmp_path / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     shard.chmod(0o600)
@@ -550,6 +434,13 @@ def test_a_file_that_is_truncated_while_rows_are_served_is_an_error(tmp_path):
     rows = packed(dataset, 500)
     iterator = iter(tc.DataLoader(rows, batch_size=4, options=tc.LoaderOptions(memory_bytes="64KiB", threads=1)))
     next(iterator)
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 3)
+        file.write(b"wrong")
+    damaged = packed(tc.Dataset(tmp_path / "data"), 500)
+    for read in (lambda: batches(damaged, shuffle=True), lambda: damaged[list(range(len(damaged)))]):
+        with pytest.raises(tc.CorruptShard, match="CRC-32C"):
+            read()
     os.truncate(shard, 1 << 16)
     with pytest.raises(tc.CorruptShard, match=r"cannot be read|is shorter than"):
         list(iterator)
@@ -557,18 +448,3 @@ def test_a_file_that_is_truncated_while_rows_are_served_is_an_error(tmp_path):
         rows[700]
     join_loading()
     dataset.close()
-
-
-def test_corrupt_documents_are_named_and_nothing_wrong_is_served(tmp_path):
-    write(tmp_path / "data", [40] * 60)
-    shard = max((p for p in (tmp_path / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 3] ^= 1
-    rows = packed(tc.Dataset(tmp_path / "data"))
-    shard.chmod(0o600)
-    shard.write_bytes(data)
-    with pytest.raises(tc.CorruptShard, match="CRC-32C"):
-        batches(rows, shuffle=True)
-    with pytest.raises(tc.CorruptShard, match="CRC-32C"):
-        rows[list(range(len(rows)))]
-    join_loading()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -80,23 +82,19 @@ def test_as_tuple_accepts_masks_and_lengths_without_their_column(dataset):
     assert [tuple(map(int, only[i])) for i in (0, 3)] == [(0, 0), (1, 3)]
 
 
-@pytest.mark.parametrize(
-    ("names", "error", "said"),
-    [
+def test_as_tuple_refuses_unknown_names_and_nulls_without_their_mask(packed, dataset, tmp_path):
+    for names, error, said in (
         ((), ValueError, "one column or more"),
         (("nothing",), tc.SchemaError, "no such column"),
         (("id", 3), TypeError, "names of columns"),
         (("id.valid",), tc.SchemaError, "nullable"),
         (("tokens.lengths",), tc.SchemaError, "padded"),
         (("score",), tc.SchemaError, "score.valid"),
-    ],
-)
-def test_as_tuple_refuses_unknown_names(dataset, names, error, said):
-    with pytest.raises(error, match=said):
-        dataset.as_tuple(*names)
-
-
-def test_as_tuple_needs_no_mask_for_filled_nulls(packed, tmp_path):
+    ):
+        with pytest.raises(error, match=said):
+            dataset.as_tuple(*names)
+    with pytest.raises(ValueError, match="transform"):
+        tc.Dataset(packed, transform=len).as_tuple("id")
     assert tc.Dataset(packed, fill_nulls={"score": -1.0}).as_tuple("score")[0] == (np.float32(-1),)
     with tc.Writer(tmp_path / "d", schema={"text": "str?"}) as writer:
         writer.write_batch({"text": ["a", None]})
@@ -105,14 +103,7 @@ def test_as_tuple_needs_no_mask_for_filled_nulls(packed, tmp_path):
     assert list(tc.DataLoader(texts, batch_size=2)) == [[["a", None]]]
 
 
-def test_as_tuple_cannot_be_combined_with_a_transform(packed):
-    with pytest.raises(ValueError, match="transform"):
-        tc.Dataset(packed, transform=len).as_tuple("id")
-
-
 def test_tuples_survive_a_pickle_and_a_state(dataset):
-    import pickle
-
     pairs = pickle.loads(pickle.dumps(dataset.as_tuple("id", "flag")))
     loader = tc.DataLoader(pairs, batch_size=10)
     next(iter(loader))

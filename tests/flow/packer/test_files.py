@@ -22,15 +22,16 @@ def paths(source, **options):
     return [f.path for f in find_files(source, options)[1]]
 
 
-def test_visible_files_are_listed_folder_by_folder(folder):
+def test_visible_files_are_listed_folder_by_folder(folder, monkeypatch):
     assert paths(folder) == ["a/1.txt", "a-b/1.txt", "b/deep/2.txt", "top.txt"]
     assert paths(f"file://{folder}") == paths(folder)
-
-
-def test_a_file_url_is_decoded(tmp_path):
-    (tmp_path / "a b").mkdir()
-    (tmp_path / "a b" / "x").write_text("x")
-    assert paths(f"file://{tmp_path}/a%20b") == ["x"]
+    (folder / "a b").mkdir()
+    (folder / "a b" / "x[1].txt").write_text("")  # a name that looks like a glob
+    assert paths(f"file://{folder}/a%20b") == paths(folder / "a b" / "x[1].txt") == ["x[1].txt"]
+    monkeypatch.chdir(folder)
+    files, found, _ = find_files("a/1.txt", {})
+    assert [(f.path, f.n_bytes) for f in found] == [("1.txt", 7)]
+    assert files.location("1.txt") == str(folder / "a" / "1.txt")
 
 
 def test_links_are_followed_but_not_in_a_loop(folder):
@@ -48,38 +49,19 @@ def test_links_are_followed_but_not_in_a_loop(folder):
     assert len(paths(folder)) < 20
 
 
-def test_one_file_is_a_source(folder, monkeypatch):
+def test_a_glob_matches_segment_by_segment(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    files, found, _ = find_files("a/1.txt", {})
-    assert [(f.path, f.n_bytes) for f in found] == [("1.txt", 7)]
-    assert files.location("1.txt") == str(folder / "a" / "1.txt")
-
-
-@pytest.mark.parametrize(
-    ("glob", "expected"),
-    [
+    for glob, expected in (
         ("*.txt", ["top.txt"]),
         ("*/*.txt", ["a/1.txt", "a-b/1.txt"]),
         ("**/*.txt", ["a/1.txt", "a-b/1.txt", "b/deep/2.txt", "top.txt"]),
         ("[ab]/**", ["a/1.txt", "b/deep/2.txt"]),
         ("?/1.txt", ["a/1.txt"]),
-    ],
-)
-def test_a_glob_matches_segment_by_segment(folder, glob, expected, monkeypatch):
-    assert paths(f"{folder}/{glob}") == expected
-    monkeypatch.chdir(folder)
-    assert paths(glob) == expected
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_that_file(folder):
-    (folder / "x[1].txt").write_text("")
-    assert paths(folder / "x[1].txt") == ["x[1].txt"]
-
-
-@pytest.mark.parametrize("source", ["gone", "gone/*.txt", "*.parquet"])
-def test_a_missing_source_is_not_found(folder, source):
-    with pytest.raises(NotFound, match=r"no such file or folder|no file matches"):
-        find_files(folder / source, {})
+    ):
+        assert paths(f"{folder}/{glob}") == paths(glob) == expected
+    for missing in ("gone", "gone/*.txt", "*.parquet"):
+        with pytest.raises(NotFound, match=r"no such file or folder|no file matches"):
+            find_files(folder / missing, {})
 
 
 def test_objects_of_a_store_are_read_like_files():
@@ -103,9 +85,8 @@ def test_objects_of_a_store_are_read_like_files():
     assert files.location("x/1.bin") == "memory://test-pack-files/in/x/1.bin"
 
 
-@pytest.mark.parametrize(
-    ("path", "include", "exclude", "expected"),
-    [
+def test_include_and_exclude():
+    for path, include, exclude, expected in (
         ("a/b.jpg", [], [], True),
         ("a/b.jpg", ["*.jpg"], [], True),
         ("a/b.jpg", ["*.png"], [], False),
@@ -115,7 +96,5 @@ def test_objects_of_a_store_are_read_like_files():
         ("a/c/b.jpg", ["a/*.jpg"], [], True),
         ("a/b.jpg", ["*"], ["*.jpg"], False),
         ("a/b.jpg", ["b"], [], False),
-    ],
-)
-def test_include_and_exclude(path, include, exclude, expected):
-    assert selected(path, include, exclude) is expected
+    ):
+        assert selected(path, include, exclude) is expected

@@ -6,46 +6,27 @@ from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.packer.files import InputSplit
-from tiercache.packer.pack import PackOptions, divide_splits, find_source, kind_of
+from tiercache.packer.pack import PackOptions, divide_splits, find_source, kind_of, plan_pack
 
 
-@pytest.mark.parametrize(
-    ("paths", "kind"),
-    [
-        (["a/1.JPG", "a/2.png"], "images"),
-        (["x.parquet", "_SUCCESS"], "parquet"),
-        (["x.jsonl", "y.jsonl.gz", "README.md"], "jsonl"),
-    ],
-)
-def test_file_names_decide_the_kind(paths, kind):
-    assert kind_of(paths) == kind
-
-
-@pytest.mark.parametrize(
-    ("paths", "message"),
-    [(["a.csv"], "no file name indicates the kind"), (["a.jpg", "b.parquet"], r"several kinds \(images, parquet\)")],
-)
-def test_an_ambiguous_kind_is_an_error(paths, message):
-    with pytest.raises(ValueError, match=message):
-        kind_of(paths)
-
-
-def test_a_selection_without_files_is_not_found(tmp_path):
-    (tmp_path / "a.jsonl").write_text("{}")
-    with pytest.raises(NotFound, match="leave none of the 1 files"):
-        find_source(tmp_path, PackOptions(exclude=["*.jsonl"]))
-
-
-def test_images_take_no_schema(tmp_path):
+def test_file_names_decide_the_kind(tmp_path):
+    assert kind_of(["a/1.JPG", "a/2.png"]) == "images"
+    assert kind_of(["x.parquet", "_SUCCESS"]) == "parquet"
+    assert kind_of(["x.jsonl", "y.jsonl.gz", "README.md"]) == "jsonl"
+    with pytest.raises(ValueError, match="no file name indicates the kind"):
+        kind_of(["a.csv"])
+    with pytest.raises(ValueError, match=r"several kinds \(images, parquet\)"):
+        kind_of(["a.jpg", "b.parquet"])
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(SchemaError, match="has the fixed columns image, label and path"):
         find_source(tmp_path, PackOptions(schema={"label": "int8"}))
+    with pytest.raises(NotFound, match="leave none of the 1 files"):
+        find_source(tmp_path, PackOptions(exclude=["*.jpg"]))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+def test_options_are_checked(tmp_path):
+    for fields, message in (
         ({"kind": "csv"}, "kind must be one of images, parquet, jsonl"),
         ({"mode": "replace"}, "replace"),
         ({"jobs": -1}, "jobs must be a number"),
@@ -53,11 +34,11 @@ def test_images_take_no_schema(tmp_path):
         ({"include": "*.jpg"}, "include must be a sequence of globs"),
         ({"block_size": 0}, "1 byte or more"),
         ({"shard_size": "big"}, "not a size"),
-    ],
-)
-def test_options_are_checked(fields, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        PackOptions(**fields)
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            PackOptions(**fields)
+    with pytest.raises(ValueError, match="exists in one process only"):
+        plan_pack(tmp_path, "memory://test-pack-jobs", PackOptions(jobs=2))
 
 
 sizes = st.lists(st.integers(0, 1000), max_size=40)

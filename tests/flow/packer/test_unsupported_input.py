@@ -24,40 +24,32 @@ LITDATA_INDEX = {"chunks": [{"chunk_bytes": 10, "filename": "chunk-0-0.bin"}], "
 
 class TestOtherFormats:
     @pytest.mark.parametrize("kind", [None, "jsonl"])
-    @pytest.mark.parametrize(
-        ("index", "other", "name"),
-        [
+    def test_an_index_of_another_library_is_refused(self, tmp_path, kind):
+        (tmp_path / "in").mkdir()
+        for index, other, name in (
             (json.dumps(MDS_INDEX), "shard.00000.mds", "MosaicML"),
             (json.dumps(MDS_INDEX, sort_keys=True), "shard.00000.mds", "MosaicML"),
             (json.dumps(MDS_INDEX, indent=2), "shard.00000.mds.zstd", "MosaicML"),
             (json.dumps(LITDATA_INDEX), "chunk-0-0.bin", "LitData"),
-        ],
-    )
-    def test_an_index_of_another_library_is_refused(self, tmp_path, index, other, name, kind):
+        ):
+            (tmp_path / "in" / "index.json").write_text(index)
+            (tmp_path / "in" / other).write_bytes(bytes(100))
+            with pytest.raises(SchemaError, match=name):
+                pack(tmp_path / "in", tmp_path / "out", kind=kind)
+            assert not (tmp_path / "out" / "_tiercache").exists()
+
+    def test_files_of_another_format_are_refused_by_name_beside_files_that_can_be_packed(self, tmp_path):
         (tmp_path / "in").mkdir()
-        (tmp_path / "in" / "index.json").write_text(index)
-        (tmp_path / "in" / other).write_bytes(bytes(100))
-        with pytest.raises(SchemaError, match=name):
-            pack(tmp_path / "in", tmp_path / "out", kind=kind)
-        assert not (tmp_path / "out" / "_tiercache").exists()
-
-    @pytest.mark.parametrize(
-        "name",
-        ["a.tar", "a.tar.gz", "a.tgz", "a.beton", "a.tfrecord-00000-of-00004", "a.arrow", "a.lance", "a.h5", "a.npy"],
-    )
-    def test_files_of_another_format_are_refused_by_name_beside_files_that_can_be_packed(self, tmp_path, name):
-        (tmp_path / "good.jsonl").write_text('{"x": 1}\n')
-        (tmp_path / name).write_bytes(bytes(600))
-        with pytest.raises(SchemaError, match="this is") as caught:
-            plan_pack(tmp_path, tmp_path / "out", PackOptions())
-        assert name in str(caught.value)
-        assert pack(tmp_path, tmp_path / "out", exclude=[name]).n_records == 1
-
-    def test_with_a_kind_other_files_are_skipped_with_a_warning(self, tmp_path):
-        (tmp_path / "good.jsonl").write_text('{"x": 1}\n')
-        (tmp_path / "a.tar").write_bytes(bytes(600))
-        with pytest.warns(UserWarning, match=r"a\.tar"):
-            assert pack(tmp_path, tmp_path / "out", kind="jsonl").n_records == 1
+        (tmp_path / "in" / "good.jsonl").write_text('{"x": 1}\n')
+        for name in ("a.tar", "a.tar.gz", "a.tgz", "a.beton", "a.tfrecord-00000-of-00004", "a.arrow", "a.h5", "a.npy"):
+            (tmp_path / "in" / name).write_bytes(bytes(600))
+            with pytest.raises(SchemaError, match="this is") as caught:
+                plan_pack(tmp_path / "in", tmp_path / "other", PackOptions())
+            assert name in str(caught.value)
+            assert plan_pack(tmp_path / "in", tmp_path / "other", PackOptions(exclude=[name])).skipped == ()
+            with pytest.warns(UserWarning, match=name):
+                assert pack(tmp_path / "in", tmp_path / "out", kind="jsonl", mode="overwrite").n_records == 1
+            (tmp_path / "in" / name).unlink()
 
     def test_a_single_file_without_a_known_name_is_recognised_by_its_first_bytes(self, tmp_path):
         with tarfile.open(tmp_path / "archive", "w") as archive:
@@ -69,43 +61,25 @@ class TestOtherFormats:
                 plan_pack(tmp_path / name, tmp_path / "out", PackOptions())
 
 
-class TestLeftOut:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        folder = tmp_path / "in"
-        folder.mkdir()
-        (folder / "a.jsonl").write_text('{"x": 1}\n')
-        (folder / "gone.jsonl").symlink_to(folder / "nowhere")
-        os.mkfifo(folder / "pipe.jsonl")
-        (folder / "README.md").write_text("read me")
-        (folder / "_SUCCESS").write_text("")
-        (folder / ".hidden").write_text("")
-        return folder
-
-    def test_dangling_links_pipes_and_other_files_are_named(self, folder, tmp_path):
-        left_out = {one.path: one.reason for one in plan_pack(folder, tmp_path / "out", PackOptions()).skipped}
-        assert left_out.keys() == {"gone.jsonl", "pipe.jsonl", "README.md"}
-        assert "nowhere" in left_out["gone.jsonl"]
-        with pytest.warns(UserWarning, match=r"gone\.jsonl.*pipe\.jsonl.*README\.md"):
-            assert pack(folder, tmp_path / "out").n_records == 1
-
-    def test_the_command_names_skipped_files(self, folder, tmp_path):
-        done = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--json"])
-        events = [json.loads(line) for line in done.stdout.splitlines()]
-        assert {e["path"] for e in events if e["event"] == "left_out"} == {"gone.jsonl", "pipe.jsonl", "README.md"}
-        text = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "other")]).stdout
-        assert all(name in text for name in ("gone.jsonl", "pipe.jsonl", "README.md"))
-
-    def test_excluded_files_are_not_named(self, folder, tmp_path):
-        exclude = ["gone.jsonl", "pipe.jsonl", "README.md"]
-        assert plan_pack(folder, tmp_path / "out", PackOptions(exclude=exclude)).skipped == ()
-        assert pack(folder, tmp_path / "out", exclude=exclude).n_records == 1
-
-    def test_a_folder_of_dangling_links_is_an_error_with_the_reason(self, tmp_path):
-        (tmp_path / "in").mkdir()
-        (tmp_path / "in" / "a.jsonl").symlink_to(tmp_path / "nowhere")
-        with pytest.raises(NotFound, match="nowhere"):
-            plan_pack(tmp_path / "in", tmp_path / "out", PackOptions())
+def test_dangling_links_pipes_and_other_files_are_named(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "gone.jsonl").symlink_to(folder / "nowhere")
+    with pytest.raises(NotFound, match="nowhere"):
+        plan_pack(folder, tmp_path / "out", PackOptions())
+    (folder / "a.jsonl").write_text('{"x": 1}\n')
+    os.mkfifo(folder / "pipe.jsonl")
+    for other in ("README.md", "_SUCCESS", ".hidden"):
+        (folder / other).write_text("")
+    left_out = {one.path: one.reason for one in plan_pack(folder, tmp_path / "out", PackOptions()).skipped}
+    assert left_out.keys() == {"gone.jsonl", "pipe.jsonl", "README.md"}
+    assert "nowhere" in left_out["gone.jsonl"]
+    assert plan_pack(folder, tmp_path / "out", PackOptions(exclude=list(left_out))).skipped == ()
+    done = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "out"), "--json"])
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {e["path"] for e in events if e["event"] == "left_out"} == left_out.keys()
+    text = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "other")]).stdout
+    assert all(name in text for name in left_out)
 
 
 def saved(encoding: str, **options) -> bytes:
@@ -124,15 +98,18 @@ WHOLE = {
 
 
 class TestImages:
-    @pytest.mark.parametrize(("encoding", "options"), [(e, o) for e, all_of in WHOLE.items() for o in all_of])
-    def test_cut_off_images_are_found(self, encoding, options):
-        data = saved(encoding, **options)
-        assert sniff(data) == encoding
-        assert find_damage(data, encoding) is None
-        assert find_damage(data + bytes(7), encoding) is None
-        for kept in (0.2, 0.5, 0.9):
-            assert find_damage(data[: int(len(data) * kept)], encoding) is not None
-        assert find_damage(data[:20], encoding) is not None
+    def test_cut_off_images_are_found(self):
+        for encoding, options in [(e, o) for e, all_of in WHOLE.items() for o in all_of]:
+            data = saved(encoding, **options)
+            assert sniff(data) == encoding
+            assert find_damage(data, encoding) is None
+            assert find_damage(data + bytes(7), encoding) is None
+            for kept in (0.2, 0.5, 0.9):
+                assert find_damage(data[: int(len(data) * kept)], encoding) is not None
+            assert find_damage(data[:20], encoding) is not None
+        no_header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 5, b"nope") + bytes(9)
+        for damaged in (png(b"x" * 100)[:20], png(b"x" * 100)[:-12], no_header):
+            assert find_damage(damaged, "png") is not None
 
     @given(encoding=st.sampled_from(sorted(WHOLE)), data=st.data())
     def test_the_check_of_an_image_never_raises(self, encoding, data):
@@ -141,20 +118,3 @@ class TestImages:
             image[data.draw(st.integers(8, min(len(image) - 1, 200)))] = data.draw(st.integers(0, 255))
         image = image[: data.draw(st.integers(12, len(image)))]
         find_damage(bytes(image), encoding)
-
-    @pytest.mark.parametrize(
-        ("name", "data"),
-        [
-            ("a.png", png(b"x" * 100)[:20]),
-            ("b.png", png(b"x" * 100)[:-12]),
-            ("c.png", b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 5, b"nope") + bytes(9)),
-        ],
-    )
-    def test_a_damaged_image_is_named_and_nothing_is_packed(self, tmp_path, name, data):
-        (tmp_path / "in" / "cat").mkdir(parents=True)
-        (tmp_path / "in" / "cat" / "whole.png").write_bytes(png())
-        (tmp_path / "in" / "cat" / name).write_bytes(data)
-        with pytest.raises(SchemaError, match="incomplete png") as caught:
-            pack(tmp_path / "in", tmp_path / "out")
-        assert name in str(caught.value)
-        assert not (tmp_path / "out" / "_tiercache").exists()
