@@ -100,10 +100,7 @@ class Owners:
                 close_private(fd)
 
     def alive(self, text: str) -> bool:
-        """Return whether the process of an owner still has the cache open.
-
-        If boots or containers differ, the lock of the owner file decides.
-        """
+        """Return whether an owner still has the cache open; in other boots or containers its file's lock decides."""
         owner = Owner.parse(text)
         if owner is None:
             return False
@@ -113,7 +110,6 @@ class Owners:
         return is_locked(self._folder.owners / text) if runs is None else runs
 
     def remove_files_of(self, text: str) -> None:
-        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
         with suppress(FileNotFoundError):
             crash_point("owner.buried")
             if Owner.parse(text) is not None:
@@ -197,8 +193,6 @@ INSERT INTO meta VALUES ('used', 0), ('clock', 0), ('forgotten', 0);
 
 @dataclass(frozen=True, slots=True)
 class CopyRow:
-    """The row of a copy, whole or partial; last_use: Logical time of the last use, a count."""
-
     name: str
     charge_bytes: int
     last_use: int
@@ -206,9 +200,9 @@ class CopyRow:
 
 @dataclass(frozen=True, slots=True)
 class AccountChanges:
-    """The changes of the accounts between two queries: changed rows (all rows if `whole`), and names of removed ones.
+    """The changes between two queries: changed rows (all if `whole`), and names that were removed, perhaps for a time.
 
-    since: Value to pass to the next query. gone: Some of these names may have come back, and are in rows.
+    since: Value to pass to the next query.
     """
 
     since: tuple[str, int]
@@ -253,11 +247,10 @@ def _rows(db: sqlite3.Connection, condition: str, *values: object) -> list[CopyR
 
 
 class Accounts:
-    """The accounts of one cache folder, used by one owner (a process that has the folder open).
+    """The accounts of one cache folder, used by one owner (a process that has the folder open). Thread-safe.
 
-    Every method is one short transaction for which processes may race. Thread-safe. Byte counts are charges, see
-    charge_bytes. No reservation commits if copies and reservations together would exceed the limit, and no booking
-    commits if it takes more than was reserved for it.
+    Every method is one short transaction for which processes may race. Byte counts are charges, see charge_bytes. No
+    reservation commits if copies and reservations together would exceed the limit.
     """
 
     def __init__(self, path: Path, owners: Owners) -> None:
@@ -328,10 +321,9 @@ class Accounts:
     # -- bytes ------------------------------------------------------------------------------------------------------
 
     def reserve(self, name: str, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> bool:
-        """Reserve room for bytes that will be added to a copy, before they are fetched. Return whether there is room.
+        """Reserve room for bytes that will be added to a copy. Return whether there is room.
 
-        An owner holds one reservation per name. A second call replaces it; if there is no room for the new size, the
-        first reservation stays. usable_bytes: Returns the free bytes of the disk above its required minimum.
+        An owner holds one reservation per name. A second call replaces it, unless there is no room for the new size.
         """
         before = self._held.get(name)
 
@@ -350,7 +342,6 @@ class Accounts:
         return self._database.run(work)
 
     def lack_bytes(self, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> int:
-        """Return how many bytes must be evicted before charge_bytes can be reserved."""
         return self._database.run(lambda db: self._lack(db, charge_bytes, usable_bytes))
 
     def _lack(self, db: sqlite3.Connection, charge_bytes: int, usable_bytes: Callable[[], int]) -> int:
@@ -361,10 +352,7 @@ class Accounts:
         return max(used + reserved - limit, reserved - usable_bytes()) + charge_bytes
 
     def set_charge(self, name: str, charge_bytes: int) -> None:
-        """Set the row of a copy or partial copy, and release this owner's reservation for the name.
-
-        Bytes without a reservation (the catalog was lost, or the file was found) are charged too.
-        """
+        """Set the row of a copy, also of one that was found, and release this owner's reservation for the name."""
 
         def work(db: sqlite3.Connection) -> None:
             self._delete_reservation(db, name)
@@ -386,9 +374,8 @@ class Accounts:
     def remove(self, names: Iterable[str]) -> None:
         """Remove the rows of copies whose files are gone.
 
-        The race with a fetch: (1) we delete the file, (2) it is fetched again, named and booked, (3) we remove its
-        row. A fetch names a copy before it books it, so a file that does not exist now will be booked after our
-        removal.
+        The race: (1) we delete the file, (2) it is fetched again, named and booked, (3) we remove its row. A fetch
+            names a copy before it books it, so a file that does not exist now will be booked after our removal.
         """
 
         def work(db: sqlite3.Connection) -> None:
@@ -450,7 +437,7 @@ class Accounts:
     def reconcile(self) -> None:
         """Make the accounts agree with the files.
 
-        They are not synced to disk, so those from before the last boot are rebuilt: a power failure may have lost some.
+        Those from before the last boot are rebuilt: they are not synced, and a power failure may have lost some.
         """
         query = "SELECT value FROM meta WHERE key = 'boot'"
         if self._database.run(lambda db: db.execute(query).fetchone()[0]) != boot_id():

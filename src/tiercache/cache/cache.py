@@ -51,12 +51,7 @@ MOST_SPECS = 4096
 class CachedStore(WrapperStore):
     """A Store and a LocalStore around another Store. Reads use the cache; all other methods call the inner store.
 
-    `counters` are those of the inner store; cache_hits and cache_misses of this store are added to them. All methods
-    may be called from any thread; the lock guards the table of opened keys.
-
-    Args:
-        cache: Cache through which objects are read.
-        inner: Store that holds the objects. close() closes it.
+    `counters` are those of the inner store, with cache_hits and cache_misses. The lock guards the table of opened keys.
     """
 
     def __init__(self, cache: Cache, inner: Store) -> None:
@@ -74,23 +69,14 @@ class CachedStore(WrapperStore):
         return CachedStore, (self.cache, self.inner)
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """Return a lease on a copy, cached or still to be fetched; None: not admitted, read the object by ranges.
-
-        Args:
-            key: Key of the object.
-            identity: Identity of a shard or segment; None for another object, whose attributes are then requested from
-                the inner store.
-        """
+        """Return a lease on a copy, cached or still to be fetched; None: not admitted, read the object by ranges."""
         if identity is None:
             self._note_use(key)
         spec = self.spec_of(key, identity)
         return None if spec is None else self.open_copy(spec, self._count)
 
     def open_copy(self, spec: CopySpec, on_lookup: Callable[[bool], object] = bool) -> CopyLease | None:
-        """Return a lease on a copy, cached or still to be fetched; None: read the object from the inner store.
-
-        on_lookup is called once, with True for a cache hit.
-        """
+        """Return a lease as open_local() does. on_lookup is called once, with True for a cache hit."""
         session = self._session()
         if session is None:
             on_lookup(False)
@@ -98,11 +84,7 @@ class CachedStore(WrapperStore):
         return session.open(spec, self.inner, on_lookup)
 
     def _note_use(self, key: str) -> None:
-        """Count a read of an object that no manifest describes.
-
-        A `Dataset` counts the reads of its shards itself. Reads of versions, segments and
-        placements are not counted as uses of data.
-        """
+        """Count a read of an object that no manifest describes: a `Dataset` counts those of its shards itself."""
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
             uses.record_use(f"{self._inner_url}/{key}")
 
@@ -117,32 +99,25 @@ class CachedStore(WrapperStore):
         *,
         urgent_ranges: Sequence[ByteRange] | None = None,
     ) -> None:
-        """Start to prefetch ranges of an object that a reader will open soon, and return at once.
+        """Start to prefetch ranges (None: all) of an object that a reader will open soon, if there is space for them.
 
-        Args:
-            key: Key of the object.
-            identity: Identity of the object.
-            ranges: Ranges that will be read; None: the whole object. Nothing is fetched unless there is space for them.
-            urgent_ranges: Ranges to fetch now, before everything else that is prefetched; `ranges` then only decides
-                whether there is space. None: `ranges` are fetched, without priority.
+        urgent_ranges: Ranges to fetch now, before everything else that is prefetched; `ranges` then only decides
+            whether
+            there is space.
         """
         spec, session = self.spec_of(key, identity), self._session()
         if spec is not None and session is not None:
             session.fetch_ahead(spec, self.inner, ranges, urgent_ranges=urgent_ranges)
 
     def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these byte ranges (None: all) of the object are cached now.
-
-        A later open may still find that the copy was evicted, or that it is corrupt.
-        """
+        """Return whether these byte ranges (None: all) are cached now. They may be evicted, or corrupt, when they are read."""
         spec, session = self.spec_of(key, identity), self._session()
         return spec is not None and session is not None and session.is_cached(spec, ranges)
 
     def publish_plan(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
-        """Publish the reading plan of this job to all processes that use the cache's folder.
+        """Publish the reading plan of this job, which advances and closes it, to all users of the cache's folder.
 
-        names are those of the copies (opened_version.CopyNames), uint8[m, 20], in the order of plan.shards. The job
-        advances and closes the published plan.
+        names: Names of the copies, uint8[m, 20], in the order of plan.shards.
         """
         session = self._session()
         published = None if session is None else session.publish_plan(names, plan)
@@ -164,12 +139,7 @@ class CachedStore(WrapperStore):
         return spec
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Check the cached copy, which a reader found corrupt, and remove it if it is.
-
-        Returns:
-            True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is what the
-                source sent.
-        """
+        """Remove the copy if it is corrupt, as a reader found; return False if it is what the source sent."""
         spec, session = self.spec_of(key, identity), self._session()
         return spec is not None and (session is None or session.remove_if_corrupt(spec))
 
@@ -178,7 +148,7 @@ class CachedStore(WrapperStore):
     ) -> None:
         """See Store.read_into. The spans come from the cached copy of an object that was opened under key, if possible.
 
-        The copy is used only if it has the ETag in if_match, or if the object has an identity and if_match is None.
+        The copy must have the ETag in if_match, or the object an identity and if_match is None.
         """
         with self._lock:
             spec = self._specs.get(key)
@@ -196,15 +166,9 @@ class CachedStore(WrapperStore):
         return session is not None and session.read(spec, spans)
 
     def is_right(self, key: str, lease: Lease, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether cached ranges are what the source sent; for readers that map the file of a lease.
+        """Return whether cached ranges are what the source sent, or have no checksums; for readers that map the file.
 
-        Args:
-            key: Key of an object without identity, under which open_local() returned the lease.
-            lease: Lease on its copy.
-            ranges: Byte ranges that are present.
-
-        Returns:
-            True also if there are no checksums, as for a copy that is complete and has a checksum of the whole only.
+        key: Key of an object without identity, under which open_local() returned the lease.
         """
         with self._lock:
             spec = self._specs.get(key)
@@ -214,13 +178,7 @@ class CachedStore(WrapperStore):
         return session.is_right(spec, lease, ranges)
 
     def store_for(self, key: str, identity: ShardIdentity, store: Store) -> Store:
-        """Return the store from which ranges of an object are read past the cache: its peers, and behind them `store`.
-
-        Args:
-            key: Key of the object.
-            identity: Identity of the object.
-            store: Store of the object, without a cache.
-        """
+        """Return the store from which ranges are read past the cache: the peers, and behind them `store`."""
         session = self._session() if self.cache._options.peers is not None else None  # noqa: SLF001 - of one file
         spec = None if session is None or session.peers is None else self.spec_of(key, identity)
         if spec is None or session is None or session.peers is None:
@@ -254,8 +212,7 @@ class Entry:
         n_bytes: Bytes that the copy takes of the size limit.
         pinned: Whether the copy is pinned.
         last_use: Sequence number of the last use, not a time.
-        dataset_id: Identifier of the data set; None for an object of no data set.
-        shard_id: Identifier of the shard; None for an object of no data set.
+        dataset_id, shard_id: Identifiers; None for an object of no data set.
         in_part: Whether the copy is partial.
     """
 
@@ -276,8 +233,8 @@ _WHOLE: Ranges = MappingProxyType({})
 class Cache:
     """A folder of cached copies with a size limit, shared by all processes that open it.
 
-    The constructor opens the cache. A forked child process, or a use after close(), opens it again. close() and the end
-    of the object release all files. All methods may be called from any thread; the lock guards only the opening.
+    The constructor opens the cache. A forked child process, or a use after close(), opens it again. All methods may be
+    called from any thread; the lock guards only the opening.
     """
 
     def __init__(
@@ -383,18 +340,11 @@ class Cache:
         return self._open().folder.id
 
     def store(self, inner: Store) -> CachedStore:
-        """Return a store that reads `inner` through this cache.
-
-        Args:
-            inner: Store that holds the data. Closing the returned store closes it.
-        """
+        """Return a store that reads `inner` through this cache, and closes it when it is closed."""
         return CachedStore(self, inner)
 
     def close(self) -> None:
-        """Stop all fetches and close all files.
-
-        Existing leases stay valid; a later call of any method opens the cache again.
-        """
+        """Stop all fetches and close all files. Leases stay valid; a later call of any method opens the cache again."""
         with self._lock:
             if self._finalizer is not None:
                 self._finalizer()
@@ -421,11 +371,10 @@ class Cache:
     def _session_or_none(self) -> CacheSession | None:
         """Return the open cache, or None if it cannot be opened now: a cache must never stop a training.
 
-        Opening fails in a forked process, or after close(), while the disk fails or the folder is missing.
-
         Raises:
             StoreError: The cache is closed, and what this thread does is not needed any more: it must not open the
-                cache again behind the back of the caller that has closed it.
+                cache
+                again behind the back of the caller that has closed it.
         """
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
@@ -456,7 +405,7 @@ class Cache:
 
         Args:
             dataset_id: Identifier of the data set.
-            description: Name of the data set and its size, for the warning.
+            description: Name of the data set and its size.
         """
         self._notices.add_dataset(dataset_id, description)
 
@@ -483,21 +432,17 @@ class Cache:
 
     @property
     def limit_bytes(self) -> int:
-        """Size limit in bytes with which this object was opened.
-
-        stats() returns the limit that holds for all processes.
-        """
+        """Size limit in bytes with which this object was opened; stats() has that of all processes."""
         return self._open().limit_bytes
 
     def status(self) -> dict[str, Any]:
-        """Return stats() and further details for the command line and for monitoring.
+        """Return stats() of this process, and further details for the command line and for monitoring.
 
-        The counters of stats() are those of this process since it opened the cache. Other keys describe the folder,
-        which all processes share: n_copies, n_parts (partial copies), reserved_bytes, disk_free_bytes,
-        disk_total_bytes; figures (the same counters, summed over all processes since the catalog was created) and
-        hit_ratio (of figures); holders (pid and command of each process that has the cache open); plans (label of each
-        live reading plan). And path, policy, min_free and bypassed (the disk fails, and reads bypass the cache)
-        describe how this process has opened the cache.
+        Of the folder, which all processes share: n_copies, n_parts (partial copies), reserved_bytes, disk_free_bytes,
+        disk_total_bytes; figures (the counters, summed over all processes since the catalog was created) and their
+        hit_ratio; holders (pid and command of each process that has the cache open); plans (label of each live reading
+        plan). Of this
+        process: path, policy, min_free and bypassed (the disk fails, and reads bypass the cache).
         """
         opened = self._open()
         facts: dict[str, Any] = {**self.stats()}  # first, because it recreates a deleted folder
@@ -566,10 +511,7 @@ class Cache:
         ranges: Ranges = _WHOLE,
         on_progress: Callable[[WarmProgress], None] | None = None,
     ) -> WarmReport:
-        """Fetch the copies of the given objects that are not cached yet.
-
-        A call that was interrupted can be repeated and continues. At the end, the call checks that every copy is still
-        there.
+        """Fetch the copies of the given objects that are not cached yet. A repeated call continues.
 
         Args:
             store: Store of the objects: a cached store, or the store inside it.
@@ -595,29 +537,11 @@ class Cache:
     def find_missing(
         self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, ranges: Ranges = _WHOLE
     ) -> MissingCopies:
-        """Return what warm() would fetch, in that order, and whether it fits the cache.
-
-        Args:
-            store: Store of the objects: a cached store, or the store inside it.
-            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
-            ranges: Byte ranges that suffice, by key. An object without an entry is fetched whole.
-
-        Raises:
-            StoreError: The store failed.
-        """
+        """Return what warm() would fetch, in that order, and whether it fits the cache. Its arguments are those of warm()."""
         return find_missing(self._open(), _copy_specs(store, wanted), ranges)
 
     def pin(self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, jobs: int = 4) -> WarmReport:
-        """Fetch copies as warm() does, and pin them: a pinned copy is never evicted.
-
-        Args:
-            store: Store of the objects: a cached store, or the store inside it.
-            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
-            jobs: Number of fetches that run at the same time.
-
-        Raises:
-            StoreError, CorruptShard: See Cache.warm.
-        """
+        """Fetch copies as warm() does, and pin them: a pinned copy is never evicted. Arguments and errors are those of warm()."""
         pairs = list(wanted)
         report = self.warm(store, pairs, jobs=jobs)
         opened = self._open()

@@ -82,7 +82,6 @@ def mask_of(ranges: Iterable[ByteRange], n_bytes: int) -> Mask:
 
 
 def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
-    """Return whether present contains all units that the ranges touch, and no range ends beyond the file."""
     for span in ranges:
         if span.end > n_bytes:
             return False
@@ -108,10 +107,9 @@ def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
 def next_request(
     mask: Mask, n_bytes: int, request_bytes: int = REQUEST_BYTES, *, gaps: Mask | None = None
 ) -> list[ByteRange]:
-    """Return the ranges of the first units of a mask, at most request_bytes in total (whole units), for one request.
+    """Return the ranges of the first units of a mask, at most request_bytes in total, for one request.
 
-    gaps: Units that are to be fetched in any case, and come with the others where they lie in a gap between them that
-        costs less than a request.
+    gaps: Units that come too where they lie in a gap that costs less than a request.
     """
     if gaps is not None and mask.any():
         mask = mask | with_gaps(mask, n_bytes, _REQUESTED_GAP_BYTES) & gaps
@@ -121,7 +119,6 @@ def next_request(
 
 
 def with_gaps(mask: Mask, n_bytes: int, max_gap_bytes: int = _UNIT_GAP_BYTES) -> Mask:
-    """Return a mask with the units between its units where they cost less than a request."""
     return mask_of(covering_ranges(ranges_of(mask, n_bytes), max_gap_bytes, _ANY_BYTES), n_bytes)
 
 
@@ -142,7 +139,7 @@ def to_fetch(present: Mask, requested: Mask, n_bytes: int) -> Mask:
 
 
 def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
-    """Return the CRC-32C of a file as far as it can be read, the number of bytes read, and the error that ended it."""
+    """Return the CRC-32C of a file as far as it can be read, the bytes read, and the error that ended it."""
     buffer = memoryview(bytearray(min(REQUEST_BYTES, max(n_bytes, 1))))
     crc = offset = 0
     while offset < n_bytes:
@@ -185,7 +182,6 @@ def charge_of(present: Mask, n_bytes: int) -> int:
 
 
 def _head(fd: int, n_bytes: int) -> bytes:
-    """Return the head of the map of a partial copy that fd is open on: size, inode, and this boot."""
     body = _HEAD.pack(MAGIC, _VERSION, UNIT_BYTES, n_bytes, os.fstat(fd).st_ino, boot_id().encode(), 0)[:-4]
     return body + struct.pack("<I", crc32c(body))
 
@@ -217,14 +213,11 @@ def read_flags(map_fd: int, first: int, last: int) -> Mask:
 class CopyFile:
     """An open copy: its file, and its unit map unless it was whole when it was opened.
 
-    The file of a reader has a shared lock, and may be used by any thread. A flag that was seen is not read again; two
-    threads may read the same flags, which is harmless. The file of a fetch is open for writing, under the lock of the
-    name; its threads write different units.
+    A reader's file has a shared lock, and any thread may use it. A fetch's file is open for writing, under the lock of
+    the name; its threads write different units.
 
     Attributes:
-        fd: Descriptor of the copy.
-        n_bytes: Size of the whole object.
-        map_fd: Descriptor of the unit map; -1: the copy is whole.
+        fd, map_fd: Descriptors of the copy and of its map; map_fd is -1 if the copy is whole.
         present: Units of a partial copy that are known to be present, bool[n_units]; of a whole copy bool[0].
     """
 
@@ -279,14 +272,10 @@ class CopyFile:
         return [offset for span in spans for _, _, wrong in self._checked(span) for offset in wrong]
 
     def are_right(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether the units of ranges, which are present, can be read and are what the source sent."""
         return not any(wrong for span in ranges for _, _, wrong in self._checked(span))
 
     def read(self, spans: Sequence[Span]) -> bool:
-        """Fill every span, each unit compared with the map; return False if something is corrupt or unreadable.
-
-        The buffers are then undefined.
-        """
+        """Fill every span, each unit compared with the map; False: corrupt or unreadable, and undefined buffers."""
         for span, buffer in spans:
             if span.end > self.n_bytes:
                 return False
@@ -309,16 +298,12 @@ class CopyFile:
     # -- for the fetch -------------------------------------------------------------------------------------------------
 
     def start_writing(self) -> CopyFile:
-        """Prepare for write(): read all flags, and let forked children close the descriptors."""
         self._sums = np.zeros(n_units(self.n_bytes), "<u4")  # of the units that are written from now on
         self.mask()
         return self.keep_private()
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes of units that are not present, and checksum them. A unit's bytes come in order, from its start.
-
-        Raises OSError: the disk failed.
-        """
+        """Write bytes of units that are not present, and checksum them. A unit's bytes come in order."""
         write_all(self.fd, data, offset)
         array, done = np.frombuffer(data, np.uint8), 0
         while done < len(array):
@@ -335,10 +320,7 @@ class CopyFile:
             done += len(piece)
 
     def mark_present(self, span: ByteRange) -> None:
-        """Mark units as present, whose bytes are all written. Raises OSError: the disk failed.
-
-        The data was written first; then come the checksums, then the flags, so a crash leaves no invalid unit.
-        """
+        """Mark units as present: data, checksums and flags come in this order, so a crash leaves no wrong unit."""
         first, last = span.start // UNIT_BYTES, max(-(-span.end // UNIT_BYTES), 1)
         crash_point("fetch.data")
         write_all(self.map_fd, memoryview(self._sums[first:last].tobytes()), _crc_offset(self.n_bytes) + 4 * first)
@@ -381,7 +363,6 @@ class CopyFile:
         return self
 
     def close(self) -> None:
-        """Close the descriptors. Must be called only once."""
         try:
             close_private(self.fd)  # never LOCK_UN, which would end the lock of all duplicates
         finally:
@@ -392,9 +373,8 @@ class CopyFile:
 def open_whole(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
     """Open a whole copy under a reader's lock; None: it is missing, being evicted, or has another size.
 
-    The race with eviction: (1) the reader opens the file, (2) the evictor locks and unlinks it, (3) the reader locks a
-    file without a name. Its data is still valid, but no process accounts for its bytes; so a file without a name is a
-    miss.
+    The race: (1) the reader opens the file, (2) the evictor locks and unlinks it, (3) the reader locks a file without a
+    name, for whose bytes nobody accounts. So a file without a name is a miss.
     """
     fd = folder.open_copy(name)
     if fd is None:
@@ -443,7 +423,6 @@ def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | No
 
 
 def create_part(folder: Folder, name: str, n_bytes: int) -> CopyFile:
-    """Create a partial copy without units. An existing map belongs to a file that is gone. Raises OSError."""
     with ExitStack() as on_error:
         fd = folder.new_file(f"{name}.part")
         on_error.callback(folder.remove_part, name)
@@ -463,7 +442,7 @@ def create_part(folder: Folder, name: str, n_bytes: int) -> CopyFile:
 
 
 def continue_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
-    """Open the existing partial copy for writing; None: there is none. One that cannot be continued is removed.
+    """Open the partial copy for writing; None: there is none. One that cannot be continued is removed.
 
     The units of an earlier boot are verified against their checksums.
     """
@@ -492,7 +471,6 @@ def continue_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
-    """Fill the buffer from the file; return False if the file ends early or cannot be read."""
     done = 0
     while done < len(buffer):
         try:

@@ -52,7 +52,6 @@ class CopyTable:
     """The copies as a policy sees them: row i of every array is one copy.
 
     Attributes:
-        charge_bytes: Space that the copy takes.
         last_use: Sequence number of the last use; no two are equal.
         keep: Whether the copy must not be evicted: it is pinned, or wanted by the requester.
         next_use: Bytes that a job reads before the next use; 0: in use; UNPLANNED: no plan names the copy.
@@ -77,10 +76,7 @@ def lru(copies: CopyTable, _use_after_next: int) -> tuple[NDArray[np.bool_], tup
 
 
 def plan(copies: CopyTable, use_after_next: int) -> tuple[NDArray[np.bool_], tuple[NDArray[np.int64], ...]]:
-    """Evict the copy with the furthest next use first, never one in use, and none that is needed before the new one.
-
-    A copy that no plan names never displaces one that a plan names.
-    """
+    """Evict the copy with the furthest next use first, unless it is in use or needed before the new one."""
     later = (copies.next_use > use_after_next) & (copies.next_use > 0)
     return ~copies.keep & (later | (copies.next_use == UNPLANNED)), (copies.last_use, -copies.next_use)
 
@@ -113,10 +109,7 @@ def choose_victims(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Accesses in order: number and size of the object, number of the job that reads it, and the clock of the job.
-
-    All columns are int64[k]. The clock is the bytes that the job had read before, ascending within a job.
-    """
+    """Accesses in order, int64[k] each. clock: Bytes that the job had read before."""
 
     names: NDArray[np.int64]
     n_bytes: NDArray[np.int64]
@@ -128,7 +121,6 @@ class Trace:
 
 
 def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the position of the next access to each access's object, or NEVER: int64[k]."""
     order = np.argsort(names, kind="stable")
     after = np.full(len(names), NEVER, np.int64)
     same = names[order[1:]] == names[order[:-1]]
@@ -163,10 +155,7 @@ class _Uses:
 
 
 def simulate(trace: Trace, policy: str, size_bytes: int) -> NDArray[np.int64]:
-    """Return the bytes of each access that a cache of size_bytes, in the unit of the trace, would serve: int64[k].
-
-    "plan" knows what each job of the trace reads, as plan files tell it. A miss in a full cache takes 0.1 to 1 ms.
-    """
+    """Return the bytes of each access that a cache of size_bytes would serve, int64[k]. O(misses): 0.1 to 1 ms each."""
     names, row_of = np.unique(trace.names, return_inverse=True)
     uses = _Uses(trace, row_of, len(names))
     in_advance = int(size_bytes * WATERMARK_SHARE) if policy == "lru" else 0
@@ -229,7 +218,6 @@ class AccountsMirror:
         self._since = changes.since
 
     def mask_of(self, texts: Iterable[str]) -> NDArray[np.bool_]:
-        """Return a mask of the copies with one of these names, which are given as 40 hexadecimal digits: bool[n]."""
         mask = np.zeros(len(self.names), np.bool_)
         rows = self.names.rows_of(NameTable.of_texts(texts))
         mask[rows[rows >= 0]] = True
@@ -298,8 +286,8 @@ class Notices:
 class Evictor:
     """Reserves space, deletes copies, and says why there is no space. Safe from any thread.
 
-    One lock guards the uses that are not written to the accounts yet, one the accounts in memory; the third is held
-    while reserve() frees space, including while files are deleted.
+    One lock guards the uses that are not written yet, one the accounts in memory; the third is held while reserve()
+    frees space, including while files are deleted.
     """
 
     def __init__(
@@ -329,14 +317,13 @@ class Evictor:
         self._waits_again_s = SYSTEM_CLOCK.monotonic()
 
     def note_use(self, name: str) -> int:
-        """Record a use, in order; return the number of copies whose uses are not written to the accounts yet."""
         with self._uses_lock:
             self._uses.pop(name, None)
             self._uses[name] = None
             return len(self._uses)
 
     def flush_uses(self) -> None:
-        """Write the recorded uses and counters to the accounts; on a full disk they are lost, and eviction goes on."""
+        """Write the recorded uses and counters to the accounts; on a full disk they are lost."""
         with self._uses_lock:
             uses, self._uses = self._uses, {}
             counts, before = self.counters.snapshot(), self._reported
@@ -389,9 +376,9 @@ class Evictor:
 
     @contextmanager
     def _making_space(self) -> Iterator[bool]:
-        """Let one caller at a time free space, here and in other processes; yield whether the caller is the only one.
+        """Let one caller at a time free space, here and in other processes; yield whether it is the only one.
 
-        Two would choose the same victims, and one would find none. After a long wait, a caller goes on without it.
+        Two would choose the same victims. After a long wait, a caller goes on without the lock.
         """
         lock = NameLock(self.folder.locks / "room")
         with self._space_lock:
@@ -432,10 +419,7 @@ class Evictor:
     # -- deciding ---------------------------------------------------------------------------------------------------
 
     def _free(self, name: str, need_bytes: int, excluded: set[str], wider: int) -> bool:
-        """Evict need_bytes for a copy, or nothing; add copies that turn out to be in use to excluded.
-
-        Return False if there is nothing to try.
-        """
+        """Evict need_bytes or nothing; copies that are in use are added to excluded. False: there is nothing to try."""
         until = need_bytes
         if self._policy is lru:
             until += int(self.accounts.limit_bytes() * WATERMARK_SHARE)
@@ -475,7 +459,6 @@ class Evictor:
         return mirror.names, CopyTable(charge_bytes, last_use, keep, next_use), uses
 
     def _pinned(self) -> set[str]:
-        """Return the names of pinned copies. A new pin of another process is noticed when its copy would be deleted."""
         if self._pins is None:
             self._pins = set(self.folder.names(".pin"))
         self._pins = {name for name in self._pins if self.folder.is_pinned(name)}
@@ -527,13 +510,11 @@ class Evictor:
     # -- deleting ---------------------------------------------------------------------------------------------------
 
     def remove(self, name: str) -> None:
-        """Remove a copy, whole or partial, that is of no use. Readers keep the files that they have open."""
         self.folder.remove_copy(name)
         crash_point("corrupt.removed")
         self.accounts.remove([name])
 
     def evict(self, charges: Mapping[str, int], *, need_bytes: float = math.inf) -> int:
-        """Delete copies, in order, except used ones, until need_bytes are free; return the bytes freed."""
         gone, _ = self._delete_until(charges, need_bytes)
         self._remove_rows(gone)
         return sum(charges[name] for name in gone)
@@ -565,10 +546,7 @@ class Evictor:
 
 
 def delete_copy(folder: Folder, name: str) -> bool:
-    """Delete a copy, whole or partial, unless it is in use; the caller updates the accounts.
-
-    Under the lock of the name, so that no fetch completes the copy between the check and the deletion.
-    """
+    """Delete a copy that is not in use, under the lock of its name, so that no fetch completes it meanwhile."""
     lock = NameLock(folder.locks / name)
     if _is_read(folder, name) or not lock.try_acquire():
         return False

@@ -63,20 +63,18 @@ MAX_BEGINNINGS = 3
 class Fetch:
     """The fetch of one copy: leases request ranges of it, and one thread of the session runs it.
 
-    Each waiting lease wakes as soon as its own units are present. Urgent units, those of the next batches, come first:
-    a fetch without urgent units gives up its thread while the urgent fetches need more than the usual threads, and
-    continues later. The fetch ends when no requested unit is missing; a later request needs a new fetch.
+    Each waiting lease wakes as soon as its own units are present. Urgent units come first: a fetch without urgent units
+    gives up its thread while the urgent fetches need more than the usual threads, and continues later. The fetch ends
+    when no requested unit is missing; a later request needs a new fetch.
 
     A lease that requests is a user until it has a descriptor of its own, or leaves. Until the last user has gone, the
     fetch keeps a descriptor under a reader's lock, so that no evictor can remove the copy in between.
 
     The condition guards what leases and the fetch share; no data is read or written while it is held. run() holds the
-    lock of the name, which excludes other processes, and shares its transfer with some helper threads under `_lock`:
-    the thread that takes the next ranges reserves the space for new units. The reservation covers the space beyond what
-    the accounts charge for the partial copy already; a larger reservation replaces a smaller one.
+    lock of the name, which excludes other processes, and shares its transfer with some helper threads under `_lock`.
+    The reservation covers the space beyond what the accounts charge for the partial copy already.
 
     Attributes:
-        cancel: Event that stops the transfer.
         step: What the fetch does at the moment, for error messages.
         protected: Names of copies that must not be evicted for this fetch.
         keeps: Object that lives until the fetch has ended: the cache, which no fetch thread may be the last to have.
@@ -125,9 +123,7 @@ class Fetch:
     def wait(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> None:
         """Wait until the ranges are present or cannot come; if they complete the copy, until it has its final name.
 
-        Raises:
-            StoreError: The deadline (None: DEADLINE_S) passed.
-            TierCacheError: The error with which the fetch ended, unless the ranges came before.
+        Raises StoreError after the deadline (None: DEADLINE_S), or the error with which the fetch ended.
         """
         mask = mask_of(ranges, self.spec.n_bytes)
 
@@ -152,10 +148,7 @@ class Fetch:
         return covers(self._present, ranges, self.spec.n_bytes)
 
     def claim(self) -> tuple[CopyFile | None, bool]:
-        """Return (a view of the file, whether the caller is no user any more). None: nothing has come, or nothing will.
-
-        All views share one lock, which lasts until the last of them is closed.
-        """
+        """Return (a view of the file, whether the caller is no user any more). None: nothing has come, or will come."""
         with self._changed:
             file = None if self._file is None else self._file.dup()
             has_left = file is not None or self._done
@@ -194,7 +187,6 @@ class Fetch:
             self._closed = True
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the fetch, with an error if it failed, and wake all waiting leases."""
         with self._changed:
             self._done = self._closed = True
             self._error = error
@@ -204,12 +196,9 @@ class Fetch:
         del kept  # possibly the last reference to the cache, whose finalizer must not run under the condition
 
     def run(self) -> bool:
-        """Fetch the requested units. Units for which there is no space are refused.
+        """Fetch the requested units. Units for which there is no space are refused. False: it yielded, run it again.
 
         If the disk is full, copies are evicted and the fetch is repeated once; what was fetched stays.
-
-        Returns:
-            False: The fetch has yielded to urgent ones, and must be run again.
 
         Raises:
             StoreError, CorruptShard: The source failed, or the object is corrupt at its source.
@@ -242,7 +231,6 @@ class Fetch:
         return present
 
     def _withdraw(self) -> None:
-        """Mark all units as missing, so that they are fetched again. Leases keep the files that they have."""
         with self._changed:
             file, self._file = self._file, None
             self._present[:] = False
@@ -250,13 +238,11 @@ class Fetch:
             file.close()
 
     def _refuse(self, units: Mask) -> None:
-        """Mark units that will not come because there is no space for them, and wake the leases that wait for them."""
         with self._changed:
             self._refused |= units
             self._changed.notify_all()
 
     def _close_if_done(self) -> bool:
-        """Close the fetch to further requests if no requested unit is missing."""
         with self._changed:
             is_done = not self._missing().any()
             self._closed = self._closed or is_done
@@ -271,8 +257,8 @@ class Fetch:
     def _run_locked(self) -> bool:
         """Fetch under the lock of the name; return False if the fetch has yielded.
 
-        Other processes watch the unit map, and take over if this process ends. A process that waits too long, because
-        the holder was stopped, reads past the cache.
+        Other processes watch the unit map, and take over if this one ends. One that waits too long reads past the
+        cache.
         """
         spec = self.spec
         self._accounts.owners.ensure()
@@ -291,10 +277,7 @@ class Fetch:
             self._name_lock.release()
 
     def _has_lock_or_units(self) -> bool:
-        """Return whether this process may fetch, or another one has fetched all requested units.
-
-        Waiting leases learn which units the other process has fetched.
-        """
+        """Return whether this process may fetch, or another one has fetched all requested units. Leases see these."""
         if self._name_lock.try_acquire():
             return True
         spec = self.spec
@@ -311,10 +294,7 @@ class Fetch:
         return not present.all() and not self.missing_units()[0].any()
 
     def _fetch(self) -> bool:
-        """Serve the requests from an existing copy, or fetch what is missing, and once more if it was corrupt.
-
-        Returns False if the fetch has yielded.
-        """
+        """Serve the requests from a copy, or fetch what is missing, again if it was corrupt. False: it yielded."""
         spec, crc = self.spec, None
         whole = open_whole(self._folder, spec.name, spec.n_bytes)
         if whole is not None:
@@ -336,9 +316,7 @@ class Fetch:
     def _extend_part(self) -> int | None:
         """Extend the partial copy while units are requested, and complete it when all units are present.
 
-        Returns:
-            None: No requested unit is missing, or the fetch has yielded. Otherwise the CRC-32C of a complete file that
-                was corrupt and is removed.
+        Returns None, or the CRC-32C of a complete file that was corrupt and is removed.
         """
         for _ in range(MAX_BEGINNINGS):
             self.step = f"being fetched by process {os.getpid()}"
@@ -379,10 +357,9 @@ class Fetch:
                 return None
 
     def _complete(self, part: CopyFile, crc: int) -> bool:
-        """Verify a partial copy with all units, give it its final name, and enter it in the accounts.
+        """Verify a partial copy with all units, name it and book it; return False if it is corrupt and removed.
 
-        The record is written first, then the name, then the accounts, so that the next process can repair a crash in
-        between. crc: CRC-32C of the file. Return False if the file is corrupt; it is then removed.
+        The record is written first, then the name, then the accounts, so that the next process can repair a crash.
         """
         folder, spec = self._folder, self.spec
         if spec.crc32c is not None and crc != spec.crc32c:
@@ -411,10 +388,7 @@ class Fetch:
     # -- the partial copy and its space --------------------------------------------------------------------------------
 
     def _open_part(self, *, create: bool = False) -> None:
-        """Open the partial copy, if there is one, enter it in the accounts, and offer it to the leases.
-
-        create: Whether to create it. After a full disk, the one that was created first is there.
-        """
+        """Open (or create) the partial copy, if there is one, enter it in the accounts, and offer it to the leases."""
         folder, spec = self._folder, self.spec
         part = continue_part(folder, spec.name, spec.n_bytes)
         if part is None and create:
@@ -574,10 +548,7 @@ class Fetch:
             self._changed.notify_all()
 
     def _read(self, ranges: Sequence[ByteRange], receive: Receive, disk_errors: Sequence[OSError]) -> None:
-        """Read from the source, in the version that was named; retry once if that may help.
-
-        disk_errors: Errors of receive, which are not those of the source.
-        """
+        """Read from the source, in the version that was named; retry once if that may help. disk_errors: Of receive."""
         spec = self.spec
         for is_last in (False, True):
             try:
@@ -614,11 +585,10 @@ class Fetch:
 
 
 class CopyLease:
-    """A lease on a copy, which is whole, partial, or comes with a fetch. See Lease.
+    """A lease on a copy, which is whole, partial, or comes with a fetch. See Lease. Any thread may use it.
 
     The lease never changes to another file: if a partial copy is given up, this lease does not get the missing units.
-    Any thread may use the lease. After a fork, the child's lease has its own lock on the same descriptor number, and it
-    fetches nothing: missing data is not available to it.
+    After a fork, the child's lease has its own lock on the same descriptor number, and it fetches nothing.
     """
 
     def __init__(
@@ -629,14 +599,11 @@ class CopyLease:
         start_fetch: Callable[[Sequence[ByteRange], bool], Fetch] | None = None,
         on_lookup: Callable[[bool], object] | None = None,
     ) -> None:
-        """Create a lease, which then owns file.
+        """Create a lease, which then owns file; None: nothing is cached yet.
 
-        Args:
-            n_bytes: Size of the whole object.
-            file: Open copy; None: nothing is cached yet.
-            start_fetch: Function that returns the fetch of ranges (urgent or not), of which this lease is then a user;
-                None: nothing is missing.
-            on_lookup: Callback that is called once, with whether the first requested ranges were already cached.
+        start_fetch: Returns the fetch of ranges (urgent or not), of which this lease is then a user; None: nothing is
+            missing.
+        on_lookup: Is called once, with whether the first requested ranges were already cached.
         """
         self._n_bytes, self._start_fetch, self._on_lookup = n_bytes, start_fetch, on_lookup
         self._fetch: Fetch | None = None
@@ -649,7 +616,6 @@ class CopyLease:
 
     @property
     def fd(self) -> int:
-        """Descriptor of the copy; -1 before any data is cached, and after close()."""
         return -1 if self._file is None else self._file.fd
 
     @property
@@ -662,7 +628,6 @@ class CopyLease:
 
     @property
     def n_descriptors(self) -> int:
-        """Number of descriptors: 1 for a copy that was whole when the lease was created, else 2, with the unit map."""
         return 1 if self._file is not None and not self._file.is_partial else 2
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
@@ -674,14 +639,13 @@ class CopyLease:
     def read(self, spans: Sequence[Span]) -> bool:
         """Fill spans from a copy that was partial when the lease was created, each unit verified against the unit map.
 
-        The result is False if the copy was whole, or the bytes are missing or corrupt; the contents of spans are then
-        undefined. The file needs no name, so cached data can be read even after the copy was removed.
+        False: the copy was whole, or the bytes are missing or corrupt. The file needs no name: it may have been
+            removed.
         """
         file = self._file
         return file is not None and file.is_partial and file.covers([span for span, _ in spans]) and file.read(spans)
 
     def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
-        """Start to fetch missing ranges, or join the fetch that brings them."""
         if ranges and not self._look_up(ranges):
             self._request(ranges, urgent=urgent)
 
@@ -689,10 +653,7 @@ class CopyLease:
         """Wait until these bytes are cached; return False if they will not come. deadline_s: None is one hour.
 
         They do not come if there is no space, the disk failed, the object is corrupt at its source, or the fetch
-        belonged to the parent of a fork.
-
-        Raises:
-            StoreError: The source failed, or the deadline passed.
+        belonged to the parent of a fork. Raises StoreError if the source failed, or the deadline passed.
         """
         is_present = self._look_up(ranges)
         fetch = self._completing_fetch() if is_present else self._request(ranges, urgent=True)
@@ -710,7 +671,6 @@ class CopyLease:
         return is_present
 
     def _look_up(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether these bytes are cached, and report the first result to the callback."""
         is_present = self.present(ranges)
         on_lookup, self._on_lookup = self._on_lookup, None
         if on_lookup is not None:
@@ -724,10 +684,7 @@ class CopyLease:
         return fetch if is_complete and self._pid == os.getpid() else None
 
     def _request(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
-        """Request ranges from the fetch of this copy; None: no fetch can bring them.
-
-        The lease is a user of that fetch until the lease has a descriptor of its own.
-        """
+        """Request ranges from the fetch of this copy, as a user until the lease has a descriptor; None: nothing can come."""
         start_fetch = self._start_fetch
         if start_fetch is None or self._pid != os.getpid() or any(span.end > self._n_bytes for span in ranges):
             return None
@@ -742,7 +699,6 @@ class CopyLease:
         return fetch
 
     def _claim(self, fetch: Fetch) -> None:
-        """Take a view of the file from a fetch, if this lease has none and the fetch has one by now."""
         with self._lock:
             if self._file is not None or self._fetch is not fetch or not self._is_user or self._pid != os.getpid():
                 return

@@ -86,12 +86,10 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def try_shared(fd: int) -> bool:
-    """Take a reader's lock; return False if another descriptor has the exclusive lock."""
     return _try(fd, fcntl.LOCK_SH)
 
 
 def try_exclusive(fd: int) -> bool:
-    """Take the exclusive lock; return False if another descriptor has a lock."""
     return _try(fd, fcntl.LOCK_EX)
 
 
@@ -156,7 +154,6 @@ class NameLock:
             return f"another process (lock {self.path})"
 
     def release(self) -> None:
-        """Release the lock and remove its file. Harmless if the lock is not held."""
         fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(OSError):
@@ -169,8 +166,6 @@ class NameLock:
 
 @dataclass(frozen=True, slots=True)
 class DiskSpace:
-    """The space on a disk for this user's files; n_free_files is None if their number is not limited."""
-
     free_bytes: int
     total_bytes: int
     n_free_files: int | None
@@ -191,7 +186,6 @@ _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse", "lustre", "gpfs", "beegfs", "
 
 
 def network_file_system(path: Path) -> str | None:
-    """Return the type of the network file system of path; None: a local file system, or unknown."""
     try:
         device = path.stat().st_dev
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -233,8 +227,7 @@ class Folder:
         """Create the folder, or recognise an existing one.
 
         Raises:
-            PermissionError: The folder belongs to another user.
-            ValueError: The folder has other contents.
+            PermissionError, ValueError: The folder belongs to another user, or has other contents.
             OSError: The folder cannot be created or examined, or file locks do not work there.
         """
         _claim(path)
@@ -282,7 +275,6 @@ class Folder:
             return ""
 
     def ensure(self) -> None:
-        """Create what is missing, for example after the folder was deleted while the cache was open. Raises OSError."""
         if self._is_whole():
             return
         if not _has_marker(self.root):
@@ -291,7 +283,6 @@ class Folder:
             make_folder(Path(path), 0o700)
 
     def remember_size(self, size_bytes: int) -> None:
-        """Record the size for callers that open the folder without one. With another size, they would evict copies."""
         text = json.dumps({"size_bytes": size_bytes}) + "\n"
         with suppress(OSError):
             if not self._default_size.exists() or read_text(self._default_size) != text:
@@ -365,7 +356,6 @@ class Folder:
             return None
 
     def write_record(self, spec: CopySpec, crc32c: int | None) -> None:
-        """Write the record of a copy, unless it is there already. crc32c: See CopySpec.to_json()."""
         path, text = self.copies / f"{spec.name}.json", spec.to_json(crc32c)
         with suppress(OSError):
             if read_text(path) == text:
@@ -384,11 +374,9 @@ class Folder:
     # -- partial copies ------------------------------------------------------------------------------------------------
 
     def new_file(self, file: str) -> int:
-        """Create an empty file among the copies, open for reading and writing. Raises FileExistsError."""
         return open_file(f"{self._copies}/{file}", os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def open_to_write(self, file: str) -> int | None:
-        """Open a partial copy or a map for reading and writing; None: it does not exist, or is a link."""
         path = f"{self._copies}/{file}"
         try:
             try:
@@ -406,10 +394,9 @@ class Folder:
             raise
 
     def give_name(self, fd: int, name: str) -> bool:
-        """Give the complete partial copy that fd is open on its final name; return False if the name exists already.
+        """Give the partial copy that fd is open on its final name, unless another file has the name already.
 
         The file is found by its descriptor: after the folder was deleted by hand, another file may have its path.
-        Raises FileNotFoundError if it was unlinked.
         """
         with self._marked("copies") as folder_fd:
             try:
@@ -441,7 +428,6 @@ class Folder:
     # -- deleting ---------------------------------------------------------------------------------------------------
 
     def remove_copy(self, name: str) -> None:
-        """Delete a copy, whole or partial, and its record: it can be fetched again, or is corrupt."""
         # The copy first: a sweep removes a record without a copy.
         self._remove(name)
         self.remove_part(name)
@@ -467,7 +453,6 @@ class Folder:
         return True
 
     def sweep_temp_files(self) -> None:
-        """Remove temporary files whose writers no longer run, or that are older than OLD_TEMP_S. Raises OSError."""
         for below in ("", *self.BELOW):
             with suppress(FileNotFoundError):
                 for file in os.listdir(self.root / below):  # noqa: PTH208 - names, thousands of them
@@ -488,7 +473,6 @@ class Folder:
 
     @contextmanager
     def _marked(self, below: str) -> Iterator[int]:
-        """Open a subfolder; it is certain to be inside a root folder that has the marker."""
         root_fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.stat(MARKER, dir_fd=root_fd, follow_symlinks=False).st_mode):
@@ -505,18 +489,14 @@ class Folder:
 def _disk_bytes(status: os.stat_result, kind: str) -> int:
     """Return the disk space of a copy (kind ""), a partial copy or a map; for a copy, at least its size.
 
-    It can exceed the size by a block: ext4 keeps the extents of a file that was written in pieces in an extra block,
-    and does not free that block.
+    ext4 keeps the extents of a file that was written in pieces in an extra block, and does not free it.
     """
     n_bytes = status.st_blocks * _DISK_UNIT_BYTES
     return n_bytes if kind else max(n_bytes, -(-status.st_size // BLOCK_BYTES) * BLOCK_BYTES)
 
 
 def _charge(disk_bytes: dict[str, int]) -> int | None:
-    """Return the disk space of the files of one name, with the block of the record; None for a map alone.
-
-    disk_bytes is by kind: "" (the copy), ".part" (beside a copy: the copy itself, just completed), ".map".
-    """
+    """Return the disk space of the files of one name, by kind, with the block of the record; None for a map alone."""
     data = disk_bytes.get("", disk_bytes.get(".part"))
     return None if data is None else charge_bytes(data + disk_bytes.get(".map", 0))
 

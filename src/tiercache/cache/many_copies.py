@@ -35,14 +35,9 @@ Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
 
 @dataclass(frozen=True, slots=True)
 class WarmProgress:
-    """The progress of warming.
+    """The progress of warming: requested copies and their bytes, present and in all.
 
-    Attributes:
-        n_done: Number of requested copies that are present.
-        n_wanted: Number of requested copies.
-        bytes_done: Bytes of the requested copies that are present.
-        bytes_wanted: Bytes of the requested copies.
-        last: Key of the copy that was just fetched; "" at the start.
+    last: Key of the copy that was just fetched; "" at the start.
     """
 
     n_done: int
@@ -54,8 +49,6 @@ class WarmProgress:
 
 @dataclass(frozen=True, slots=True)
 class WarmReport:
-    """The result of warming: requested copies, and those of which something was missing, with the missing bytes."""
-
     n_wanted: int
     n_fetched: int
     bytes_fetched: int
@@ -80,13 +73,7 @@ class RequestedCopy:
 
 @dataclass(frozen=True, slots=True)
 class MissingCopies:
-    """What is missing of the requested copies.
-
-    Attributes:
-        requested: The requested copies, each once, in the order of the fetches.
-        need_bytes: Bytes that the requested copies will take of the cache's size.
-        fits: Whether the cache is large enough for them.
-    """
+    """The requested copies, each once, in the order of the fetches, and the bytes that they will take of the limit."""
 
     requested: tuple[RequestedCopy, ...]
     need_bytes: int
@@ -120,7 +107,6 @@ def find_missing(opened: CacheSession, specs: Sequence[CopySpec], ranges: Ranges
 
 
 def _measured(opened: CacheSession, one: RequestedCopy, *, is_copy: bool, has_part: bool) -> RequestedCopy:
-    """Return the copy with what is missing of it. A file of another size, which somebody truncated, is no copy."""
     spec = one.spec
     if is_copy and opened.folder.size_of(spec.name) == spec.n_bytes:
         return one
@@ -154,7 +140,7 @@ def warm_copies(
     jobs: int,
     on_progress: Callable[[WarmProgress], None] | None,
 ) -> WarmReport:
-    """Fetch what is missing of the requested objects. See Cache.warm. On the first error, all fetches are cancelled."""
+    """Fetch what is missing of the requested objects. On the first error, all fetches are cancelled."""
     if jobs < 1:
         raise ValueError(f"jobs must be 1 or more, got {jobs}")
     if not copies.fits:
@@ -213,7 +199,6 @@ def _full(opened: CacheSession, need_bytes: int) -> StoreError:
 
 
 def _wait(opened: CacheSession, fetch: Fetch, one: RequestedCopy) -> None:
-    """Wait until the requested part of a copy is there, as a user of its fetch, and leave the fetch."""
     has_left = False
     try:
         fetch.wait(one.ranges, None)
@@ -247,13 +232,8 @@ class CopyCheck:
     """The result for one copy.
 
     Attributes:
-        name: Name of the copy, a hash.
-        source: URL without credentials, "" if unknown.
         n_bytes: Number of bytes that were read; for a partial copy, those of its units.
-        state: Result.
-        in_part: Whether the copy is partial.
-        where: Defects of the copy, as texts for the user; empty if the copy is right.
-        removed: Whether the copy was deleted.
+        where: Defects of the copy, as texts for the user.
     """
 
     name: str

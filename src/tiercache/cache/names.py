@@ -35,13 +35,10 @@ class CopySpec:
     """The specification of a copy: its name, and all that is needed to fetch and verify it. A part of it is its record.
 
     Attributes:
-        name: Name of the copy, 40 hexadecimal digits.
         source: URL of the object without credentials.
-        n_bytes: Size of the object.
         crc32c: CRC-32C of the whole object; None if unknown.
         key: Key of the object in its store; "" in a specification that was read from a record.
-        identity: Identity of a shard or segment; None for an object of no data set.
-        etag: ETag of an object without identity.
+        identity: Identity of a shard or segment; None for an object of no data set, which may have an etag.
     """
 
     name: str
@@ -58,7 +55,6 @@ class CopySpec:
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
     def to_json(self, crc32c: int | None) -> str:
-        """Return the record of the copy. crc32c: CRC-32C of the whole object, as computed if it was not known."""
         facts = {"source": self.source, "n_bytes": self.n_bytes, "crc32c": crc32c, "etag": self.etag}
         if self.identity is not None:
             facts |= {"dataset_id": self.identity.dataset_id, "shard_id": self.identity.shard_id}
@@ -81,7 +77,6 @@ class CopySpec:
 
 
 def name_of_identity(identity: ShardIdentity) -> str:
-    """Return the name of a copy with an identity, which is the same for all mirrors."""
     parts = ("identity", identity.dataset_id, identity.shard_id, str(identity.n_bytes), str(identity.crc32c))
     return _hash(parts)
 
@@ -104,10 +99,7 @@ def _hash(parts: tuple[str, ...]) -> str:
 def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
     """Return the specification of the copy of an object; None: nothing identifies the version of the object.
 
-    Without an identity, the store is asked for the object's attributes.
-
-    Raises:
-        NotFound: The store has no such object.
+    Without an identity, the store is asked for the object's attributes. Raises NotFound.
     """
     check_key(key)
     source = f"{redact(store.url)}/{key}"
@@ -121,7 +113,6 @@ def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> 
 def names_of(
     dataset_id: str, shard_ids: Sequence[str], n_bytes: Sequence[int], sums: Sequence[int]
 ) -> NDArray[np.uint8]:
-    """Return the names of the copies of a data set's shards, uint8[n, 20], each as name_of_identity returns it."""
     # The text that json.dumps writes: ids are hexadecimal, so nothing needs escaping. With ShardIdentity, a name takes
     # 7 us.
     begin = json.dumps(["identity", dataset_id])[:-1]
@@ -132,12 +123,9 @@ def names_of(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NameTable:
-    """An immutable table of names.
+    """An immutable table of names, uint8[n, 20], and their first 8 bytes as numbers, uint64[n], in the same order.
 
-    Attributes:
-        raw: The names, uint8[n, 20].
-        heads: First 8 bytes of each name as a number, uint64[n], which sorts as the names do. Names are hashes, so the
-            heads nearly always differ, and numbers are found four times as fast as bytes.
+    Names are hashes, so the numbers nearly always differ, and they are found four times as fast as bytes.
     """
 
     raw: NDArray[np.uint8]
@@ -157,7 +145,6 @@ class NameTable:
 
     @property
     def strings(self) -> NDArray[np.bytes_]:
-        """The names as byte strings, S20[n], which compare as a whole."""
         return self.raw.view(f"S{NAME_BYTES}").reshape(-1)
 
     def take(self, rows: NDArray[Any]) -> NameTable:
@@ -170,7 +157,6 @@ class NameTable:
         return np.argsort(self.strings, kind="stable")
 
     def is_new(self) -> NDArray[np.bool_]:
-        """Return whether each name differs from the one before, bool[n]."""
         new = np.ones(len(self), np.bool_)
         new[1:] = self.strings[1:] != self.strings[:-1]
         return new
@@ -179,14 +165,10 @@ class NameTable:
         return bytes(self.raw[row]).hex()
 
     def places_of(self, names: NameTable) -> NDArray[np.int64]:
-        """Return the rows of this sorted table before which other names belong, int64[len(names)]."""
         return np.searchsorted(self.heads, names.heads)
 
     def rows_of(self, names: NameTable) -> NDArray[np.int64]:
-        """Return the row of each of other names in this sorted table, int64[len(names)]; -1: not in the table.
-
-        Two names with equal heads are one in 2**64: the second may count as not in the table.
-        """
+        """Return the row of each name in this sorted table, int64[len(names)]; -1: not in it."""
         if not len(self):
             return np.full(len(names), -1, np.int64)
         rows = np.minimum(self.places_of(names), len(self) - 1)

@@ -66,8 +66,6 @@ UNPLANNED = NEVER + 1
 
 
 class Uses(NamedTuple):
-    """The next use of each copy and the second next one, int64[n] each. See PlanTable.uses()."""
-
     next_use: NDArray[np.int64]
     use_after_next: NDArray[np.int64]
 
@@ -85,10 +83,7 @@ class PlanTable:
 
     @classmethod
     def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> PlanTable:
-        """Return the table of a plan, with the names of the copies of plan.shards, uint8[m, 20].
-
-        Shards with the same copy become one row.
-        """
+        """Return the table of a plan, with the names of the copies of plan.shards, uint8[m, 20], each once."""
         copies = NameTable.of(names)
         order = copies.order()
         copies = copies.take(order)
@@ -162,8 +157,8 @@ _NOTHING = PlanTable(NameTable.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES
 class ReadingPlans:
     """The live plans of a folder. Safe from any thread; the lock guards the known plans.
 
-    A thread may still be active when the cache is closed: a loader waits only 5 ms for the planner that prepares the
-    next epoch. Such a thread still gets results, but nothing that it does then stays open or published.
+    A thread may still be active when the cache is closed: the planner of a loader's next epoch. It still gets results,
+        but nothing that it does then stays open or published.
     """
 
     def __init__(self, folder: Folder, owners: Owners) -> None:
@@ -176,10 +171,7 @@ class ReadingPlans:
             self._refresh()
 
     def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
-        """Publish the reading plan of this job to all users of the folder; names as for PlanTable.of().
-
-        Raises OSError if the file cannot be written, ValueError if the columns differ in length.
-        """
+        """Publish the reading plan of this job to all users of the folder. Raises OSError, ValueError."""
         lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.first_later)]
         if len(set(lengths)) > 1:
             raise ValueError(f"shards, names, first, last and first_later must have one length, got {lengths}")
@@ -193,9 +185,9 @@ class ReadingPlans:
         return published
 
     def uses(self, *tables: NameTable) -> list[Uses]:
-        """Return the next use of each copy and the second next one, over all live plans, for each table of names.
+        """Return the next two uses of each copy, over all live plans, for each table of names; see PlanTable.uses().
 
-        See PlanTable.uses(). The rows of the first table of names are remembered for repeated calls with that object.
+        The rows of the first table are remembered for repeated calls with that object.
         """
         with self._live() as plans:
             return [_merged([plan.uses(names, keep=names is tables[0]) for plan in plans], names) for names in tables]
@@ -205,7 +197,6 @@ class ReadingPlans:
             return sorted(plan.table.label for file, plan in self._read.items() if file.endswith(_SUFFIX))
 
     def close(self) -> None:
-        """Withdraw the plans that this process published, and close the others. Repeatable."""
         with self._lock:
             self._is_closed = True  # first: a plan published from now on is in no list
             published = list(self._published)
@@ -217,7 +208,6 @@ class ReadingPlans:
 
     @contextmanager
     def _live(self) -> Iterator[list[_OpenPlan]]:
-        """Yield the live plans, with the lock held."""
         with self._lock:
             try:
                 yield self._refresh()
@@ -260,7 +250,6 @@ class ReadingPlans:
         self._sweep(file)
 
     def _open_or_sweep_left(self, file: str, readers: set[bytes]) -> None:
-        """Keep or sweep the plan that a reader left behind. readers: Readers of the live plans."""
         plan = self._read.get(file)
         with suppress(OSError):
             plan = self._read[file] = plan or _OpenPlan.open(self._folder, file)
@@ -324,9 +313,8 @@ def _clock_of(fd: int) -> int:
 class PlanFile:
     """A plan file of this process. Safe from any thread.
 
-    The lock is held while the clock is written and while the plan is withdrawn. The garbage collector may close the
-    plan in a thread that is writing its clock: then the plan is withdrawn after the write, because otherwise another
-    file could get the descriptor's number before the write.
+    The garbage collector may close the plan in a thread that is writing its clock: then the plan is withdrawn after the
+    write, because otherwise another file could get the descriptor's number before it.
     """
 
     def __init__(self, folder: Folder, owner: str, table: PlanTable) -> None:
@@ -376,10 +364,7 @@ class PlanFile:
 
 
 def _withdraw(folder: Folder, file: str, fd: int, pid: int, left_at: int | None) -> None:
-    """Delete the plan file, or leave it behind under another suffix, and close it.
-
-    The plan is left behind at clock left_at, at which it was read to its end, or later, and at clock 0; None: never.
-    """
+    """Delete the plan file, or leave it behind at clock 0 or from left_at on (None: never), and close it."""
     if os.getpid() != pid:
         return  # a forked child: the file belongs to the parent, and the descriptor is closed already
     try:

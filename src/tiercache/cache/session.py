@@ -102,20 +102,14 @@ class CacheSession:
 
     At most one fetch per name runs at a time in this process, on a few threads that exist while there is work:
     N_FETCHES, and N_MORE_URGENT extra ones for urgent fetches.
-
-    Attributes:
-        peers: Other machines from which copies are fetched; None: all are fetched from their stores.
     """
 
     def __init__(
         self, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
     ) -> None:
-        """Open the folder, sweep it, and register this process.
+        """Open the folder, sweep it, and register this process. Raises ValueError or OSError.
 
         keep: Returns the cache, which a running fetch keeps: the garbage collector must not close it in a fetch thread.
-
-        Raises:
-            ValueError, OSError: The folder cannot be used as a cache.
         """
         self.pid = os.getpid()
         # Names of copies that this process reads past the cache: they are corrupt, here or at their source.
@@ -187,8 +181,7 @@ class CacheSession:
     def _sweep_beside(self, name: str) -> None:
         """Remove useless files beside a copy, or without one, unless the copy is being completed at this moment.
 
-        These are a partial copy whose copy is complete, its unit map if that is not kept, a partial copy or a unit map
-        alone, and the record of a missing copy. A pin stays: it holds for the copy when that is fetched again.
+        A pin stays: it holds for the copy when that is fetched again.
         """
         lock = NameLock(self.folder.locks / name)
         if not lock.try_acquire():
@@ -205,10 +198,7 @@ class CacheSession:
             lock.release()
 
     def close(self) -> None:
-        """Stop the fetches, withdraw the plans, write the recorded uses, and leave the folder.
-
-        In a forked child, all this is the parent's.
-        """
+        """Stop the fetches, withdraw the plans, write the uses, and leave the folder; in a forked child, do nothing."""
         if self.pid != os.getpid():
             return
         with self._lock:
@@ -266,7 +256,6 @@ class CacheSession:
             self.disk_failed(error)
 
     def look_up(self, name: str, n_bytes: int) -> CopyLease | None:
-        """Return a lease as hit() does, without recording a use."""
         if name in self._uncached:
             return None
         try:
@@ -301,10 +290,7 @@ class CacheSession:
             file.close()
 
     def read(self, spec: CopySpec, spans: Sequence[Span]) -> bool:
-        """Fill spans from the cached copy; return False if it is missing, or if it is corrupt (it is then removed).
-
-        The copy of an object without identity has no checksums inside; each unit is verified against the unit map.
-        """
+        """Fill spans from the cached copy; return False if it is missing, or if it is corrupt (it is then removed)."""
         lease = self.hit(spec.name, spec.n_bytes)
         if lease is None and (part := self._open_part(spec)) is not None:
             lease = CopyLease(spec.n_bytes, part)
@@ -330,7 +316,6 @@ class CacheSession:
         return False
 
     def _with_map(self, spec: CopySpec, lease: CopyLease) -> CopyFile | None:
-        """Return another view of the file of a lease, with the checksums of its units; None: there are none."""
         file = None if lease.file is None else lease.file.dup()
         if file is None or file.is_partial:
             return file
@@ -355,8 +340,7 @@ class CacheSession:
     def open(self, spec: CopySpec, store: Store, on_lookup: Callable[[bool], object] = bool) -> CopyLease | None:
         """Return a lease on a copy that is cached or will be fetched; None: bypass the cache.
 
-        on_lookup is called once, with True for a hit. A partial copy counts as a hit or a miss when its reader asks for
-        the first ranges.
+        on_lookup is called once, with True for a hit; for a partial copy, when its reader asks for the first ranges.
         """
         if spec.name not in self._uncached and self.breaker.allows():
             lease = self.hit(spec.name, spec.n_bytes)
@@ -383,7 +367,7 @@ class CacheSession:
     def _count(self, spec: CopySpec, on_lookup: Callable[[bool], object], hit_bytes: int) -> None:
         """Count a hit of hit_bytes, or a miss if that is 0. An empty copy is a hit if its file exists.
 
-        A copy that this process prefetched for this opening came from the store: it counts as a miss that took no time.
+        A copy that this process prefetched for this opening counts as a miss that took no time.
         """
         is_present, is_ours = hit_bytes > 0 or spec.n_bytes == 0, self._prefetched.pop(spec.name, False)
         is_hit = is_present and not is_ours
@@ -413,10 +397,7 @@ class CacheSession:
         *,
         urgent_ranges: Sequence[ByteRange] | None = None,
     ) -> None:
-        """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use.
-
-        urgent_ranges: See CachedStore.prefetch.
-        """
+        """Start to fetch what is missing of ranges; see CachedStore.prefetch. It is not recorded as a use."""
         if spec.name in self._uncached or not self.breaker.allows():
             return
         if self.is_cached(spec, ranges if urgent_ranges is None else urgent_ranges):
@@ -478,7 +459,7 @@ class CacheSession:
         return fetch
 
     def _have_thread(self) -> bool:
-        """Start a thread for queued work if the limits allow it, under the lock; return whether there is any thread."""
+        """Start a thread for queued work if the limits allow it; return whether there is any thread."""
         if len(self._threads) < N_FETCHES + (N_MORE_URGENT if self._urgent else 0):
             thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
             self._threads.add(thread)
@@ -520,7 +501,6 @@ class CacheSession:
                     del self._fetches[fetch.spec.name]
 
     def _is_over(self, fetch: Fetch) -> bool:
-        """Run a fetch; return False if it has yielded, and is queued again."""
         try:
             is_done = fetch.run()
         except CorruptShard:
@@ -549,7 +529,7 @@ class CacheSession:
     # -- corrupt copies ------------------------------------------------------------------------------------------------
 
     def remove_if_corrupt(self, spec: CopySpec) -> bool:
-        """Check a copy that a reader found corrupt, and remove it if it is; return False if it is what the source sent.
+        """Remove a copy that a reader found corrupt if it is; return False if it is what the source sent.
 
         If the disk does not allow the check, the copy is removed too, or at least not served by this process again.
         """
@@ -573,9 +553,8 @@ class CacheSession:
     def remove_corrupt(self, name: str, fd: int) -> bool:
         """Remove the corrupt copy that fd is open on; return False if another process has done so. Raises OSError.
 
-        The race with another reader of the same copy: (1) both verify the file, (2) the other one removes it and a
-        correct copy takes its name, (3) this one removes the correct copy. Therefore the copy is removed only while it
-        is the file that was verified.
+        The race: (1) two readers verify the file, (2) one removes it and a correct copy takes its name, (3) the other
+            removes the correct copy. Therefore the copy is removed only while it is the file that was verified.
         """
         lock = NameLock(self.folder.locks / name)
         try:
@@ -595,9 +574,8 @@ class CacheSession:
     def _remove_partial_if_corrupt(self, spec: CopySpec) -> bool:
         """Remove a partial copy that a reader found corrupt; return True if the object can be opened again.
 
-        A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
-        failed, so the copy is fetched once more. If the reader finds it corrupt again, the object is corrupt at its
-        source: the result is False, and this process reads the object past the cache.
+        If the disk holds what the source sent, the transfer may have failed, so the copy is fetched once more. If it is
+        corrupt again, so is the object at its source: this process reads it past the cache.
         """
         part = self._open_part(spec)
         if part is None:

@@ -97,7 +97,6 @@ def status(output: Output, cache_dir: CacheDir = None, cache_size: CacheSize = N
 
 
 def summary_of(facts: Mapping[str, Any]) -> str:
-    """Return the last line for people: size, hit ratio, and what is wrong."""
     used, limit = facts["bytes_used"], facts["limit_bytes"]
     texts = [
         f"{facts['path']}: {format_bytes(used)} of {format_bytes(limit)}, {format_bytes(facts['pinned_bytes'])} pinned"
@@ -122,7 +121,6 @@ def summary_of(facts: Mapping[str, Any]) -> str:
 
 
 def by_data_set(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return what each data set (or other source) has in the cache, ordered by URL."""
     groups: dict[str, dict[str, Any]] = {}
     for entry in entries:
         url = entry.source if entry.dataset_id is None else data_set_url(entry.source)
@@ -134,7 +132,6 @@ def by_data_set(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def data_set_url(source: str) -> str:
-    """Return the URL of the data set that contains the object at a URL."""
     for folder in ("/shards/", "/_tiercache/"):
         head, found, _ = source.rpartition(folder)
         if found:
@@ -144,10 +141,7 @@ def data_set_url(source: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Shards of a data set, or copies in a cache, that a verb is about; url None: those of all data sets.
-
-    include and exclude are globs over names inside the data set: one of include, and none of exclude, must match.
-    """
+    """Shards or copies that a verb is about: of a data set (None: of all), by globs over names inside the data set."""
 
     url: str | None = None
     include: Sequence[str] | None = None
@@ -170,7 +164,6 @@ class Scope:
 
 
 def least_recently_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | None) -> list[Entry]:
-    """Return the least recently used entries whose eviction leaves at most target_bytes in use; None: all entries."""
     if target_bytes is None:
         return list(entries)
     chosen = []
@@ -247,7 +240,6 @@ def evict(
 
 
 def entry_facts(entry: Entry) -> dict[str, Any]:
-    """Return an entry for JSON output."""
     names = ("source", "in_part", "pinned", "dataset_id", "shard_id")
     return {"bytes": entry.n_bytes} | {name: getattr(entry, name) for name in names}
 
@@ -260,7 +252,6 @@ def _dataset_id(store: Store) -> str | None:
 
 
 def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
-    """Return whether the copy's path inside its data set matches the globs."""
     path = entry.source.removeprefix(data_set_url(entry.source)).lstrip("/")
     return selected(path, include or (), exclude or ())
 
@@ -307,11 +298,7 @@ def verify(
 
 
 def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, repair: bool) -> None:
-    """Verify copies in the cache and print each corrupt one; with repair, remove those.
-
-    Raises:
-        typer.Exit: With CORRUPT if a corrupt copy is still in the cache.
-    """
+    """Verify copies in the cache and print each corrupt one; with repair, remove those. Exits with CORRUPT."""
     checked: list[CopyCheck] = []
     entries = scope.entries(cache)
     total_bytes = sum(entry.n_bytes for entry in entries)
@@ -353,11 +340,7 @@ def _verify_data_set(
     fraction: float,
     jobs: int,
 ) -> None:
-    """Verify the manifest, the segments and a random fraction of the shards of one version, and print each damage.
-
-    Raises:
-        typer.Exit: With CORRUPT if something is corrupt; with PARTIAL if a shard could not be read.
-    """
+    """Verify manifest, segments and a random fraction of the shards. Exits with CORRUPT or PARTIAL."""
     checks: list[ShardCheck] = []
     try:
         data_set = OpenDataSet(store, *open_whole(store, at))

@@ -42,12 +42,10 @@ def option(flags: str, metavar: str | None, text: str, **more: Any) -> Any:
 
 
 def flag(flags: str, text: str) -> Any:
-    """Return typer's description of an option without a value."""
     return option(flags, None, text)
 
 
 def argument(metavar: str, text: str) -> Any:
-    """Return typer's description of an argument."""
     return typer.Argument(metavar=metavar, help=text)
 
 
@@ -88,7 +86,7 @@ Rules: TypeAlias = Annotated[
 
 
 def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """Return the options that KEY=VALUE texts give. true, false and {JSON objects} are parsed; other values stay text.
+    """Return the options that KEY=VALUE texts give. true, false and {JSON objects} are parsed.
 
     Numbers stay text, because a key or an account name may look like a number; back ends parse numbers from text.
     """
@@ -103,7 +101,6 @@ def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def parse_columns(text: str | None) -> list[str] | None:
-    """Return the column names in "a,b", or None for None."""
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]
@@ -113,7 +110,6 @@ def parse_columns(text: str | None) -> list[str] | None:
 
 
 def parse_fraction(text: str) -> float:
-    """Return the fraction, 0 to 1, that "25%" or "0.25" names."""
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -133,13 +129,11 @@ def errors_name(option: str) -> Iterator[None]:
 
 
 def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int:
-    """Return the bytes of a size: "200GB", or "25%" of whole_bytes. A ValueError names the option."""
     with errors_name(option):
         return parse_bytes(text, whole_bytes=whole_bytes)
 
 
 def parse_age(option: str, text: str) -> float:
-    """Return the seconds of a duration such as "7d". A ValueError names the option."""
     with errors_name(option):
         return parse_duration(text)
 
@@ -158,10 +152,7 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Prints results for people, or as JSON objects for programs, one per line, each with its kind in `event`.
-
-    quiet: Whether progress and the summary are left out.
-    """
+    """Prints results for people, or as JSON objects for programs, one per line, each with its kind in `event`."""
 
     as_json: bool = False
     quiet: bool = False
@@ -192,7 +183,6 @@ class Output:
         return self._bar(doing, lambda p: [p.DownloadColumn(binary_units=True), p.TransferSpeedColumn()])
 
     def count_progress(self, doing: str) -> AbstractContextManager[Advance]:
-        """Show a progress bar of a count of items, under the same conditions as byte_progress()."""
         return self._bar(doing, lambda p: [p.MofNCompleteColumn()])
 
     @contextmanager
@@ -222,16 +212,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def count(n: int, one: str, many: str = "") -> str:
-    """Return a number with its noun: "1 shard", "1,200 records"."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def confirm(question: str, otherwise: str) -> None:
-    """Ask at the terminal whether to continue; if not, print otherwise and exit with FAILED.
-
-    Raises:
-        ValueError: Standard input is no terminal.
-    """
+    """Ask at the terminal whether to continue; if not, print otherwise and exit with FAILED. Raises ValueError."""
     if not sys.stdin.isatty():
         raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
     if not typer.confirm(question, err=True):
@@ -247,11 +232,10 @@ _COMMON_OPTIONS = {
 
 
 def verb(*, after_ctrl_c: str) -> Callable[[Callable[..., object]], Callable[..., None]]:
-    """Make a function typer's command: with the options --json, --quiet and --verbose, which make its Output.
+    """Make a function, whose first parameter is output, typer's command: with --json, --quiet and --verbose.
 
-    The first parameter of the function is output. Its errors become one line on standard error and an exit code. With
-    --verbose, the traceback precedes the line. Exceptions other than TierCacheError, ValueError, TypeError, OSError and
-    KeyboardInterrupt are bugs and keep their traceback, which a bug report needs.
+    Its errors become one line on standard error and an exit code. With --verbose, the traceback precedes the line.
+    Exceptions other than TierCacheError, ValueError, TypeError, OSError and KeyboardInterrupt are bugs and keep it.
 
     after_ctrl_c: Advice that is printed after Ctrl-C.
     """
@@ -304,7 +288,6 @@ def _shown_log() -> Iterator[None]:
 
 
 def exit_code_of(error: Exception) -> int:
-    """Return the exit code of an error: that of its class, USAGE for wrong arguments, else FAILED."""
     if isinstance(error, TierCacheError):
         return error.exit_code
     return USAGE if isinstance(error, ValueError | TypeError) else FAILED
@@ -319,5 +302,4 @@ def _print_line(text: str) -> None:
 
 
 def show_warning(message: Warning | str, *_rest: object, **_named: object) -> None:
-    """Print a warning on standard error, in the form of warnings.showwarning()."""
     _print_line(f"warning: {message}")

@@ -46,14 +46,11 @@ from tiercache.store.placement import follow_placement
 
 @dataclass(frozen=True)
 class OpenDataSet:
-    """A version of a data set with its shard table, and the store that holds it."""
-
     store: Store
     version: Version
     shards: ShardTable
 
     def select(self, include: Sequence[str] | None, exclude: Sequence[str] | None = None) -> list[int]:
-        """Return the numbers of the shards whose names match the globs."""
         names = self.shards.names.to_pylist()
         return [i for i, name in enumerate(names) if selected(name, include or (), exclude or ())]
 
@@ -67,7 +64,6 @@ def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iter
 
 
 def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:
-    """Return the version of the data set in store with this number; None: the newest."""
     version = latest(store) if number is None else read_version(store, number)
     return OpenDataSet(store, version, read_shards(store, version))
 
@@ -159,7 +155,6 @@ _MOST_SKIPPED = 20
 
 
 def _print_skipped(output: Output, skipped: Sequence[SkippedFile]) -> None:
-    """Print the files that are not packed, with the reason: all of them as JSON, the first 20 for people."""
     for i, one in enumerate(skipped):
         text = f"left out: {one.path}: {one.reason}" if i < _MOST_SKIPPED else None
         output.event("left_out", {"path": one.path, "reason": one.reason}, text)
@@ -171,7 +166,6 @@ _TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>
 
 
 def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
-    """Return column types by name from NAME=TYPE texts."""
     types: dict[str, UserType] = {}
     for pair in pairs or ():
         name, found, text = pair.rpartition("=")
@@ -364,7 +358,6 @@ def format_value(column: Column, value: Any) -> str:
 
 
 def json_value(column: Column, value: Any) -> Any:
-    """Return the value as JSON can hold it: arrays as lists, images and bytes as text."""
     if value is None:
         return None
     if column.kind in (Kind.IMAGE, Kind.BYTES):
@@ -382,7 +375,6 @@ def _as_numpy(value: Any) -> np.ndarray[Any, Any]:
 
 
 def shorten(text: str) -> str:
-    """Return text, shortened to 70 characters if it is longer."""
     return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."
 
 

@@ -71,11 +71,7 @@ Placement: TypeAlias = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A loader's order, as in LoaderOptions, and the ranks that read it.
-
-    Attributes:
-        seed: Seed of the shuffle; None: the stored order, in which every rank reads every shard.
-    """
+    """A loader's order, and the ranks that read it. seed None: the stored order, of which each rank reads all."""
 
     seed: int | None = None
     epoch: int = 0
@@ -85,7 +81,6 @@ class Training:
 
     @property
     def options(self) -> OrderOptions:
-        """Return the options of the order. Windows do not affect which shards are read when, so there are none."""
         return OrderOptions(
             seed=self.seed or 0,
             shuffle=self.seed is not None,
@@ -107,10 +102,7 @@ class ReadOrder:
 def epoch_reads(
     records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training
 ) -> dict[int, ReadOrder]:
-    """Return the reads of each of the training's ranks in its epoch. O(shards).
-
-    records and stored_bytes are those of each shard, int64[n_shards].
-    """
+    """Return the reads of each of the training's ranks in its epoch. records, stored_bytes: Of each shard, int64[n]."""
     order = EpochOrder(DatasetSizes(records, stored_bytes, _no_footers), training.options, training.epoch)
     reads = {}
     for rank in training.ranks:
@@ -129,7 +121,6 @@ def merge_reads(reads: Sequence[ReadOrder]) -> NDArray[np.int64]:
 
 
 def take_bytes(shards: NDArray[np.int64], stored_bytes: NDArray[np.int64], n_bytes: float) -> NDArray[np.int64]:
-    """Return the first shards that together hold n_bytes; all shards if they hold less."""
     before = np.cumsum(stored_bytes[shards]) - stored_bytes[shards]
     return shards[: int(np.searchsorted(before, n_bytes, side="left"))]
 
@@ -166,7 +157,6 @@ def select_shards(
 def parse_training(
     seed: int | None, ranks: Sequence[str] | None = None, placement: str | None = None
 ) -> Training | None:
-    """Return the training that the options of a verb describe; None if none was given."""
     if seed is None:
         options = {"rank": ranks, "placement": placement}
         if flag := next((name for name, value in options.items() if value is not None), None):
@@ -177,7 +167,6 @@ def parse_training(
 
 
 def parse_placement(text: str | None) -> Literal["sticky", "global"]:
-    """Return the placement that a --placement value names; None means "sticky". Raises ValueError."""
     if text in (None, "sticky"):
         return "sticky"
     if text == "global":
@@ -186,10 +175,7 @@ def parse_placement(text: str | None) -> Literal["sticky", "global"]:
 
 
 def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
-    """Return the ranks that "3/8" or "0-3/8" texts name, in the order of the texts, and the world size.
-
-    Raises ValueError.
-    """
+    """Return the ranks that "3/8" or "0-3/8" texts name, in their order, and the world size. Raises ValueError."""
     ranks: list[int] = []
     sizes: set[int] = set()
     for text in texts:
@@ -205,8 +191,6 @@ def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
 
 
 class NodeReads(NamedTuple):
-    """The reads of one node in order, and the epoch of each read."""
-
     trace: Trace
     epoch: NDArray[np.int64]
 
@@ -216,8 +200,7 @@ def training_reads(
 ) -> list[NodeReads]:
     """Return the reads of each node: a shard once per epoch for each local rank that reads it, by the ranks' clocks.
 
-    records and stored_bytes are those of each shard, int64[n_shards]. The training's ranks and epoch are ignored: the
-    ranks fill one node after the other, and epochs are counted from 0.
+    The training's ranks and epoch are ignored: the ranks fill one node after the other, and epochs are counted from 0.
     """
     n_local, rest = divmod(training.world_size, nodes)
     if rest:
@@ -247,14 +230,6 @@ class SimulationResult:
     """The result of one policy and one cache size per node, for all nodes together.
 
     Figures per epoch are averages over the epochs after the first, or those of the only epoch.
-
-    Attributes:
-        policy: Name in POLICIES.
-        size_bytes: Size of each node's cache.
-        hit_ratio: Fraction of an epoch's reads that are hits.
-        byte_hit_ratio: Fraction of an epoch's bytes that are hits.
-        first_bytes: Bytes fetched in the first epoch.
-        epoch_bytes: Bytes fetched per epoch.
     """
 
     policy: str
@@ -266,7 +241,6 @@ class SimulationResult:
 
 
 def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> SimulationResult:
-    """Replay every node's reads with one policy and one cache size. Raises ValueError for an unknown policy."""
     totals = np.zeros(5)
     for trace, epoch in nodes:
         fetched = trace.n_bytes - simulate_cache(trace, policy, size_bytes)
@@ -392,11 +366,7 @@ def read_column_ranges(
 ) -> Mapping[str, tuple[ByteRange, ...]]:
     """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
 
-    shards are the numbers of the shards, int64[m]. advance() gets the number of footers read, and their total.
-
-    Raises:
-        SchemaError: There is no such column.
-        NotFound, StoreError, CorruptShard: A footer cannot be read.
+    advance() gets the number of footers read, and their total. Raises SchemaError, StoreError, CorruptShard.
     """
     schema = data_set.version.schema
     numbers = [schema.index(name) for name in schema.select(columns).names]

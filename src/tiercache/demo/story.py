@@ -125,7 +125,6 @@ class Story:
         self._output.event("claim", facts, f"  {'holds' if holds else 'FAILS'}: {text} ({found})")
 
     def pack(self) -> None:
-        """Pack scikit-learn's digits, list the shards and verify every byte."""
         self._step("Pack a folder of images to s3://, and verify every byte")
         url, source = f"{self._standard}/digits", self._folder / "digits"
         write_digits(source)
@@ -155,7 +154,6 @@ class Story:
         return cold
 
     def _run(self, phase: str, **job: Any) -> list[dict[str, Any]]:
-        """Run a training process, print its epochs, and return what it found."""
         job |= {
             "phase": phase,
             "digits": f"{self._standard}/digits",
@@ -178,7 +176,6 @@ class Story:
         return found
 
     def kill(self) -> None:
-        """Kill a training again and again; it goes on from its checkpoints."""
         self._step(f"Checkpoints: a training is killed {N_KILLS} times, and goes on from its newest checkpoint")
         self._note("model, optimizer and loader, saved every other step by tc.Checkpoints to a local folder and to S3")
         runs, local = f"s3://{BUCKET}/runs", str(self._folder / "local")
@@ -196,7 +193,6 @@ class Story:
         self._claim("the cache is empty after eviction", left_bytes == 0, f"{left_bytes} bytes left")
 
     def tier(self, cold: dict[str, Any]) -> None:
-        """Archive data and checkpoints by rules, and train the first epoch again."""
         self._step("Tiers: a rule file sends the cold data set and old checkpoints to an archive tier")
         self._note("hot is a folder, standard and archive are prefixes of the bucket; archive has class GLACIER_IR")
         before = self._digests()
@@ -226,7 +222,6 @@ class Story:
         self._claim("training reads the moved data without a change", is_equal and moved["fetched_bytes"] > 0, found)
 
     def _apply_rules(self) -> None:
-        """Write the rule file, then plan, apply and run as a user would."""
         rules, plan = self._folder / "tiercache.toml", str(self._folder / "plan.jsonl")
         options = ", ".join(f'{name} = "{value}"' for name, value in self._storage.items())
         urls = {"hot": self._hot, "standard": self._standard, "archive": self._archive}

@@ -100,7 +100,6 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def run_phase(job: Job) -> Iterator[dict[str, Any]]:
-    """Train the epochs of a phase, and yield what was read and learned in each."""
     with Cache(job["cache"], size=job["cache_bytes"]) as cache, Checkpoints(job["checkpoints"]) as checkpoints:
         state = new_state(job, cache)
         n = len(state["loader"])
@@ -132,10 +131,7 @@ def run_phase(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def train_to_the_end(job: Job, run: str, progress_fd: int) -> str:
-    """Train from the newest checkpoint if there is one; return the digest of the weights.
-
-    progress_fd: Descriptor that gets a byte for each step.
-    """
+    """Train from the newest checkpoint; return the digest of the weights. progress_fd gets a byte for each step."""
     storage = job["storage_options"]
     with (
         Cache(job["cache"], size=job["cache_bytes"]) as cache,
@@ -153,10 +149,7 @@ def train_to_the_end(job: Job, run: str, progress_fd: int) -> str:
 
 
 def attempt(job: Job, run: str, kill_after: int | None, delay_s: float) -> str | None:
-    """Train in a forked child; return the digest of the weights, or None if the child was killed.
-
-    kill_after is the number of steps after which the child is killed, delay_s the time from that step to the kill.
-    """
+    """Train in a forked child, killed delay_s after a number of steps; return the digest of the weights, or None."""
     progress, to_parent = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -186,7 +179,6 @@ def attempt(job: Job, run: str, kill_after: int | None, delay_s: float) -> str |
 
 
 def run_killed(job: Job) -> dict[str, Any]:
-    """Train once as a whole, and once killed again and again; return the digests of the weights of both."""
     whole = attempt(job, "whole", None, 0.0)
     draws, n_kills, killed = np.random.default_rng(SEED), 0, None
     while killed is None:
@@ -197,7 +189,6 @@ def run_killed(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the job on standard input."""
     job = json.load(sys.stdin)
     # A small model does not gain from more threads, and a forked child cannot use the threads of its parent.
     torch.set_num_threads(1)

@@ -77,11 +77,9 @@ class PeerOptions:
     """The machines of a job, and how they are reached.
 
     Attributes:
-        members: Addresses ("host", "host:port" or "https://host:port"), or one source of addresses: "dns:NAME[:PORT]"
-            (all addresses of a DNS name) or "slurm[:PORT]" (the nodes of the Slurm job).
-        token: Token that the servers demand; None: none.
-        ca_file: File of trusted certificates (PEM), which also means that addresses without a scheme are reached by
-            TLS; None: plain HTTP, or the system's certificates for https addresses.
+        members: Addresses, or one source of addresses: "dns:NAME[:PORT]" (all addresses of a DNS name) or
+            "slurm[:PORT]".
+        ca_file: File of trusted certificates (PEM); then addresses without a scheme are reached by TLS.
     """
 
     members: tuple[str, ...]
@@ -92,7 +90,6 @@ class PeerOptions:
     def parse(
         cls, members: str | Sequence[str] | None, token: str | None = None, ca_file: str | None = None
     ) -> PeerOptions | None:
-        """Return the options of a list, or of a text with commas; None if there are no members. Raises ValueError."""
         texts = members.split(",") if isinstance(members, str) else members or ()
         stripped = tuple(text.strip() for text in texts if text.strip())
         return cls(stripped, token, ca_file) if stripped else None
@@ -113,10 +110,7 @@ class PeerOptions:
             CloudOptions.parse("http", {"root_certificate": self.ca_file})
 
     def urls(self, look_up: Callable[[str, int], list[str]] | None = None) -> list[str]:
-        """Return the URLs of all servers, sorted. Raises OSError if a DNS name has no address.
-
-        look_up: Function that returns the addresses of a DNS name and a port; None: the system's resolver.
-        """
+        """Return the URLs of all servers, sorted. Raises OSError if a DNS name has no address."""
         source = _SOURCE.fullmatch(self.members[0])
         if source is None:
             return sorted({self._url(text) for text in self.members})
@@ -176,8 +170,6 @@ def _expand_numbers(ranges: str, text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Members:
-    """The machines of a job, as one reader knows them: sorted URLs, and the hash of each, uint64[n]."""
-
     urls: tuple[str, ...]
     seeds: NDArray[np.uint64]
 
@@ -187,10 +179,7 @@ class Members:
         return cls(ordered, np.array([hash_of(url) for url in ordered], np.uint64))
 
     def order(self, key: int) -> Iterator[str]:
-        """Yield the URLs in the order in which they own the thing with this key (rendezvous hashing).
-
-        If a machine leaves, only what it owned changes its owner, and is spread over all others.
-        """
+        """Yield the URLs in the order in which they own the thing with this key (rendezvous hashing)."""
         order = np.argsort(_mix(self.seeds ^ np.uint64(key)), kind="stable").tolist()
         return map(self.urls.__getitem__, order)
 
@@ -213,8 +202,6 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(slots=True)
 class _Peer:
-    """What this process knows about one machine, and its store, which is opened when it is first used."""
-
     url: str
     store: RemoteStore | None = None
     n_failures: int = 0
@@ -227,9 +214,6 @@ class Peers:
 
     The lock guards the table of peers; requests and DNS queries run outside it. A peer that fails is left out for
     FIRST_ABSENCE_S, and twice as long after each further failure; then one request tries it again.
-
-    Attributes:
-        counters: Number of peer_requests, peer_bytes (received), and peer_failures.
     """
 
     def __init__(
@@ -240,7 +224,6 @@ class Peers:
         open_peer: Callable[[str, PeerOptions, str], RemoteStore] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """Keep the options; nothing is resolved or requested. reader_id: Id of this machine's cache folder."""
         self._options, self._reader_id, self._clock = options, reader_id, clock
         self._open_peer = open_peer or open_peer_store
         self.counters = Counters("peer_requests", "peer_bytes", "peer_failures")
@@ -252,10 +235,7 @@ class Peers:
         self._n_reported = 0
 
     def store_for(self, name: str, key: str, n_bytes: int, origin: Store) -> Store:
-        """Return the store from which a copy is fetched: its peers, and behind them the origin.
-
-        name: Name of the copy. key, n_bytes: Key and size of the object, which has an identity.
-        """
+        """Return the store from which the copy with this name is fetched: its peers, and behind them the origin."""
         return origin if name in self._distrusted else PeerSource(self, name, key, n_bytes, origin)
 
     def distrust(self, name: str) -> None:
@@ -393,7 +373,7 @@ class PeerSource(WrapperStore):
     """Store of one object that is read from its owner, and from the origin if that fails.
 
     No byte is read from peers twice. A second request of the same bytes means that they were corrupt, or lost by a disk
-    fault: then they come from the origin. `counters` are those of the origin.
+    fault: then they come from the origin.
     """
 
     def __init__(self, peers: Peers, name: str, key: str, n_bytes: int, origin: Store) -> None:
@@ -421,8 +401,6 @@ class PeerSource(WrapperStore):
         if_match: str | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """See Store.read_pieces. Ranges that a peer sent in part are passed again from their start."""
-
         def receive_or_end(offset: int, data: memoryview) -> None:
             try:
                 receive(offset, data)
@@ -446,10 +424,7 @@ class PeerSource(WrapperStore):
         read: Callable[[RemoteStore, str, float], None],
         cancel: Event | None,
     ) -> bool:
-        """Read ranges from a peer, if one has them and none of them was read from a peer before.
-
-        read: Function that reads them from the store of a peer, by the name of the copy, within some seconds.
-        """
+        """Read ranges from a peer, if one has them and none of them was read from a peer before."""
         n_bytes = sum(span.n_bytes for span in ranges)
         if key != self._key or not n_bytes or not self._take(ranges):
             return False

@@ -75,7 +75,6 @@ class _SegmentNames:
         self._names = names.take(self._rows)
 
     def find(self, name: str) -> tuple[str, ShardIdentity] | None:
-        """Return key and identity of the shard whose copy has this name; None: there is none."""
         row = int(self._names.rows_of(NameTable.of_texts([name]))[0]) if len(self._names) else -1
         if row < 0:
             return None
@@ -84,17 +83,10 @@ class _SegmentNames:
 
 
 class ServedDataSet:
-    """The shards and segments of a data set that may be served, by the names of their copies. Safe from any thread.
-
-    The lock is held while versions are read, so that one thread reads them for all that wait.
-    """
+    """The shards and segments of a data set that may be served, by the names of their copies. Safe from any thread."""
 
     def __init__(self, store: CachedStore, versions: Store | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
-        """Read nothing yet.
-
-        versions: Store from which versions and segments are read; None: the same. It may read from peers, so
-        that 1,000 servers do not all fetch them from the origin.
-        """
+        """Read nothing yet. versions: Store of versions and segments, which may read from peers; None: the same."""
         self.store = store
         self._versions = store if versions is None else versions
         self._clock, self._lock = clock, Lock()
@@ -108,10 +100,8 @@ class ServedDataSet:
     def find(self, name: str) -> tuple[str, ShardIdentity] | None:
         """Return key and identity of the object whose copy has this name.
 
-        None: The data set has none, or its versions are still being read after LOAD_WAIT_S seconds.
-
-        Raises:
-            StoreError, CorruptShard: The versions of the data set cannot be read.
+        None: The data set has none, or its versions are still being read after LOAD_WAIT_S. Raises StoreError,
+            CorruptShard.
         """
         found = self.find_known(name)
         if found is not None or not self._lock.acquire(timeout=LOAD_WAIT_S):
@@ -133,7 +123,6 @@ class ServedDataSet:
         return found
 
     def read_newest(self) -> None:
-        """Read the newest version, if it is not known. Raises StoreError, CorruptShard."""
         with self._lock:
             self._read_newest()
 
@@ -167,18 +156,14 @@ class ServedDataSet:
 
 
 class PeerService:
-    """Answers what nginx cannot: copies that are not complete. Safe from any thread.
-
-    Attributes:
-        data_sets: The data sets that are served.
-    """
+    """Answers what nginx cannot: copies that are not complete. Safe from any thread."""
 
     def __init__(
         self, stores: Sequence[CachedStore], versions: Sequence[Store] | None = None, clock: Clock = SYSTEM_CLOCK
     ) -> None:
         """Read nothing yet. stores: Data sets through this machine's cache, which must read from no peers.
 
-        versions: Stores from which their versions and segments are read, in the same order; None: the same stores.
+        versions: Stores from which their versions and segments are read, in the same order.
         """
         pairs = zip(stores, stores if versions is None else versions, strict=True)
         self.data_sets = [ServedDataSet(store, of_versions, clock) for store, of_versions in pairs]
@@ -230,8 +215,6 @@ class _Answer(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of nginx, which carries one request."""
-
     server: _UnixServer
     protocol_version = "HTTP/1.1"
     timeout = REQUEST_TIMEOUT_S
@@ -373,18 +356,7 @@ def run_service(cache: Cache, service: PeerService, path: Path) -> Iterator[None
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How nginx serves a cache.
-
-    Attributes:
-        root: Folder of the cache, which contains the folder "copies".
-        socket: Path of the service's Unix socket.
-        reader_id: Id of the cache folder, whose own readers are refused.
-        address: Address on which nginx listens: "0.0.0.0", "[::]", or that of one network.
-        port: Port on which nginx listens.
-        token: Token that requests must have; None: none.
-        tls_cert: Path of the server's certificate (PEM); None: plain HTTP.
-        tls_key: Path of the certificate's key.
-    """
+    """How nginx serves a cache. reader_id: Id of the cache folder, whose own readers are refused."""
 
     root: Path
     socket: Path
@@ -411,7 +383,6 @@ class ServerOptions:
 
 
 def server_block(options: ServerOptions) -> str:
-    """Return the `server` block of nginx's configuration, which stands in an `http` block."""
     tls = "" if options.tls_cert is None else " ssl"
     lines = [f"listen {options.address}:{options.port}{tls};"]
     if options.tls_cert is not None:
@@ -462,10 +433,7 @@ def server_block(options: ServerOptions) -> str:
 
 
 def nginx_config(options: ServerOptions, folder: Path, user: str | None = None) -> str:
-    """Return the whole configuration of an nginx of our own, in the foreground. folder: Folder of its temporary files.
-
-    user: User of the worker processes, if nginx is started by root; None: the user who starts it.
-    """
+    """Return the whole configuration of an nginx in the foreground. user: User of its workers if root starts it."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     main = [] if user is None else [f"user {user};"]
     main += ["daemon off;", "worker_processes 4;", "worker_rlimit_nofile 16384;"]
@@ -479,9 +447,7 @@ def nginx_config(options: ServerOptions, folder: Path, user: str | None = None) 
 def run_nginx(options: ServerOptions) -> Iterator[subprocess.Popen[bytes]]:
     """Run nginx while the block runs, and yield its process once it answers.
 
-    Raises:
-        FileNotFoundError: nginx is not installed.
-        RuntimeError: nginx ended, or did not answer within START_S seconds. Its messages are on standard error.
+    Raises FileNotFoundError if nginx is not installed, and RuntimeError if it ended, or did not answer within START_S.
     """
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/sbin")
     if program is None:
