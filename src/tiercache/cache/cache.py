@@ -110,7 +110,7 @@ class CachedStore(WrapperStore):
             session.fetch_ahead(spec, self.inner, ranges, urgent_ranges=urgent_ranges)
 
     def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these byte ranges (None: all) are cached now. They may be evicted, or corrupt, when they are read."""
+        """Return whether these byte ranges (None: all) are cached now. They may be evicted, or corrupt, later."""
         spec, session = self.spec_of(key, identity), self._session()
         return spec is not None and session is not None and session.is_cached(spec, ranges)
 
@@ -340,7 +340,11 @@ class Cache:
         return self._open().folder.id
 
     def store(self, inner: Store) -> CachedStore:
-        """Return a store that reads `inner` through this cache, and closes it when it is closed."""
+        """Return a store that reads `inner` through this cache.
+
+        Args:
+            inner: Store that holds the data. Closing the returned store closes it.
+        """
         return CachedStore(self, inner)
 
     def close(self) -> None:
@@ -537,11 +541,23 @@ class Cache:
     def find_missing(
         self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, ranges: Ranges = _WHOLE
     ) -> MissingCopies:
-        """Return what warm() would fetch, in that order, and whether it fits the cache. Its arguments are those of warm()."""
+        """Return what warm() would fetch, in that order, and whether it fits the cache.
+
+        Args:
+            store: Store of the objects: a cached store, or the store inside it.
+            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
+            ranges: Byte ranges that suffice, by key. An object without an entry is fetched whole.
+        """
         return find_missing(self._open(), _copy_specs(store, wanted), ranges)
 
     def pin(self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, jobs: int = 4) -> WarmReport:
-        """Fetch copies as warm() does, and pin them: a pinned copy is never evicted. Arguments and errors are those of warm()."""
+        """Fetch copies as warm() does, with its errors, and pin them: a pinned copy is never evicted.
+
+        Args:
+            store: Store of the objects: a cached store, or the store inside it.
+            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
+            jobs: Number of fetches that run at the same time.
+        """
         pairs = list(wanted)
         report = self.warm(store, pairs, jobs=jobs)
         opened = self._open()
