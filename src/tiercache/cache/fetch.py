@@ -684,7 +684,7 @@ class CopyLease:
         return fetch if is_complete and self._pid == os.getpid() else None
 
     def _request(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
-        """Request ranges from the fetch of this copy, as a user until the lease has a descriptor; None: none can come."""
+        """Request ranges from the fetch of this copy, as a user until this has a descriptor; None: none can come."""
         start_fetch = self._start_fetch
         if start_fetch is None or self._pid != os.getpid() or any(span.end > self._n_bytes for span in ranges):
             return None
