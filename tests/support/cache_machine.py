@@ -10,7 +10,6 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
-from tests.support.clock import JumpingClock
 from tests.support.folder_check import Expected, FolderCheck
 
 from tiercache._native.checksum import crc32c
@@ -41,8 +40,6 @@ class MachineWorld:
     def __init__(self) -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # notices: two sizes, a damaged copy that cannot be removed
         self.root = Path(tempfile.mkdtemp(prefix="tiercache-machine-"))
-        self.outside = self.root / "outside"
-        self.outside.write_bytes(b"not the cache's")
         self.folder = self.root / "cache"
         self.source = LocalFolder(self.root / "source")
         self.objects: dict[str, bytes] = {}
@@ -51,19 +48,16 @@ class MachineWorld:
         self.pins: set[str] = set()
         self.rotten: set[str] = set()
         self.touched: set[str] = set()
-        self.foreign: dict[str, bytes] = {}
         self.books_are_old = False
         self.excess_bytes = 0
         self.limit_bytes: int | None = None
         self.held: list[tuple[CopyLease, bytes, str]] = []
         self.rotten_leases: set[CopyLease] = set()
-        self.clock = JumpingClock().__enter__()
         self.open_cache(LIMITS[-1], "lru")
 
     def close(self) -> None:
         for cache in self.caches:
             cache.close()
-        self.clock.__exit__()
         shutil.rmtree(self.root)
 
     # -- the source -------------------------------------------------------------------------------------------------
@@ -163,10 +157,8 @@ class MachineWorld:
     # -- by hand ----------------------------------------------------------------------------------------------------
 
     def files(self) -> list[Path]:
-        """What lies in the copies' folder and is the cache's."""
         copies = self.folder / "copies"
-        found = sorted(copies.iterdir()) if copies.is_dir() else []
-        return [path for path in found if path.relative_to(self.folder).as_posix() not in self.foreign]
+        return sorted(copies.iterdir()) if copies.is_dir() else []
 
     def has(self, name: str) -> bool:
         """Whether a copy, whole or in part, lies there."""
@@ -185,17 +177,6 @@ class MachineWorld:
         self.touched.add(name)
         self.rotten.add(name)
         self.rotten_leases |= {lease for lease, _, of in self.held if of == name}
-
-    def plant(self) -> None:
-        """Files that no cache has fetched: one beside the copies, and a link with the name of a copy."""
-        copies = self.folder / "copies"
-        if self.foreign or not copies.is_dir():
-            return
-        self.foreign = {"copies/mine.txt": b"mine"}
-        for file, data in self.foreign.items():
-            (self.folder / file).write_bytes(data)
-        (copies / ("f" * 40)).symlink_to(self.outside)
-        self.books_are_old = True
 
     # -- what holds at any time -------------------------------------------------------------------------------------
 
@@ -216,14 +197,12 @@ class MachineWorld:
         return [f"{excess_bytes} bytes over the limit, {before_bytes} before; {sorted(could_go)} could go"]
 
     def look(self) -> FolderCheck:
-        return FolderCheck(self.folder, Expected(self.expected_data(), self.foreign, self.pins, self.rotten))
+        return FolderCheck(self.folder, Expected(self.expected_data(), None, self.pins, self.rotten))
 
     def problems(self) -> list[str]:
         self.quiet()
         look = self.look()
-        found = [*look.wrong_bytes(), *self.breaches(look), *look.lost_foreign()]
-        if self.outside.read_bytes() != b"not the cache's":
-            found.append("a file outside of the cache was changed")
+        found = [*look.wrong_bytes(), *self.breaches(look)]
         if not self.books_are_old:
             found += look.wrong_accounts()
         return found
@@ -274,12 +253,6 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(key=keys)
     def delete_at_the_source(self, key):
         self.world.delete(key)
-
-    @rule(number=st.integers(0, 9), key=keys, seed=st.integers(0, 3), n_bytes=st.sampled_from(SIZES))
-    def put_through_the_cache(self, number, key, seed, n_bytes):
-        data = random_bytes(seed, n_bytes)
-        self.cache(number).store(self.world.source).put(key, data)
-        self.world.put(key, data)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -392,10 +365,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     # -- what befalls a folder --------------------------------------------------------------------------------------
 
-    @rule()
-    def somebody_lays_files_into_it(self):
-        self.world.plant()
-
     @rule(at=fractions)
     def somebody_deletes_a_file(self, at):
         files = self.world.files()
@@ -408,7 +377,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(at=fractions, where=fractions)
     def a_bit_turns(self, at, where):
-        files = [path for path in self.world.files() if path.suffix != ".pin" and not path.is_symlink()]
+        files = [path for path in self.world.files() if path.suffix != ".pin"]
         if files:
             self.world.turn_a_bit(files[int(at * (len(files) - 1))], where)
             self.world.books_are_old = True
@@ -425,10 +394,6 @@ class CacheMachine(RuleBasedStateMachine):
             other.write_bytes(b"rubbish" * 999 if kind == "rubbish" else b"")
             other.replace(catalog)
         self.world.books_are_old = True
-
-    @rule(hours=st.sampled_from([-9000, -1, 1, 9000]))
-    def the_clock_jumps(self, hours):
-        self.world.clock.jump(hours * 3600.0)
 
     @invariant()
     def nothing_is_wrong(self):

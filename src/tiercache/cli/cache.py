@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,13 +109,8 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
         found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
         texts.append(f"{found}, {ahead}{fetched} fetched")
-    names = {
-        "quarantined": "corrupt and removed",
-        "poisoned": "corrupt at their source",
-    }
+    names = {"quarantined": "corrupt and removed", "poisoned": "corrupt at their source"}
     texts += [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
-    if facts["bypassed"]:
-        texts.append("the cache is bypassed for now, because its disk failed")
     return "; ".join(texts)
 
 
@@ -421,7 +415,7 @@ def serve(
         raise ValueError("serve needs at least one DATASET: only what is named is fetched for other machines")
     token = config.read_settings().peers_token if token is None else token
     cert, key = (None if path is None else path.absolute() for path in (tls_cert, tls_key))
-    with ExitStack() as stack, _stopped_by_sigterm() as stop:
+    with ExitStack() as stack:
         cache = stack.enter_context(Cache.default(path=cache_dir, size=cache_size, peers=False))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tiercache-socket-"))
         options = ServerOptions(
@@ -441,21 +435,8 @@ def serve(
         what = f"{count(len(stores), 'data set')} from the cache in {cache.path}"
         with server.serve(cache, service, options) as process:
             where = f"{address}:{port}"
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             output.event("serving", facts | {"address": where}, f"serving {what} on {where}")
-            if not server.wait_until_stopped(process, stop):
-                typer.echo(f"tiercache: nginx ended with status {process.returncode}", err=True)
-                raise typer.Exit(FAILED)
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[Event]:
-    stop = Event()
-
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            process.wait()
+            typer.echo(f"tiercache: nginx ended with status {process.returncode}", err=True)
+            raise typer.Exit(FAILED)

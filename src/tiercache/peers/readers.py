@@ -109,7 +109,7 @@ class PeerOptions:
         if self.ca_file is not None:
             CloudOptions.parse("http", {"root_certificate": self.ca_file})
 
-    def urls(self, look_up: Callable[[str, int], list[str]] | None = None) -> list[str]:
+    def urls(self) -> list[str]:
         """Return the URLs of all servers, sorted. Raises OSError if a DNS name has no address."""
         source = _SOURCE.fullmatch(self.members[0])
         if source is None:
@@ -118,7 +118,7 @@ class PeerOptions:
         if name is None:
             hosts, port = expand_hosts(config.slurm_hosts()), slurm_port
         else:
-            hosts, port = (look_up or look_up_host)(name.strip("[]"), int(name_port or DEFAULT_PORT)), name_port
+            hosts, port = look_up_host(name.strip("[]"), int(name_port or DEFAULT_PORT)), name_port
         shown = [f"[{host}]" if ":" in host else host for host in hosts]
         return sorted({self._url(f"{host}:{port or DEFAULT_PORT}") for host in shown})
 

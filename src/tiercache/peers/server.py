@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import BoundedSemaphore, Event, Lock, Thread
+from threading import BoundedSemaphore, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,6 @@ from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token
 from tiercache.shard.versions import ShardTable, Version, latest, read_segments, read_version
-from tiercache.store.remote import stop_retries_when
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
@@ -122,13 +121,12 @@ class ServedDataSet:
                 break
         return found
 
-    def read_newest(self) -> None:
-        with self._lock:
-            self._read_newest()
-
     def _find_in_versions(self, name: str) -> tuple[str, ShardIdentity] | None:
         try:
-            self._read_newest()
+            newest = latest(self._versions)
+            if newest.fingerprint != self._fingerprint:
+                self._add(newest)
+                self._newest, self._fingerprint = newest.number, newest.fingerprint
             found = self.find_known(name)
             while found is None and self._parent is not None and self._newest - self._parent <= MOST_VERSIONS:
                 self._add(read_version(self._versions, self._parent))
@@ -136,12 +134,6 @@ class ServedDataSet:
         finally:  # also after an error: names that nobody knows must not be many questions to a store that fails
             self._refresh_at_s = self._clock.monotonic() + REFRESH_EVERY_S
         return found
-
-    def _read_newest(self) -> None:
-        newest = latest(self._versions)
-        if newest.fingerprint != self._fingerprint:
-            self._add(newest)
-            self._newest, self._fingerprint = newest.number, newest.fingerprint
 
     def _add(self, version: Version) -> None:
         # Segments are served by their names before this machine has them: it may be their owner.
@@ -195,14 +187,6 @@ class PeerService:
         if failure is not None:
             raise failure
         return None
-
-    def read_all_newest(self, stop: Event) -> None:
-        """Read the newest version of each data set, until stop is set: a first request then need not wait for it."""
-        with stop_retries_when(stop):
-            for data_set in self.data_sets:
-                with suppress(TierCacheError, OSError):  # the request that needs the names fails, or tries again
-                    if not stop.is_set():
-                        data_set.read_newest()
 
 
 # -- the server on a Unix socket ---------------------------------------------------------------------------------------
@@ -326,27 +310,16 @@ class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 @contextmanager
 def run_service(cache: Cache, service: PeerService, path: Path) -> Iterator[None]:
-    """Answer requests on a Unix socket, which is replaced, while the block runs. At the end the cache is closed."""
-    if os.path.lexists(path):
-        if not path.is_socket():
-            raise ValueError(f"{path} exists and is no socket")
-        path.unlink()
+    """Answer requests on a Unix socket while the block runs. At the end the cache is closed."""
     server = _UnixServer(str(path), service, cache.folder_id)
-    stop = Event()
-    threads = [
-        Thread(target=server.serve_forever, name="tiercache-serve", kwargs={"poll_interval": 0.1}, daemon=True),
-        Thread(target=service.read_all_newest, name="tiercache-serve-load", args=(stop,), daemon=True),
-    ]
-    for thread in threads:
-        thread.start()
+    thread = Thread(target=server.serve_forever, name="tiercache-serve", kwargs={"poll_interval": 0.1}, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        stop.set()
         server.shutdown()
         cache.close()  # first: it ends the fetches for which requests wait
-        for thread in threads:
-            thread.join(JOIN_S)
+        thread.join(JOIN_S)
         server.server_close()
         path.unlink(missing_ok=True)
 
@@ -492,8 +465,3 @@ def serve(cache: Cache, service: PeerService, options: ServerOptions) -> Iterato
     """Serve a cache, which must read from no peers, while the block runs, and then close it; yield nginx's process."""
     with run_service(cache, service, options.socket), run_nginx(options) as process:
         yield process
-
-
-def wait_until_stopped(process: subprocess.Popen[bytes], stop: Event) -> bool:
-    wait_for(lambda: stop.is_set() or process.poll() is not None, None, longest_poll_s=0.2)
-    return stop.is_set()

@@ -324,8 +324,7 @@ def test_queries_of_a_deleted_folder_find_nothing_and_create_it_again(world):
     assert len(world.copies()) == 1
 
 
-@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "broken disk"), OSError(errno.EBUSY, "SQLite: locked")])
-def test_a_cache_that_cannot_be_reopened_is_bypassed_and_tried_again(world, monkeypatch, trouble):
+def test_a_cache_that_cannot_be_reopened_is_bypassed_and_tried_again(world, monkeypatch):
     world.put("a")
     cache = world.cache()
     clock = FakeClock()
@@ -335,7 +334,7 @@ def test_a_cache_that_cannot_be_reopened_is_bypassed_and_tried_again(world, monk
     cache.close()
 
     def fail(*args, **options):
-        raise trouble
+        raise OSError(errno.EIO, "broken disk")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "CacheSession", fail)
@@ -365,15 +364,10 @@ def test_a_cache_opened_on_a_full_disk_is_written_once_there_is_space(world, mon
     monkeypatch.setattr(Owners, "_make", refuse)
     with pytest.warns(RuntimeWarning, match="cannot be opened"):
         cache = world.cache()
-    clock = FakeClock()
-    cache._reopening = Breaker(clock)
-    cache._reopening.trip()
     store = world.store(cache)
     assert world.read(store, "b") is None
-    clock.advance(31)
-    assert world.read(store, "b") is None  # it is full still
     monkeypatch.setattr(Owners, "_make", really_make)
-    clock.advance(31)
+    cache._reopening.reset()
     world.fetch(store, "b")
 
 

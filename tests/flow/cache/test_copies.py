@@ -1,6 +1,5 @@
 """Hits and misses, leases, records, and the names of copies."""
 
-import json
 import os
 
 import pytest
@@ -112,16 +111,6 @@ def test_opening_a_missing_object_raises_not_found(world):
 def test_an_object_without_etag_version_or_date_is_not_cached():
     assert name_of_object("s3://b/k", ObjectInfo("k", 5)) is None
     assert name_of_object("s3://b/k", ObjectInfo("k", 5, etag='"1"')) is not None
-
-
-def test_the_record_of_a_copy_has_source_size_and_checksum(world):
-    identity = world.put("shards/a")
-    world.fetch(world.store(), "shards/a")
-    copy = world.copy("shards/a")
-    record = json.loads(copy.with_name(copy.name + ".json").read_text())
-    assert record["source"] == f"{world.inner.url}/shards/a"
-    assert (record["n_bytes"], record["crc32c"]) == (identity.n_bytes, identity.crc32c)
-    assert (record["dataset_id"], record["shard_id"]) == (identity.dataset_id, identity.shard_id)
 
 
 def test_records_contain_no_credentials(world, monkeypatch):

@@ -103,12 +103,11 @@ class TestStatus:
                 "quarantined": 1,
                 "poisoned": 0,
             },
-            "bypassed": True,
             "network_file_system": "nfs",
         }
         assert summary_of(facts) == (
             "/c: 5 B of 10 B, 0 B pinned; 2 B being fetched; 75.0% of 4 opens were hits, 7 B fetched; "
-            "1 corrupt and removed; the cache is bypassed for now, because its disk failed"
+            "1 corrupt and removed"
         )
 
 

@@ -1,11 +1,9 @@
 """Properties of the policies."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cache import eviction
 from tiercache.cache.eviction import UNPLANNED, CopyTable, choose_victims, lru, plan
 from tiercache.model import NEVER
 
@@ -47,12 +45,9 @@ def victims_of(policy, copies, need, want, then):
     return chosen
 
 
-@pytest.mark.parametrize("n_first", [1, 2, 256])  # with few, the first are found before the rest is sorted
 @given(policy=policies, copies=tables(), need=needs, want=wants, then=thens)
-def test_a_policy_chooses_the_first_in_its_order_until_enough_is_free(n_first, policy, copies, need, want, then):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eviction, "N_FIRST", n_first)
-        chosen = choose_victims(policy, copies, need, want_bytes=want, use_after_next=then)
+def test_a_policy_chooses_the_first_in_its_order_until_enough_is_free(policy, copies, need, want, then):
+    chosen = choose_victims(policy, copies, need, want_bytes=want, use_after_next=then)
     assert (None if chosen is None else chosen.tolist()) == victims_of(policy, copies, need, want, then)
 
 
