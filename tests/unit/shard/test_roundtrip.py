@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,9 +62,19 @@ def elements(dtype: str) -> st.SearchStrategy:
     return st.integers(int(limits.min), int(limits.max))
 
 
+def in_some_form(array: np.ndarray) -> st.SearchStrategy:
+    """The same array contiguous, strided, reversed in memory, Fortran's, read-only, big-endian, or torch's."""
+    closed = array.copy()
+    closed.flags.writeable = False
+    forms = [array, np.asfortranarray(array), closed, array.astype(array.dtype.newbyteorder(">"))]
+    forms += [np.repeat(array, 2, axis=-1)[..., ::2], np.ascontiguousarray(array[::-1])[::-1]] if array.ndim else []
+    forms += [torch.from_numpy(array.copy())] if array.dtype.name not in ("uint16", "uint32", "uint64") else []
+    return st.sampled_from(forms)
+
+
 def arrays(dtype: str, shape: tuple[int, ...]) -> st.SearchStrategy:
     stored = "float32" if dtype == "bfloat16" else dtype
-    return hnp.arrays(stored, shape, elements=elements(dtype))
+    return hnp.arrays(stored, shape, elements=elements(dtype)).flatmap(in_some_form)
 
 
 @st.composite
@@ -131,10 +140,13 @@ def same(got, written, dtype=None) -> bool:
         return got is None and written is None
     if isinstance(got, torch.Tensor):
         got = got.float().numpy()[()]  # of one element a number, which may be NaN
+    if isinstance(written, torch.Tensor):
+        written = written.numpy()
     if isinstance(written, float) and not isinstance(got, np.ndarray):
         return math.isclose(got, written, rel_tol=0, abs_tol=0) or (math.isnan(got) and math.isnan(written))
     if isinstance(written, np.ndarray):
-        return np.array_equal(got, written, equal_nan=written.dtype.kind == "f") and got.dtype == written.dtype
+        equal = np.array_equal(got, written, equal_nan=written.dtype.kind == "f")
+        return equal and got.dtype == written.dtype.newbyteorder("=")
     return bool(got == written)
 
 
@@ -184,13 +196,17 @@ def through_arrow(readers, schema):
 def test_written_records_are_read_back_equal(data, cuts):
     schema, rows, options = data
     cuts = [min(cut, len(rows)) for cut in cuts]
-    remote = MemoryStore("round-trip")
+    remote, other = MemoryStore("round-trip"), MemoryStore("round-trip-as-one-batch")
     infos = write(remote, schema, rows, options, cuts)
     readers = [ShardReader(remote, info.name, info=info, verify="always") for info in infos]
     assert sum(r.n_records for r in readers) == sum(info.n_records for info in infos) == len(rows)
     for read in (by_record, by_single_record, by_block):
         check(rows, read(readers))
     check(rows, through_arrow(readers, schema))
+    if not any(column.kind is Kind.ARROW for column in schema.columns):  # their blocks are cut by the mean of a batch
+        again = write(other, schema, rows, options, [0])
+        chunks = [[s.get(i.name)[64 : i.footer_offset] for i in of] for s, of in ((remote, infos), (other, again))]
+        assert chunks[0] == chunks[1]
 
 
 @given(data=data_sets())
@@ -232,18 +248,3 @@ def test_bfloat16_is_read_as_a_torch_tensor():
     assert batch["x"].dtype == torch.bfloat16
     assert torch.equal(batch["x"], given_values.flip(0))
     assert torch.equal(batch["y"], given_values[:, 1].flip(0))
-
-
-@pytest.mark.parametrize("rows", [[0], [0, 1]])
-def test_returned_arrays_are_writable_and_owned_by_the_caller(rows):
-    store = MemoryStore("round-trip-owned")
-    schema = Schema.of({"t": Tensor("int16", (2,)), "r": Ragged("int16", (None,))})
-    with ShardWriter(store, schema, ShardOptions()) as writer:
-        writer.write_batch({"t": np.ones((2, 2), np.int16), "r": [np.ones(2, np.int16)] * 2})
-    (info,) = writer.finish()
-    values = ShardReader(store, info.name).take(rows, [0, 1])
-    record = as_records(values)[0]
-    record["t"][:] = 7
-    record["r"][:] = 7
-    again = as_records(ShardReader(store, info.name).take(rows, [0, 1]))[0]
-    assert again["t"].tolist() == again["r"].tolist() == [1, 1]
