@@ -249,11 +249,6 @@ def _open_newest(stores: VersionStores) -> tuple[Version, ShardTable]:
         return open_latest(stores.store)
 
 
-def _open_numbered(store: Store, number: int) -> tuple[Version, ShardTable]:
-    version = read_version(store, number)
-    return version, read_shards(store, version)
-
-
 def _open_shard(
     stores: VersionStores,
     table: ShardTable,
@@ -310,7 +305,11 @@ class OpenedVersion:
         self.location = location
         self.stores = stores = VersionStores(location)
         self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
-        self.manifest, self.table = _open_newest(stores) if version is None else _open_numbered(stores.store, version)
+        if version is None:
+            self.manifest, self.table = _open_newest(stores)
+        else:
+            self.manifest = read_version(stores.store, version)
+            self.table = read_shards(stores.store, self.manifest)
         self._dataset_id = self.manifest.dataset_id
         self.stored_schema: Schema = self.manifest.schema
         self.n_records = int(self.table.first_record[-1])
@@ -405,11 +404,16 @@ class OpenedVersion:
         """Return the values of records, int64[n], by column: of mapped shards at once, of others one by one."""
         if not len(records):
             return empty_values(self.schema, self._served)
-        found = self.take_mapped(records)
+        found = self._mapped.take(records)
         if found is not None:
             return found
         of_record = np.searchsorted(self.table.first_record, records, side="right") - 1
         shards = np.unique(of_record).tolist()
+        # More shards than may be open at once would evict each other.
+        if len(shards) <= self._readers.capacity and all(map(self._readers.map_shard, shards)):
+            found = self._mapped.take(records)
+            if found is not None:
+                return found
         places = [np.flatnonzero(of_record == shard) for shard in shards]
         rows = [records[where] - self.table.first_record[shard] for shard, where in zip(shards, places, strict=True)]
         if len(shards) < 2 or isinstance(self.inner, LocalStore):
@@ -420,15 +424,6 @@ class OpenedVersion:
 
     def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
         return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
-
-    def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
-        found = self._mapped.take(records)
-        if found is None:
-            shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
-            # More shards than may be open at once would evict each other.
-            if len(shards) <= self._readers.capacity and all(map(self._readers.map_shard, shards.tolist())):
-                found = self._mapped.take(records)
-        return found
 
     def publish_plan(self, plan: ReadingPlan) -> PublishedPlan | None:
         """See Storage.publish_plan. The mapped segments stay in use as long as the plan is published."""
@@ -584,19 +579,16 @@ class OpenedVersion:
         return read(self._readers.get(shard))
 
 
-class ShardSizes(Protocol):
-    """The shards of a leaf. Attributes as those of `ShardTable`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardSizes:
+    """The shards of a leaf that has no `ShardTable`. Attributes as there."""
 
-    @property
-    def n_records(self) -> NDArray[np.int64]: ...
+    n_records: NDArray[np.int64]
+    n_bytes: NDArray[np.int64]
+    first_record: NDArray[np.int64]
 
-    @property
-    def n_bytes(self) -> NDArray[np.int64]: ...
-
-    @property
-    def first_record(self) -> NDArray[np.int64]: ...
-
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.n_records)
 
 
 class LeafSpec(Protocol):
@@ -623,7 +615,7 @@ class Leaf(Protocol):
     def stored(self) -> OpenedVersion: ...
 
     @property
-    def table(self) -> ShardSizes: ...
+    def table(self) -> ShardTable | ShardSizes: ...
 
     @property
     def spec(self) -> LeafSpec: ...

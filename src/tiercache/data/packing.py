@@ -24,7 +24,7 @@ import numpy as np
 
 from tiercache._native import gather, packing
 from tiercache.data.dataset import Dataset
-from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.opened_version import OpenedVersion, ShardSizes
 from tiercache.data.output_spec import BOUNDARIES, OutputSpec
 from tiercache.data.records import JoinNode, Records, RecordsSpec, StoredOrderStep, build, join
 from tiercache.errors import CorruptShard, SchemaError
@@ -201,18 +201,6 @@ class PackedSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedShards:
-    """The shards of packed rows. Attributes as those of `ShardTable`."""
-
-    n_records: NDArray[np.int64]
-    n_bytes: NDArray[np.int64]
-    first_record: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.n_records)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Documents:
     """Selected documents of some loaded blocks. addresses, lengths: [n]; first: int64[n_blocks + 1]."""
 
@@ -306,7 +294,7 @@ class PackedVersion:
         self._first_block = self._blocks_before()
         self.stored_schema = _packed_schema(options)
         first_record = self._first_row[self.index.first_unit]
-        self.table = PackedShards(np.diff(first_record), self._below.shard_bytes, first_record)
+        self.table = ShardSizes(np.diff(first_record), self._below.shard_bytes, first_record)
         self._serve(self.stored_schema.names if columns is None else tuple(columns))
 
     def _serve(self, columns: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -691,11 +691,11 @@ def _parts(node: Node, leaves: Iterator[Leaf]) -> list[SourcePart]:
     parts = _parts(node.below, leaves)
     if node.selects_all or node.selection is None:
         return parts
-    return [replace(part, selection=_combined(part.selection, node.selection.digest)) for part in parts]
-
-
-def _combined(before: str | None, digest: str) -> str:
-    return digest if before is None else sha256(f"{before}/{digest}".encode()).hexdigest()[: len(digest)]
+    digest, found = node.selection.digest, []
+    for part in parts:
+        both = sha256(f"{part.selection}/{digest}".encode()).hexdigest()[: len(digest)]
+        found.append(replace(part, selection=digest if part.selection is None else both))
+    return found
 
 
 def join(parts: Sequence[Records]) -> Records:
@@ -704,12 +704,8 @@ def join(parts: Sequence[Records]) -> Records:
     for schema, number in schemas.values():  # many views of one data set share one schema: check it once
         check_same_columns(parts[0].schema, schema, names=("data set 0", f"data set {number}"))
     leaves = tuple(leaf for part in parts for leaf in part.leaves)
-    nodes = tuple(node for part in parts for node in _joined_nodes(part))
-    return Records(leaves, JoinNode(nodes), _joined_selection(parts))
-
-
-def _joined_nodes(records: Records) -> tuple[Node, ...]:
-    return records.node.below if isinstance(records.node, JoinNode) else (records.node,)
+    nodes = [part.node.below if isinstance(part.node, JoinNode) else (part.node,) for part in parts]
+    return Records(leaves, JoinNode(tuple(chain.from_iterable(nodes))), _joined_selection(parts))
 
 
 def _joined_selection(parts: Sequence[Records]) -> Selection | None:

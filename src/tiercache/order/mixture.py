@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from numbers import Rational, Real
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -182,36 +182,6 @@ class _Split:
         return (number * self.n_items + self.phase) // (self.n_items - self.n_left)
 
 
-class Interleaving(Protocol):
-    """One stream of an epoch as a function from position to part and draw number, and back.
-
-    Attributes:
-        quotas: Number of records of each part.
-        n_records: Number of records of all parts.
-    """
-
-    quotas: tuple[int, ...]
-    n_records: int
-
-    def drawn(self, position: int) -> list[int]:
-        """Return the number of records of each part among the first `position` positions."""
-
-    def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the positions of a part's draws, int64[n]; draws count from 0 and are fewer than the part's quota."""
-
-    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the part and the draw number of any positions, int64[n] each."""
-
-    def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
-        """Return where each part's draws are among positions [start, stop).
-
-        The first of them is the part's draw drawn(start)[part]; the others follow it.
-
-        Returns:
-            For each part ascending int64[m], counted from start.
-        """
-
-
 def interleave(allocation: StreamAllocation, stream: int) -> Interleaving:
     """Return the interleaving of one stream. Raises ValueError if the stream has more than MAX_RECORDS records."""
     if allocation.changes:
@@ -220,7 +190,9 @@ def interleave(allocation: StreamAllocation, stream: int) -> Interleaving:
 
 
 class StreamInterleaving:
-    """Interleaving with the same shares throughout, in O(parts).
+    """One stream of an epoch, with the same shares throughout, as a function from position to part and draw number.
+
+    Each method is in O(parts).
 
     The parts are the leaves of a binary tree that joins the two smallest nodes first (Huffman's tree). Of its first q
     items a split sends floor((q * n_left + phase) / n_items) left, so each split deviates by less than one record, of
@@ -228,7 +200,7 @@ class StreamInterleaving:
     less than 4 records, however many parts there are, since only the last split of a path gives one side more than two
     thirds.
 
-    Immutable; threads may share it.
+    Immutable; threads may share it. quotas: Number of records of each part; n_records: of all parts.
 
     Args:
         totals: Number of records of each part in all streams; they decide the tree.
@@ -245,6 +217,7 @@ class StreamInterleaving:
         self._above = {child: split for split in self._splits for child in (split.left, split.right)}
 
     def drawn(self, position: int) -> list[int]:
+        """Return the number of records of each part among the first `position` positions."""
         items = [0] * (2 * len(self.quotas) - 1)
         items[-1] = position
         for split in self._splits:
@@ -253,12 +226,14 @@ class StreamInterleaving:
         return items[: len(self.quotas)]
 
     def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the positions of a part's draws, int64[n]; draws count from 0 and are fewer than the part's quota."""
         node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
         while split := self._above.get(node):
             node, number = split.node, split.item_of(node, number)
         return number.astype(np.int64)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the part and the draw number of any positions, int64[n] each."""
         # The code multiplies two counts: object arrays of Python integers if the product may exceed 63 bits.
         whole = np.int64 if self.n_records < 1 << 31 else object
         parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
@@ -274,6 +249,10 @@ class StreamInterleaving:
         return parts, draws
 
     def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
+        """Return for each part where its draws are among positions [start, stop): ascending, counted from start.
+
+        The first of them is the part's draw drawn(start)[part]; the others follow it.
+        """
         chunks = [self._places(at, min(at + _CHUNK_PLACES, stop), start) for at in range(start, stop, _CHUNK_PLACES)]
         if len(chunks) == 1:
             return chunks[0]
@@ -297,7 +276,7 @@ class StreamInterleaving:
 
 
 class ScheduledInterleaving:
-    """Interleaving whose shares change: one StreamInterleaving for each stretch between two changes.
+    """A stream whose shares change: one StreamInterleaving for each stretch between two changes. Methods as there.
 
     Immutable; threads may share it.
     """
@@ -353,6 +332,9 @@ class ScheduledInterleaving:
     def _stretch_at(self, position: int) -> int:
         """Return the number of the stretch that holds a position; of the last one for the end."""
         return min(bisect_right(self._starts, position), len(self._stretches)) - 1
+
+
+Interleaving: TypeAlias = StreamInterleaving | ScheduledInterleaving
 
 
 def _difference(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

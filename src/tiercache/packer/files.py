@@ -264,16 +264,6 @@ _BY_SUFFIX: Mapping[str, str] = {
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 # Shards of TFRecord and ArrayRecord data sets are named train.tfrecord-00000-of-00010.
 _NUMBERED = re.compile(r"-\d+-of-\d+$")
-# offset, bytes, format
-_BY_START: Sequence[tuple[int, bytes, str]] = (
-    (257, b"ustar", _BY_SUFFIX[".tar"]),
-    (0, b"PK\x03\x04", _BY_SUFFIX[".zip"]),
-    (0, b"\x89HDF\r\n\x1a\n", _BY_SUFFIX[".h5"]),
-    (0, b"\x93NUMPY", _BY_SUFFIX[".npy"]),
-    (0, b"ARROW1", _BY_SUFFIX[".arrow"]),
-    (0, b"ORC", _BY_SUFFIX[".orc"]),
-    (0, b"Obj\x01", _BY_SUFFIX[".avro"]),
-)
 _START_BYTES = 4096
 _INDEX_FILE = "index.json"
 _INDEXES = {
@@ -295,13 +285,9 @@ def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
 
 
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
-    """Raise SchemaError for a file in a foreign format, by its name; for a single file also by its first bytes."""
+    """Raise SchemaError for a file in a foreign format, by its name."""
     for file in found:
         format_name = _format_by_name(file.path)
-        if format_name is None and len(found) == 1:
-            start = _start(files, file.path)
-            matches = (text for offset, magic, text in _BY_START if start[offset : offset + len(magic)] == magic)
-            format_name = next(matches, None)
         if format_name is not None:
             raise _refused(files, file.path, format_name, "choose files with kind, include and exclude")
 

@@ -504,11 +504,10 @@ class Blocks:
         return addresses
 
     def select(self, blocks: Sequence[int]) -> Blocks:
-        """Return some of the blocks over the same memory; this object must hold all blocks. Raises IndexError."""
+        """Return some of the blocks over the same memory; this object must hold all blocks."""
         chosen = tuple(blocks)
         if chosen == self.blocks:
             return self
-        check_indices("blocks", chosen, len(self.blocks))
         found = copy.copy(self)
         found._choose(chosen)  # noqa: SLF001 -- a method of the same class
         return found
@@ -666,12 +665,6 @@ def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
     is_first, is_last = np.ones((2, len(starts)), bool)
     is_first[1:] = is_last[:-1] = starts[1:] > ends[:-1]  # other ranges share a page or are adjacent
     return np.stack([starts[is_first], ends[is_last] - starts[is_first]], axis=1)
-
-
-def check_indices(what: str, numbers: Iterable[int], n: int) -> None:
-    for number in numbers:
-        if not 0 <= number < n:
-            raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")
 
 
 def damage_message(page: int | None) -> str:

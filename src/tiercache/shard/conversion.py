@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
@@ -172,119 +170,37 @@ def _fail(array: npt.NDArray[Any], wrong: npt.NDArray[Any], expected: str) -> No
 
 
 _BYTES = bytes | bytearray | memoryview
-_MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}
 
 
-def check_value(arrow_type: pa.DataType, value: Any) -> None:
-    """Raise ConversionError unless the Arrow type can hold a value, including nested values, without loss."""
+def _holds(arrow_type: pa.DataType, value: Any, stored: Any) -> bool:
+    """Return whether Arrow has stored a value as it is.
+
+    Arrow changes many values without an error: 1.5 in a list to 1, a datetime to whole seconds, 1e300 to infinity.
+    """
     if isinstance(value, pa.Scalar):
         value = value.as_py()
-    if value is None:
-        return
-    fits = next((fits for is_type, fits in _CHECKS if is_type(arrow_type)), None)
-    if fits is not None and not fits(arrow_type, value):
-        what = f"a {type(value).__qualname__}"
-        shown = what if isinstance(value, Mapping | Sequence | np.ndarray) else f"{what}, {value!r}"
-        raise ConversionError(str(arrow_type), shown)
+    if value is None or stored is None:
+        return value is stored
+    if pt.is_struct(arrow_type):
+        is_known = isinstance(value, Mapping) and value.keys() <= stored.keys()
+        return is_known and all(_holds_in(field, value.get(field.name), stored[field.name]) for field in arrow_type)
+    if pt.is_map(arrow_type):
+        pairs = zip(value.items() if isinstance(value, Mapping) else value, stored, strict=True)
+        key, item = arrow_type.key_field, arrow_type.item_field
+        return all(_holds_in(key, own[0], kept[0]) and _holds_in(item, own[1], kept[1]) for own, kept in pairs)
+    if isinstance(stored, list):
+        is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | _BYTES)
+        return is_list and all(_holds_in(arrow_type.value_field, *pair) for pair in zip(value, stored, strict=True))
+    if isinstance(stored, bool) or isinstance(value, bool | np.bool_):
+        return isinstance(stored, bool) and isinstance(value, bool | np.bool_)
+    if isinstance(stored, float):
+        return math.isfinite(stored) or not math.isfinite(value)
+    # Of integers and of numpy's times, Arrow refuses those that it cannot hold.
+    return isinstance(value, int | np.integer | np.datetime64 | np.timedelta64) or bool(value == stored)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _fits_float(arrow_type: pa.DataType, value: Any) -> bool:
-    if not isinstance(value, float | np.floating):
-        return _is_integer(value)
-    largest = float(np.finfo(arrow_type.to_pandas_dtype()).max)
-    return not math.isfinite(value) or abs(float(value)) <= largest
-
-
-def _fits_moment(python: type, numpy: type | None) -> Callable[[pa.DataType, Any], bool]:
-    """Return the check of timestamps, times or durations: the unit must hold the value exactly."""
-
-    def fits(arrow_type: pa.DataType, value: Any) -> bool:
-        if not isinstance(value, python):
-            return _is_integer(value) or (numpy is not None and isinstance(value, numpy))
-        micro = getattr(value, "microsecond", 0) + getattr(value, "microseconds", 0)
-        # pandas' subclasses of datetime and timedelta have nanoseconds.
-        nano = getattr(value, "nanosecond", 0) + getattr(value, "nanoseconds", 0)
-        return not micro % _MICROSECONDS[arrow_type.unit] and (arrow_type.unit == "ns" or not nano)
-
-    return fits
-
-
-def _fits_date(_: pa.DataType, value: Any) -> bool:
-    if isinstance(value, dt.datetime):
-        return value.time() == dt.time() and not getattr(value, "nanosecond", 0)
-    return isinstance(value, dt.date | np.datetime64) or _is_integer(value)
-
-
-def _fits_list(arrow_type: pa.DataType, value: Any) -> bool:
-    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | _BYTES):
-        return False
-    if isinstance(value, np.ndarray) and not value.ndim:
-        return False
-    for item in value:
-        _check_field(arrow_type.value_field, item)
-    return True
-
-
-def _fits_struct(arrow_type: pa.DataType, value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    fields = {field.name: field for field in arrow_type}
-    if unknown := [key for key in value if key not in fields]:
-        raise ConversionError(str(arrow_type), f"the unknown key {unknown[0]!r}")
-    for name, field in fields.items():
-        _check_field(field, value.get(name))
-    return True
-
-
-def _fits_map(arrow_type: pa.DataType, value: Any) -> bool:
-    pairs = list(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        return False
-    for key, item in pairs:
-        _check_field(arrow_type.key_field, key)
-        _check_field(arrow_type.item_field, item)
-    return True
-
-
-def _check_field(field: pa.Field, value: Any) -> None:
-    if value is None and not field.nullable:
-        raise ConversionError(f"{field.type}, never null", f"None for {field.name!r}")
-    check_value(field.type, value)
-
-
-def _is_list(arrow_type: pa.DataType) -> bool:
-    return bool(pt.is_list(arrow_type) or pt.is_large_list(arrow_type) or pt.is_fixed_size_list(arrow_type))
-
-
-def _is_binary(arrow_type: pa.DataType) -> bool:
-    binary = pt.is_binary(arrow_type) or pt.is_large_binary(arrow_type) or pt.is_fixed_size_binary(arrow_type)
-    return bool(binary and not pt.is_decimal(arrow_type))
-
-
-# Arrow itself checks the types that are missing here (intervals), and refuses a datetime64 of another unit, and an
-# integer or a decimal with too many digits.
-_CHECKS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType, Any], bool]], ...] = (
-    (pt.is_null, lambda *_: False),
-    (pt.is_boolean, lambda _, value: isinstance(value, bool | np.bool_)),
-    (pt.is_integer, lambda _, value: _is_integer(value)),
-    (pt.is_floating, _fits_float),
-    (pt.is_decimal, lambda _, value: isinstance(value, Decimal) or _is_integer(value)),
-    (lambda t: pt.is_string(t) or pt.is_large_string(t), lambda _, value: isinstance(value, str)),
-    (_is_binary, lambda _, value: isinstance(value, _BYTES)),
-    (pt.is_timestamp, _fits_moment(dt.datetime, np.datetime64)),
-    (pt.is_date, _fits_date),
-    (pt.is_time, _fits_moment(dt.time, None)),
-    (pt.is_duration, _fits_moment(dt.timedelta, np.timedelta64)),
-    (_is_list, _fits_list),
-    (pt.is_struct, _fits_struct),
-    (pt.is_map, _fits_map),
-)
-"""Column name -> dtype. A column that has this dtype already is served as it is stored."""
-"""Column name -> column as it is served, for the columns that are cast."""
+def _holds_in(field: pa.Field, value: Any, stored: Any) -> bool:
+    return (value is not None or field.nullable) and _holds(field.type, value, stored)
 
 
 _PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", str: "str", dict: "json"}
@@ -848,11 +764,21 @@ def _check_keys(value: Any) -> None:
 def _convert_arrow(column: Column, value: Any) -> pa.Array:
     if value is None and not column.nullable:
         raise ConversionError(str(column), _type_name(value))
-    check_value(column.arrow.type, value)
     try:
-        return pa.array([value], column.arrow.type)
+        return _arrow_array(column, [value])
     except _ARROW_REFUSES as error:
+        if isinstance(error, ConversionError):
+            raise
         raise ConversionError(str(column), f"{_type_name(value)}: {error}") from error
+
+
+def _arrow_array(column: Column, values: Sequence[Any]) -> pa.Array:
+    array = pa.array(values, column.arrow.type)
+    for index, (value, stored) in enumerate(zip(values, array.to_pylist(), strict=True)):
+        if not _holds(column.arrow.type, value, stored):
+            got = f"{_type_name(value)}, {value!r}, which Arrow would store as {stored!r}"
+            raise ConversionError(str(column), got, index)
+    return array
 
 
 _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
@@ -904,9 +830,8 @@ def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None)
 
 
 def _convert_arrow_list(column: Column, values: Sequence[Any]) -> ColumnData:
-    _each(values, partial(check_value, column.arrow.type))
     try:
-        return convert_arrow(column, pa.array(values, column.arrow.type))
+        return convert_arrow(column, _arrow_array(column, values))
     except ConversionError:
         raise
     except _ARROW_REFUSES as error:

@@ -16,7 +16,7 @@ from tiercache._native import gather
 from tiercache._native.record_finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.blocks import STAT_INTERVAL_S, Blocks, Chunks, Ids, Verify, check_indices, check_verify, chunk_ids
+from tiercache.shard.blocks import STAT_INTERVAL_S, Blocks, Chunks, Ids, Verify, check_verify, chunk_ids
 from tiercache.shard.footer import Footer
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
@@ -97,7 +97,6 @@ class ShardReader:
         of the gather (Blocks.pending_checks), by block_values, or by Blocks.array.
         """
         self._check_open()
-        check_indices("columns", columns, len(self.schema))
         is_kept = self._kept_of(columns) is not None or self._chunks.can_keep_blocks(columns)
         whole = self.mapped_blocks(columns) if is_kept else None
         return self._load(blocks, columns) if whole is None else whole.select(blocks)
@@ -148,11 +147,6 @@ class ShardReader:
         """Return the values of single records, in the order of rows; of raw columns, only the needed pages are read."""
         self._check_open()
         numbers = np.asarray(rows, np.int64).reshape(-1)
-        if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= self.n_records):
-            raise IndexError(
-                f"rows must be 0 to {self.n_records - 1}, got {int(numbers.min())} to {int(numbers.max())}"
-            )
-        self._ids([], columns)
         requested = list(dict.fromkeys(map(int, columns)))
         if not self._prefetched.issuperset(requested) and self._chunks.prefetch_columns(requested):
             self._prefetched = self._prefetched.union(requested)
@@ -183,8 +177,6 @@ class ShardReader:
         return Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
 
     def _ids(self, blocks: Sequence[int], columns: Sequence[int]) -> Ids:
-        check_indices("blocks", blocks, self.footer.n_blocks)
-        check_indices("columns", columns, len(self.schema))
         return chunk_ids(blocks, columns, len(self.schema))
 
     def _check_open(self) -> None:
@@ -201,9 +193,6 @@ class ShardReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("an open shard cannot be pickled: open it again in the other process")
 
 
 # A shuffle group has about a hundred shards with footers of a few KiB to 100 KiB each. A footer that does not fit is

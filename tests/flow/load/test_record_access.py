@@ -61,7 +61,9 @@ def both(packed: Path, far: str, request: pytest.FixtureRequest) -> Any:
 
 
 def mapped_now(dataset: tc.Dataset, indices: list[int]) -> bool:
-    return dataset._source.leaves[0].take_mapped(np.array(indices, np.int64)) is not None
+    leaf, records = dataset._source.leaves[0], np.array(indices, np.int64)
+    leaf.values(records)  # maps the shards if that is possible
+    return leaf._mapped.take(records) is not None
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

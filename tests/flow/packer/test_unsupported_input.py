@@ -4,7 +4,6 @@ import io
 import json
 import os
 import struct
-import tarfile
 
 import numpy as np
 import pytest
@@ -50,15 +49,6 @@ class TestOtherFormats:
             with pytest.warns(UserWarning, match=name):
                 assert pack(tmp_path / "in", tmp_path / "out", kind="jsonl", mode="overwrite").n_records == 1
             (tmp_path / "in" / name).unlink()
-
-    def test_a_single_file_without_a_known_name_is_recognised_by_its_first_bytes(self, tmp_path):
-        with tarfile.open(tmp_path / "archive", "w") as archive:
-            archive.addfile(tarfile.TarInfo("x"), io.BytesIO())
-        with (tmp_path / "array.dat").open("wb") as file:
-            np.save(file, np.zeros(3))
-        for name, what in (("archive", "tar archive"), ("array.dat", "NumPy")):
-            with pytest.raises(SchemaError, match=what):
-                plan_pack(tmp_path / name, tmp_path / "out", PackOptions())
 
 
 def test_dangling_links_pipes_and_other_files_are_named(tmp_path):
