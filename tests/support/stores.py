@@ -1,36 +1,15 @@
-"""Stores for tests that wrap another store: they delay, stop at a named call, or count calls."""
+"""Stores for tests that wrap another store: they stop at a named call, or count calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatch
-from random import Random
 from threading import Event, Lock
 from typing import TypeVar
 
 from tiercache.store.contract import Store, WrapperStore
-from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 
 T = TypeVar("T")
-
-
-class LatencyStore(WrapperStore):
-    """A store that delays every call by a seeded random time, uniform between shortest_s and longest_s seconds."""
-
-    def __init__(
-        self, inner: Store, *, seed: int, shortest_s: float = 0.0, longest_s: float, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
-        super().__init__(inner)
-        self._random = Random(seed)
-        self._lock = Lock()
-        self._shortest_s, self._longest_s, self._clock = shortest_s, longest_s, clock
-
-    def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        del verb, key
-        with self._lock:
-            late_s = self._random.uniform(self._shortest_s, self._longest_s)
-        pause(late_s, self._clock)
-        return call()
 
 
 class Gate:

@@ -198,19 +198,6 @@ class CopyRow:
     last_use: int
 
 
-@dataclass(frozen=True, slots=True)
-class AccountChanges:
-    """The changes between two queries: changed rows (all if `whole`), and names that were removed, perhaps for a time.
-
-    since: Value to pass to the next query.
-    """
-
-    since: tuple[str, int]
-    whole: bool
-    rows: tuple[CopyRow, ...]
-    gone: tuple[str, ...]
-
-
 def _meta(db: sqlite3.Connection, key: str) -> int:
     return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
@@ -417,18 +404,19 @@ class Accounts:
     def rows(self) -> list[CopyRow]:
         return self._database.run(lambda db: _rows(db, "ORDER BY last_use, name"))
 
-    def changes(self, since: tuple[str, int]) -> AccountChanges:
-        """Return the changes since an earlier answer's `since`; ("", 0): all rows."""
+    def changes(self, since: tuple[str, int]) -> tuple[tuple[str, int], bool, list[CopyRow], list[str]]:
+        """Return the next `since`, whether all rows follow, changed rows, and names that were removed before them.
 
-        def work(db: sqlite3.Connection) -> AccountChanges:
+        since: Of an earlier answer; ("", 0): all rows.
+        """
+
+        def work(db: sqlite3.Connection) -> tuple[tuple[str, int], bool, list[CopyRow], list[str]]:
             (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
             whole = since[0] != catalog or since[1] < _meta(db, "forgotten")
             seen = 0 if whole else since[1]
             query = "SELECT DISTINCT name FROM gone WHERE changed > ?"
-            gone = () if whole else tuple(name for (name,) in db.execute(query, (seen,)))
-            return AccountChanges(
-                (catalog, _meta(db, "clock")), whole, tuple(_rows(db, "WHERE changed > ?", seen)), gone
-            )
+            gone = [] if whole else [name for (name,) in db.execute(query, (seen,))]
+            return (catalog, _meta(db, "clock")), whole, _rows(db, "WHERE changed > ?", seen), gone
 
         return self._database.run(work)
 

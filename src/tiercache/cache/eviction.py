@@ -197,18 +197,15 @@ class AccountsMirror:
 
     def update(self) -> None:
         """Fetch the changes: one short transaction, and a millisecond if one of 25,000 copies changed."""
-        changes = self._accounts.changes(self._since)
-        if changes.whole:
+        self._since, is_whole, changed, gone = self._accounts.changes(self._since)
+        if is_whole:
             self.names, self.rows = NameTable.of_texts(()), np.empty(0, _ROW)
-        if changes.gone:
-            stay = ~self.mask_of(changes.gone)
-            if not stay.all():
-                self.names, self.rows = self.names.take(stay), self.rows[stay]
-        if changes.rows:
-            names, rows = NameTable.of_texts(row.name for row in changes.rows), np.empty(len(changes.rows), _ROW)
-            rows[:] = [(row.charge_bytes, row.last_use) for row in changes.rows]
-            self._set(names, rows)
-        self._since = changes.since
+        if gone:
+            stay = ~self.mask_of(gone)
+            self.names, self.rows = self.names.take(stay), self.rows[stay]
+        if changed:
+            rows = np.array([(row.charge_bytes, row.last_use) for row in changed], _ROW)
+            self._set(NameTable.of_texts(row.name for row in changed), rows)
 
     def mask_of(self, texts: Iterable[str]) -> NDArray[np.bool_]:
         mask = np.zeros(len(self.names), np.bool_)

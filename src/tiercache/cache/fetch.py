@@ -35,7 +35,7 @@ from tiercache.cache.copy_file import (
 from tiercache.cache.folder import BLOCK_BYTES, COPY_MODE, NameLock, charge_bytes, is_disk_full, try_shared
 from tiercache.cache.names import name_of_object
 from tiercache.crash_points import crash_point
-from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError, TierCacheError
+from tiercache.errors import CorruptShard, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange
 from tiercache.store.contract import read_unpinned
 from tiercache.store.shared_files import set_mode
@@ -548,29 +548,7 @@ class Fetch:
             self._changed.notify_all()
 
     def _read(self, ranges: Sequence[ByteRange], receive: Receive, disk_errors: Sequence[OSError]) -> None:
-        """Read from the source, in the version that was named; retry once if that may help. disk_errors: Of receive."""
-        spec = self.spec
-        for is_last in (False, True):
-            try:
-                self._read_pieces(ranges, receive)
-                break
-            except (NotFound, ObjectChanged):
-                raise
-            except StoreError as error:
-                if is_last or error.retryable or self.cancel.is_set():
-                    raise  # the store has repeated a retryable error itself; any other error is tried once more
-            except OSError as error:
-                if error in disk_errors:
-                    raise
-                # a network error that the store did not convert
-                raise StoreError(f"reading failed: {error}", url=spec.source, retryable=True) from error
-        if spec.identity is None and spec.if_match is None:
-            # Without a strong ETag as a guard, the object must have the same attributes after the read.
-            info = self.store.head(spec.key)
-            if name_of_object(spec.source, info) != spec.name:
-                raise ObjectChanged(url=spec.source, expected=spec.etag, found=info.etag)
-
-    def _read_pieces(self, ranges: Sequence[ByteRange], receive: Receive) -> None:
+        """Read from the source, in the version that was named. disk_errors: Those of receive."""
         spec = self.spec
         try:
             self.store.read_pieces(spec.key, ranges, receive, if_match=spec.if_match, cancel=self.cancel)
@@ -582,6 +560,16 @@ class Fetch:
             read_unpinned(self.store, spec.key, spans, cancel=self.cancel)
             for span, data in spans:
                 receive(span.start, data)
+        except OSError as error:
+            if isinstance(error, StoreError) or error in disk_errors:
+                raise
+            # a network error that the store did not convert
+            raise StoreError(f"reading failed: {error}", url=spec.source, retryable=True) from error
+        if spec.identity is None and spec.if_match is None:
+            # Without a strong ETag as a guard, the object must have the same attributes after the read.
+            info = self.store.head(spec.key)
+            if name_of_object(spec.source, info) != spec.name:
+                raise ObjectChanged(url=spec.source, expected=spec.etag, found=info.etag)
 
 
 class CopyLease:

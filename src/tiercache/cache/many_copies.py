@@ -123,15 +123,6 @@ def _measured(opened: CacheSession, one: RequestedCopy, *, is_copy: bool, has_pa
     return one
 
 
-def _is_present(opened: CacheSession, one: RequestedCopy) -> bool:
-    if not one.is_whole and opened.is_cached(one.spec, one.ranges):
-        return True
-    lease = opened.look_up(one.spec.name, one.spec.n_bytes)
-    if lease is not None:
-        lease.close()
-    return lease is not None
-
-
 def warm_copies(
     opened: CacheSession,
     store: Store,
@@ -178,7 +169,8 @@ def warm_copies(
         for started in list(running):
             started.cancel.set()
         pool.shutdown()
-    lost = [one.spec.source for one in copies.requested if not _is_present(opened, one)]
+    wanted = ((one, None if one.is_whole else one.ranges) for one in copies.requested)
+    lost = [one.spec.source for one, ranges in wanted if not opened.is_cached(one.spec, ranges)]
     if lost:
         raise StoreError(
             f"{len(lost)} of {n_wanted} copies are missing again after warming", url=lost[0], retryable=True

@@ -243,19 +243,6 @@ class CacheSession:
 
     def hit(self, name: str, n_bytes: int) -> CopyLease | None:
         """Return a lease on a whole copy; None: a miss. SQLite is used only once in USES_PER_FLUSH copies."""
-        lease = self.look_up(name, n_bytes)
-        if lease is not None:
-            self._note_use(name)
-        return lease
-
-    def _note_use(self, name: str) -> None:
-        try:
-            if self.evictor.note_use(name) >= USES_PER_FLUSH:
-                self.evictor.flush_uses()
-        except OSError as error:
-            self.disk_failed(error)
-
-    def look_up(self, name: str, n_bytes: int) -> CopyLease | None:
         if name in self._uncached:
             return None
         try:
@@ -267,7 +254,16 @@ class CacheSession:
             return None
         if self.breaker.is_open:
             self.breaker.reset()
-        return CopyLease(n_bytes, file)
+        lease = CopyLease(n_bytes, file)
+        self._note_use(name)
+        return lease
+
+    def _note_use(self, name: str) -> None:
+        try:
+            if self.evictor.note_use(name) >= USES_PER_FLUSH:
+                self.evictor.flush_uses()
+        except OSError as error:
+            self.disk_failed(error)
 
     def _open_part(self, spec: CopySpec) -> CopyFile | None:
         if spec.name in self._uncached:
