@@ -15,7 +15,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from http import HTTPStatus
@@ -58,6 +58,7 @@ STALL_S = 10.0
 SLOWEST_BYTES_S = 1e6
 FIRST_ABSENCE_S, LONGEST_ABSENCE_S = 5.0, 60.0
 RESOLVE_EVERY_S = 30.0
+MOST_IDLE_STORES = 64  # a store keeps some threads and connections
 MOST_DISTRUSTED = 4096
 _UNIT_BYTES = 4096  # of what a peer has sent
 MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at all must not fill the log
@@ -204,6 +205,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class _Peer:
     url: str
     store: RemoteStore | None = None
+    n_users: int = 0
     n_failures: int = 0
     absent_until_s: float = 0.0
     is_own: bool = False
@@ -264,7 +266,8 @@ class Peers:
             n_tried += 1
             self.counters.add("peer_requests")
             try:
-                found = request(self._store_of(peer))
+                with self._store_of(peer) as store:
+                    found = request(store)
             except (StoreError, OSError) as error:  # OSError: a network error that the store did not convert
                 if cancel is not None and cancel.is_set():
                     break
@@ -330,14 +333,26 @@ class Peers:
         level = logging.WARNING if self._n_reported <= MOST_REPORTED else logging.INFO
         logger.log(level, "peer %s is left out for %.0f s: %s%s", peer.url, absence_s, error, hint)
 
-    def _store_of(self, peer: _Peer) -> RemoteStore:
+    @contextmanager
+    def _store_of(self, peer: _Peer) -> Iterator[RemoteStore]:
         with self._lock:
             if peer.store is None:
                 try:
                     peer.store = self._open_peer(peer.url, self._options, self._reader_id)
                 except ValueError as error:  # the file of certificates is gone
                     raise StoreError(str(error), url=peer.url) from error
-            return peer.store
+            store = peer.store
+            peer.n_users += 1
+            idle = [one for one in self._peers.values() if one.store is not None and not one.n_users]
+            for one in idle[MOST_IDLE_STORES:]:
+                closed, one.store = one.store, None
+                if closed is not None:
+                    closed.close()
+        try:
+            yield store
+        finally:
+            with self._lock:
+                peer.n_users -= 1
 
     def close(self) -> None:
         with self._lock:

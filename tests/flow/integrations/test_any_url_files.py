@@ -66,7 +66,6 @@ def model(tmp_path_factory):
     with tc.Cache(folder / "cache", size="8MiB", min_free="0") as cache:
         fs = fsspec.filesystem("tiercache", target_protocol="file", cache=cache, skip_instance_cache=True)
         fs.cat_file(str(folder / "x"))
-        fs.close()
         yield fs, str(folder / "x"), data
         fs.close()
 

@@ -32,8 +32,10 @@ def test_a_file_is_read_by_its_old_local_path(root, fs, step):
 
 def test_fsspec_opens_the_old_path_after_the_protocol(root, cache):
     url = f"tiercache::{root}/nvme/runs/a/step-10/model.bin"
-    with fsspec.open(url, cache=cache) as file:
+    opened = fsspec.open(url, cache=cache)
+    with opened as file:
         assert file.read() == b"10 model.bin"
+    opened.fs.close()
 
 
 def test_several_moved_files_are_read_together(root, fs):

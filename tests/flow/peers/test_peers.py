@@ -277,6 +277,15 @@ def test_a_job_that_runs_no_servers_logs_some_warnings_and_not_one_for_each_mach
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == MOST_REPORTED
 
 
+def test_few_idle_connections_stay_open(monkeypatch):
+    monkeypatch.setattr("tiercache.peers.readers.MOST_IDLE_STORES", 2)
+    asker = Asker(9)
+    with closing(asker.peers):
+        for key in range(40):
+            assert asker.peers.ask(f"{key:040x}"[::-1], lambda store: store.get("x"), set())
+        assert sum(peer.store is not None for peer in asker.peers._peers.values()) <= 3
+
+
 def test_addresses_behind_a_name_are_read_again_and_kept_while_the_resolver_fails(monkeypatch):
     addresses, clock = [["10.0.0.1"], ["10.0.0.1", "10.0.0.2"], OSError("no resolver"), ["10.0.0.2"]], FakeClock()
 
