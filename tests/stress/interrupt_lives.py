@@ -256,24 +256,6 @@ class CachedLife(VerbLife):
             yield "records are wrong"
 
 
-class ExportLife(VerbLife):
-    """export: a file that is there is whole."""
-
-    def _n_rows(self) -> int | None:
-        import pyarrow.parquet as pq
-
-        path = self.here / "out.parquet"
-        return pq.read_table(path).num_rows if path.exists() else None
-
-    def left(self, said: str) -> Iterator[str]:
-        if self._n_rows() not in (None, N_PACKED):
-            yield f"{self._n_rows()} rows, and it said {said!r}"
-
-    def wrong(self) -> Iterator[str]:
-        if self._n_rows() != N_PACKED:
-            yield f"{self._n_rows()} rows"
-
-
 class LoopLife(Life):
     """A loop over batches: who goes on, by the iterator or by the state, gets what was not served, nothing twice.
 

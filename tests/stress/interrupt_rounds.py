@@ -21,7 +21,6 @@ from tests.stress.interrupt_lives import (
     N_PACKED,
     CachedLife,
     CacheLife,
-    ExportLife,
     Life,
     LoopLife,
     PackLife,
@@ -49,12 +48,9 @@ def lives_in(root: Path) -> list[Life]:
         made.append(CacheLife(room(), chapter))
     for mode, n_before in (("create", 0), ("append", N_PACKED)):
         made.append(PackLife(room(), mode, n_before))
-    made.append(VerbLife(room(), ["verify", "{root}/out"], write_set))
-    made.append(ExportLife(room(), ["export", "{root}/out", "{root}/out.parquet", "--overwrite"], write_set))
     made.append(CachedLife(room(), ["warm", "{root}/out", *CACHE], write_set))
     made.append(CachedLife(room(), ["evict", "--all", "--yes", *CACHE], write_cached))
     made.append(CachedLife(room(), ["warm", "{root}/out", "--pin", *CACHE], write_cached))
-    made.append(CachedLife(room(), ["verify", "{root}/out", *CACHE], write_cached))
     return made
 
 

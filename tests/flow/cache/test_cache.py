@@ -4,16 +4,14 @@ import gc
 import os
 import threading
 
-import numpy as np
 import pytest
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache.folder import DiskSpace
-from tiercache.cache.names import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, StoreError
-from tiercache.model import ByteRange, ReadingPlan
+from tiercache.model import ByteRange
 from tiercache.store.remote import stop_retries_when
 
 
@@ -209,24 +207,6 @@ def test_status_sums_the_counters_of_all_processes(world):
     assert (status["figures"]["bytes_hit"], status["figures"]["bytes_fetched"]) == (20_000, 10_000)
     assert (status["hits"], status["misses"]) == (2, 0), "of this process"
     assert world.cache(name="new").status()["hit_ratio"] is None
-
-
-def test_status_counts_partial_copies_and_plans(world):
-    n_bytes = 4 << 20
-    world.put("a", n_bytes)
-    cache = world.cache()
-    store = world.store(cache)
-    with store.open_local("a", world.identity("a")) as lease:
-        assert lease.wait([ByteRange(0, 9000)])
-    names = np.frombuffer(bytes.fromhex(name_of_identity(world.identity("a"))), np.uint8).reshape(1, 20)
-    one = np.zeros(1, np.int64)
-    plan = world.store(cache).publish_plan(names, ReadingPlan("rank 0 of 1", one, one, one + 1, one + 2))
-    status = cache.status()
-    assert (status["n_copies"], status["n_parts"]) == (0, 1)
-    assert len(status["plans"]) == 1
-    assert "rank 0 of 1" in status["plans"][0]
-    plan.close()
-    assert cache.status()["plans"] == []
 
 
 def test_evicting_to_a_target_size_removes_the_least_recently_used_copies(world):
