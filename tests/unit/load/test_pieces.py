@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from tests.support.order_oracle import (
 from tiercache.load.pieces import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, cut_pieces
 from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.rank_plan import RankPlan
-from tiercache.order.window import MOST_ROWS, BlockSizes, DatasetSizes, OrderOptions, Window, allocate_rows
+from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions, Window
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
 IS_FUZZ = settings.default.max_examples > 100
@@ -93,16 +92,6 @@ def test_any_number_of_ranks_resumes_the_global_sequence_anywhere(case: Case, da
             assert found == [[whole[p] for p in batch] for batch in own if batch] + padding
             assert sum(map(len, padding)) == plan.n_padding
         offset = plans[0].offset_after(n_taken)
-
-
-@settings(max_examples=SOME)
-@given(cases(), st.data())
-def test_pieces_from_any_batch_are_the_end_of_all_pieces(case: Case, data: st.DataObject) -> None:
-    for plan in case.plans(data.draw(st.integers(0, case.data.n_records))):
-        whole, _ = served(case, plan)
-        n_before = data.draw(st.integers(0, plan.n_batches))
-        later = replace(plan, offset=plan.offset_after(n_before))
-        assert served(case, later)[0] == whole[n_before:]
 
 
 @settings(max_examples=SOME)
@@ -241,13 +230,3 @@ def test_pieces_grow_from_a_small_first_one() -> None:
     assert [window.stream for window in found[-1].windows] == [2, 3]
     alone = RankPlan(0, 4, 0, 256, True, order.n_records, order.n_streams)  # a stream of its own: a run, and longer
     assert [piece.n_rows for piece in itertools.islice(cut_pieces(order, alone, RUN_PIECES), 4)][-1] == RUN_ROWS
-
-
-def test_rows_of_one_section_reuse_memory() -> None:
-    gc.collect()
-    lent = [allocate_rows(MOST_ROWS) for _ in range(2)]
-    used = {rows.ctypes.data for rows in lent}
-    del lent
-    order = EpochOrder(uniform(2, 10, 10_000, 10).dataset_sizes, OrderOptions(1, False, None, None), 0)
-    piece = next(cut_pieces(order, RankPlan(0, 1, 0, 50, False, 200_000)))
-    assert {rows.ctypes.data for rows in piece.rows()} == used

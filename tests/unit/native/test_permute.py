@@ -33,12 +33,6 @@ def shuffled(key: tuple[int, int] | bytes, n: int, start: int = 0, m: int | None
 LIMIT = 4.5  # standard deviations: one true shuffle in 150,000 is further off
 
 
-def z_score(counts: np.ndarray, degrees: int) -> float:
-    """Standard deviations by which a chi-square of equally likely counts is off."""
-    expected = counts.mean()
-    return (float(((counts - expected) ** 2).sum() / expected) - degrees) / math.sqrt(2 * degrees)
-
-
 def test_permutations_never_change() -> None:
     for key, n, start, expected in GOLDEN:
         assert shuffled(key, n, start, len(expected)).tolist() == expected
@@ -50,11 +44,6 @@ def test_permutations_never_change() -> None:
 def test_the_permutation_of_every_small_n_is_a_bijection() -> None:
     for n in [*range(1, 600), *range(1000, 1050), 4095, 4096, 4097]:
         assert np.array_equal(np.sort(shuffled((n, 1), n)), np.arange(n))
-
-
-@given(KEYS, st.integers(1, 60_000))
-def test_the_permutation_of_any_n_is_a_bijection(key: tuple[int, int] | bytes, n: int) -> None:
-    assert np.array_equal(np.sort(shuffled(key, n)), np.arange(n))
 
 
 @given(KEYS, st.integers(1, MAX_N), st.data())
@@ -80,13 +69,6 @@ def test_sizes_around_squares_products_and_powers_invert_to_their_positions() ->
             record = permute_one(key, n, position)
             assert 0 <= record < n
             assert invert_one(key, n, record) == position
-
-
-@pytest.mark.parametrize("n", [10**6 + 3, MAX_N])
-def test_no_record_occurs_twice_among_many_positions_of_a_large_n(n: int) -> None:
-    m = 200_000
-    for start in (0, n // 2, n - m):
-        assert len(np.unique(shuffled((7, n), n, start, m))) == m
 
 
 @given(KEYS, st.integers(1, MAX_N), st.data())
@@ -118,36 +100,10 @@ def test_arguments_out_of_range_raise_an_error() -> None:
         permute_at(b"k" * 16, 10, np.array([3, 4]), np.empty(3, np.int64))
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
-def test_all_orders_of_a_few_records_are_equally_frequent(n: int) -> None:
-    orders = {order: i for i, order in enumerate(itertools.permutations(range(n)))}
-    counts = np.zeros(len(orders))
-    for key in range(len(orders) * 40):
-        counts[orders[tuple(shuffled((key, 0), n).tolist())]] += 1
-    assert abs(z_score(counts, len(orders) - 1)) < LIMIT
-
-
-@pytest.mark.parametrize("n", [10**6, MAX_N])
-def test_pairs_of_neighbours_are_independent(n: int) -> None:
-    order = shuffled((3, 4), n, 0, 400_000)
-    cells = (order.astype(np.float64) * (32 / n)).astype(np.int64)
-    counts = np.bincount(cells[:-1:2] * 32 + cells[1::2], minlength=1024).astype(np.float64)
-    assert abs(z_score(counts, 1023)) < LIMIT
-    for lag in (1, 2, 3, 1000, 1024):
-        assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < LIMIT / math.sqrt(len(order))
-
-
 def unlike(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two orders of the same n have no more to do with each other than two shuffles."""
     agreeing = np.count_nonzero(one == other)
     return bool(agreeing < 12 and abs(np.corrcoef(one, other)[0, 1]) < LIMIT / math.sqrt(len(one)))
-
-
-def test_one_bit_of_the_key_changes_everything() -> None:
-    n = 30_000
-    base = shuffled((0, 0), n)
-    for bit in range(128):
-        assert unlike(base, shuffled((1 << bit & (2**64 - 1), 1 << bit >> 64), n)), bit
 
 
 def test_neighbouring_seeds_and_epochs_give_orders_that_have_nothing_in_common() -> None:
@@ -159,35 +115,20 @@ def test_neighbouring_seeds_and_epochs_give_orders_that_have_nothing_in_common()
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.one_of(st.none(), KEYS), st.data())
-def test_rows_are_found_in_the_blocks_that_hold_them(
+def test_rows_are_found_in_the_blocks_that_hold_them_counted_from_each_row_start(
     records: list[int], key: tuple[int, int] | bytes | None, data: st.DataObject
 ) -> None:
     first = np.concatenate([[0], np.cumsum(records)]).astype(np.int64)
-    n = int(first[-1])
+    n, n_blocks = int(first[-1]), len(records)
+    starts = data.draw(st.none() | st.lists(st.integers(0, 2**31), min_size=n_blocks, max_size=n_blocks))
     lo = data.draw(st.integers(0, n))
     hi = data.draw(st.integers(lo, n))
     block, row = np.empty(hi - lo, np.uint32), np.empty(hi - lo, np.uint32)
-    RowFinder(first, key).find(lo, block, row)
+    finder = RowFinder(first, key, None if starts is None else np.array(starts, np.uint32))
+    finder.find(lo, block, row)
     expected = np.arange(lo, hi) if key is None else shuffled(key, n, lo, hi - lo).astype(np.int64)
     assert np.array_equal(block, np.searchsorted(first, expected, side="right") - 1)
-    assert np.array_equal(row, expected - first[block])
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.one_of(st.none(), KEYS), st.data())
-def test_rows_are_counted_from_the_row_start_of_their_block(
-    records: list[int], key: bytes | None, data: st.DataObject
-) -> None:
-    first = np.concatenate([[0], np.cumsum(records)]).astype(np.int64)
-    if not (n := int(first[-1])):
-        return
-    n_blocks = len(records)
-    starts = np.array(data.draw(st.lists(st.integers(0, 2**31), min_size=n_blocks, max_size=n_blocks)), np.uint32)
-    found = [np.empty(n, np.uint32) for _ in range(4)]
-    finder = RowFinder(first, key, starts)
-    finder.find(0, *found[:2])
-    RowFinder(first, key).find(0, *found[2:])
-    assert np.array_equal(found[0], found[2])
-    assert np.array_equal(found[1], found[3] + starts[found[0]])
+    assert np.array_equal(row, expected - first[block] + np.array(starts or [0] * n_blocks)[block])
     assert (finder.n_rows, finder.n_blocks) == (n, n_blocks)
 
 

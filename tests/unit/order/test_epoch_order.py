@@ -51,23 +51,6 @@ def test_windows_equal_the_brute_force_reference(data: Shards, how: OrderOptions
             assert window.raw_bytes == sum(sizes)
 
 
-@given(shards(), options(), st.data())
-def test_the_order_does_not_depend_on_the_start_position(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
-    whole = read(EpochOrder(data.dataset_sizes, how, 3))
-    position = draw.draw(st.integers(0, len(whole)))
-    assert read(EpochOrder(data.dataset_sizes, how, 3), position) == whole[position:]
-
-
-@given(shards(), options(), st.data())
-def test_rows_of_a_range_equal_that_part_of_the_window(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
-    order = EpochOrder(data.dataset_sizes, how, 0)
-    for window in order.windows(draw.draw(st.integers(0, order.n_streams - 1))):
-        n = window.stop - window.start
-        lo = draw.draw(st.integers(0, n))
-        hi = draw.draw(st.integers(lo, n))
-        assert records_of((window,), *window.rows(lo, hi)) == records_of((window,), *window.rows(0, n))[lo:hi]
-
-
 @given(shards(), options())
 def test_every_position_leads_to_the_window_that_holds_it(data: Shards, how: OrderOptions) -> None:
     order = EpochOrder(data.dataset_sizes, how, 0)
@@ -142,6 +125,23 @@ def test_the_order_equals_the_stored_golden_values() -> None:
     assert numbers(data, one) == [4, 5, 6, 0, 1, 7, 2, 3, 10, 8, 11, 9]
     whole = EpochOrder(data.dataset_sizes, OrderOptions(7, True, None, None), 0)
     assert numbers(data, whole) == [4, 3, 5, 10, 7, 0, 11, 9, 8, 1, 6, 2]
+
+
+def test_the_order_of_streams_equals_the_stored_golden_values() -> None:
+    # Written once, as above.
+    data = Shards([[(3, 100), (2, 100)], [(4, 50)], [(1, 10), (1, 10), (1, 10)]], [200, 50, 30])
+    found = {
+        (placement, epoch): numbers(data, EpochOrder(data.dataset_sizes, how, epoch))
+        for placement in ("sticky", "global")
+        for how in (OrderOptions(7, True, 200, 150, 3, placement),)
+        for epoch in (0, 3)
+    }
+    assert found == {
+        ("sticky", 0): [7, 11, 4, 5, 0, 3, 8, 9, 1, 6, 10, 2],
+        ("sticky", 3): [8, 9, 4, 7, 10, 3, 6, 0, 2, 5, 11, 1],
+        ("global", 0): [7, 3, 4, 5, 2, 11, 8, 0, 9, 6, 1, 10],
+        ("global", 3): [9, 7, 4, 5, 0, 3, 11, 8, 2, 10, 6, 1],
+    }
 
 
 @given(shards(), options())

@@ -40,30 +40,21 @@ TOTALS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 10**11)), min_size
 
 
 @given(TOTALS, st.integers(1, 9), st.data())
-def test_positions_and_draws_are_inverse_functions(totals: list[int], n_streams: int, data: st.DataObject) -> None:
+def test_positions_draws_and_offsets_by_part_agree(totals: list[int], n_streams: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
     shares = interleave(StreamAllocation(tuple(totals), n_streams), stream)
     assert shares.drawn(0) == [0] * len(totals)
     assert tuple(shares.drawn(shares.n_records)) == shares.quotas
-    position = data.draw(st.integers(0, shares.n_records - 1))
-    before, after = shares.drawn(position), shares.drawn(position + 1)
-    (part,) = np.flatnonzero(np.array(after) - before)
-    assert sum(after) == sum(before) + 1 == position + 1
-    assert shares.positions_of(int(part), np.array([before[part]])).tolist() == [position]
-    found = shares.locate(np.array([position]))
-    assert (int(found[0][0]), int(found[1][0])) == (part, before[part])
-
-
-@given(TOTALS, st.integers(1, 9), st.data())
-def test_offsets_by_part_equal_the_positions_one_by_one(totals: list[int], n_streams: int, data: st.DataObject) -> None:
-    stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
-    shares = interleave(StreamAllocation(tuple(totals), n_streams), stream)
     start = data.draw(st.integers(0, shares.n_records))
-    stop = min(shares.n_records, start + data.draw(st.integers(0, 50)))
+    stop = min(shares.n_records, start + data.draw(st.integers(1, 50)))
     drawn, places = shares.drawn(start), shares.offsets_by_part(start, stop)
     assert sorted(np.concatenate(places).tolist()) == list(range(stop - start))
+    parts, draws = shares.locate(np.arange(start, stop))
     for part, where in enumerate(places):
         assert shares.positions_of(part, drawn[part] + np.arange(len(where))).tolist() == (where + start).tolist()
+        assert np.flatnonzero(parts == part).tolist() == where.tolist()
+        assert draws[where].tolist() == list(range(drawn[part], drawn[part] + len(where)))
+        assert shares.drawn(stop)[part] == drawn[part] + len(where)
 
 
 def test_offsets_of_several_chunks_equal_those_of_each_chunk() -> None:

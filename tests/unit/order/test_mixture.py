@@ -282,28 +282,6 @@ def test_two_threads_that_share_draws_each_get_the_range_of_their_draw() -> None
     assert run.start <= 0 < run.stop
 
 
-@given(PARTS, WEIGHTS, STOPS, OPTIONS, st.data())
-def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
-    parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions, data: st.DataObject
-) -> None:
-    spec = parts.spec(weights[: len(parts.parts)], stop)
-    epoch = data.draw(st.integers(0, 5))
-    order = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
-    stream = data.draw(st.integers(0, order.n_streams - 1))
-    whole = parts.stream(order, stream)
-    assert len(whole) == order.stream_records(stream)
-    position = data.draw(st.integers(0, len(whole)))
-    other = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
-    assert parts.stream(other, stream, position) == whole[position:]
-    if position < len(whole):
-        section, again = other.section_at(stream, position), order.section_at(stream, position)
-        assert (section.start, section.stop) == (again.start, again.stop)
-        lo = data.draw(st.integers(0, section.stop - section.start))
-        hi = data.draw(st.integers(lo, section.stop - section.start))
-        for some, every in zip(section.rows(lo, hi), section.rows(0, section.stop - section.start), strict=True):
-            assert np.array_equal(some, every[lo:hi])
-
-
 @given(PARTS, WEIGHTS, STOPS, OPTIONS)
 def test_a_window_is_in_all_sections_from_its_first_record_to_its_last(
     parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions

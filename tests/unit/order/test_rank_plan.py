@@ -47,23 +47,6 @@ def test_ranks_take_what_the_brute_force_reference_says(how: SamplerBatch) -> No
         assert plan.n_padding == int(expected[-1:] == [[]])
 
 
-@settings(max_examples=MANY)
-@given(drawn())
-def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: SamplerBatch) -> None:
-    offset, ranks, n, _ = how
-    shares = plans(how)
-    served: list[int] = []
-    for i in range(shares[0].n_batches):
-        together = [
-            p for plan in shares if not (plan.n_padding and i == plan.n_full) for p in plan.positions(i).tolist()
-        ]
-        assert sorted(together) == list(range(offset + len(served), offset + len(served) + len(together)))
-        served += together
-        assert {plan.offset_after(i + 1) for plan in shares} == {offset + len(served)}
-    dropped = (n - offset) % (ranks.world_size * ranks.batch_size) if ranks.drop_last else 0
-    assert len(served) == n - offset - dropped
-
-
 @given(drawn())
 def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s_first_stream(
     how: SamplerBatch,
@@ -153,11 +136,3 @@ def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(
         is_full = plan.world_size == 1 or stop <= plan.n_full * plan.batch_size
         assert (run is not None) == (bool(positions) and follow and is_full)
         assert run is None or list(run) == positions
-
-
-def test_rows_of_the_last_global_batch_may_lie_in_other_streams_and_are_no_run() -> None:
-    plan = RankPlan(37, 3, 1, 2, False, 48, 3)
-    assert plan.positions_between(0, 4).tolist() == [37, 40, 44, 46]  # as far apart as a run of four would be
-    assert plan.range_between(0, 4) is None
-    assert plan.range_between(0, 2) == range(37, 41, 3)
-    assert list(plan.range_or_positions(0, 4)) == [37, 40, 44, 46]

@@ -81,17 +81,10 @@ def test_shards_of_an_explicit_order_are_in_use_from_their_first_record_to_their
         assert shard not in records[:start] + records[stop:]
 
 
-@given(mixtures(), st.integers(0, 3))
-def test_shards_of_a_mixture_are_in_use_where_a_part_draws_from_their_group(mixed: Mixed, epoch: int):
-    order = mixed.order(epoch)
-    for stream in range(order.n_streams):
-        check(order.groups(stream), shards_at(order, stream))
-
-
-@given(mixtures(), st.integers(0, 3))
-def test_a_part_that_restarts_often_is_in_use_throughout(mixed: Mixed, epoch: int):
+@given(mixtures(), st.integers(0, 3), st.sampled_from([0, part_module.MAX_TURNS]))
+def test_shards_of_a_mixture_are_in_use_where_a_part_draws_from_their_group(mixed: Mixed, epoch: int, max_turns: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part_module, "MAX_TURNS", 0)
+        patch.setattr(part_module, "MAX_TURNS", max_turns)  # 0: a part that restarts often is in use throughout
         order: MixtureOrder = mixed.order(epoch)
         for stream in range(order.n_streams):
             check(order.groups(stream), shards_at(order, stream))
