@@ -110,7 +110,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             self.close()
 
     def figures(self) -> Mapping[str, float]:
-        """Return the pipeline's counters and wall_s of this epoch; {} once they are added to the loader's counters."""
+        """Return the pipeline's counters and wall_s of this epoch; {} once the loader's counters have them."""
         if self._counted:
             return {}
         return {**self._pipeline.figures(), "wall_s": time.perf_counter() - self._start_s}
@@ -172,7 +172,6 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         return batch if self._names is None else as_columns(batch, self._names)
 
     def _take_next(self) -> Any:
-        """Wait for the next batch and return it. Raises StopIteration."""
         if self._position.finished:
             raise StopIteration
         try:
@@ -192,8 +191,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
     def _take_past(self, error: CorruptShard) -> Any:
         """Return the batch that failed: read again after a corrupt local copy, else without its corrupt records.
 
-        The order is a function of the position, so a second pipeline can continue where the first one failed. Raises
-        CorruptShard: the data is corrupt in the store, and corrupt records are not replaced.
+        The order is a function of the position, so a second pipeline can continue where the first one failed.
         """
         corruption = self._inputs.corruption
         try:
@@ -222,7 +220,6 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             del error  # The error's traceback would form a cycle that holds windows.
 
     def _replace_corrupt(self, error: CorruptShard) -> None:
-        """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
         location: CorruptLocation | None = error.location
         if self._inputs.corruption is None or location is None or location in self._replaced_locations:
             try:
@@ -237,11 +234,8 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
 
-    Attributes:
-        fills_first: See `RankPlan`; integrations set it.
-        pin_function: Function that returns the function that pins a batch, or None if nothing can be pinned.
-        batch_device: Function that returns what the pipelines of a loader share about its device: its argument, unless
-            the device has changed. None: batches stay in host memory.
+    batch_device: Function that returns what the pipelines of a loader share about its device: its argument, unless the
+    device has changed.
     """
 
     library: ArrayLibrary
@@ -320,13 +314,11 @@ class Engine(ABC):
         return share_resources(self._arguments.options, self.rank(), *self._limits)
 
     def _check_readable(self) -> None:
-        """Check that all shards with records can be read. See Records.prepare_reading."""
         if self._ready is not self._source:
             self._source.storage.prepare_reading(np.flatnonzero(self._source.shard_records))
             self._ready = self._source
 
     def _pin(self) -> Callable[[Any], Any] | None:
-        """Return the function that pins a batch; None: batches stay as they are."""
         return None if self._arguments.pin_function is None else self._arguments.pin_function()
 
     def _start_iterator(
@@ -371,7 +363,6 @@ class Engine(ABC):
         return NativeIterator(position, inputs, resources, timeout_s, pin, stages, transforms, workers)
 
     def _start_workers(self, transforms: TransformSettings, seed: int) -> WorkerPool:
-        """Return the processes of the last epoch if they live and are free, else new ones."""
         if self._workers is None or not self._workers.is_reusable:
             self._workers = transforms.start_workers(seed)
         self._workers.is_used = True
@@ -387,10 +378,7 @@ _SHUFFLE_OPTIONS = {
 
 
 class OrderEngine(Engine):
-    """The engine of a loader without a sampler: the epochs' order, the loader's position and the counters.
-
-    One consumer thread uses it.
-    """
+    """The engine of a loader without a sampler. One consumer thread uses it."""
 
     def __init__(self, source: Records, arguments: LoaderArguments) -> None:
         super().__init__(source, arguments)
@@ -421,7 +409,6 @@ class OrderEngine(Engine):
         return self._arguments, self._state if self._position is None else self.state()
 
     def load(self, state: RunState) -> None:
-        """Continue from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
         self._check(state)
         order_options(state)  # raises ValueError for an order that this release does not know
         source = reopen(self._dataset, state)
@@ -433,7 +420,6 @@ class OrderEngine(Engine):
         self._position = None
 
     def _check(self, state: RunState) -> None:
-        """Raise ValueError for an explicit argument or option that differs from the state."""
         options, arguments, defaults = self._options, self._arguments, LoaderOptions()
         checks = [
             ("shuffle", arguments.shuffle, state.shuffle, True),
@@ -507,11 +493,7 @@ class OrderEngine(Engine):
         return iterator
 
     def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Records, OrderShare]:
-        """Begin the next epoch for a loader that another library made from this loader's sampler.
-
-        Returns:
-            The epoch's state, the source of its order, and the rank's share from the start of the epoch.
-        """
+        """Begin the next epoch for a loader that another library made from this loader's sampler."""
         if state is None:
             if self._position is None and self._state is not None and self._state.offset > 0:
                 raise RuntimeError(
@@ -563,7 +545,6 @@ class OrderEngine(Engine):
         return self._n_records
 
     def _warn_of_streams(self, rank_plan: RankPlan) -> None:
-        """Warn once that several ranks read the same blocks."""
         if "streams" in self._warned:
             return
         self._warned.add("streams")
@@ -577,10 +558,7 @@ class OrderEngine(Engine):
         )
 
     def _use(self, source: Records) -> None:
-        """Read another version from now on.
-
-        The counters of its store begin at 0, so earlier fetches are carried over.
-        """
+        """Read another version. The counters of its store begin at 0, so earlier fetches are carried over."""
         if source is not self._source:
             fetched, at_start = self._fetched(), source.storage.figures()
             self._source, self._n_records = source, None
@@ -588,7 +566,6 @@ class OrderEngine(Engine):
             self._figures_before = {name: at_start[name] - fetched[name] for name in at_start}
 
     def _start_run(self) -> RunState:
-        """Return the state at the start of the run; start the run if it has not begun."""
         if self._rank is None:
             self._rank = find_rank(self._options)
             warn_of_meshes(self._rank)
@@ -637,9 +614,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the dict of `DataLoader.stats()`.
 
-    waits: how long the consumer's thread waited for the stages before the device; exposed: how long the training loop
-    had nothing to do but wait, on its device if it has one; workers: number of processes that run transforms (0: the
-    consumer's thread does, which counts as waiting).
+    waits: of the consumer's thread, for the stages before the device; exposed: of the training loop, on its device if
+    it has one; workers: processes that run transforms (0: the consumer's thread does, which counts as waiting).
     """
     wall_s = counters.get("wall_s", 0.0)
     wait, idle = waits.snapshot(), exposed.snapshot()

@@ -39,16 +39,8 @@ STATE_FORMAT = 2
 class RunState:
     """The position of a run.
 
-    Attributes:
-        parts: The data sets that are read, with their versions and selections.
-        seed: Seed of the run. The order of an epoch follows from it and the epoch's number.
-        epoch: Number of the epoch.
-        offset: Records of that epoch that all ranks together were served.
-        shuffle, drop_last: The loader's arguments.
-        streams, placement: See `LoaderOptions`.
-        group_bytes, window_bytes: The shuffle sizes in bytes; None for "all".
-        mixture: The weights and the stop rule of a mixture as plain values; None: the parts are not mixed.
-        format: Version of this form of the state.
+    offset: records of the epoch that all ranks together were served; group_bytes, window_bytes: None for "all";
+    mixture: weights and stop rule as plain values.
     """
 
     parts: tuple[SourcePart, ...]
@@ -68,7 +60,6 @@ class RunState:
         return replace(self, epoch=epoch, offset=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint; JSON does not change them."""
         parts = [[part.dataset_id, part.version, part.fingerprint, part.selection] for part in self.parts]
         # Field by field: dataclasses.asdict copies each value deeply, which takes 60 us, and a state may be saved at
         # every step.
@@ -77,12 +68,6 @@ class RunState:
 
     @staticmethod
     def from_dict(state: Any) -> RunState:
-        """Return the state that to_dict() saved.
-
-        Raises:
-            ValueError: The value is not a state of this loader, or one of its values is invalid.
-            UnsupportedFormat: Another release saved the state.
-        """
         if not isinstance(state, Mapping) or not _is_count(state.get("format")):
             found = f"it has the keys {sorted(state)}" if isinstance(state, Mapping) else f"it is {state!r}"
             raise ValueError(f"not a state of tiercache.DataLoader over a tiercache.Dataset: {found}")
@@ -145,11 +130,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def reopen(source: Records, state: RunState) -> Records:
-    """Return the source at the versions that the state names: the same data sets and the same selection.
-
-    Raises:
-        ObjectChanged: The state is of other data sets, of another selection, or of a version whose contents differ.
-    """
+    """Return the source at the versions that the state names. Raises ObjectChanged: their contents differ."""
     if [part.dataset_id for part in state.parts] != [part.dataset_id for part in source.parts]:
         raise ObjectChanged(
             "the state is of another data set",
@@ -180,9 +161,7 @@ def reopen(source: Records, state: RunState) -> Records:
 class Position:
     """How far an iterator has come. The loader keeps it; the iterator updates it, and may be dropped long before.
 
-    Attributes:
-        n_yielded: Number of batches handed out since the epoch began or was resumed.
-        finished: Whether the end was reached.
+    n_yielded: batches handed out since the epoch began or was resumed.
     """
 
     def __init__(self) -> None:
@@ -190,11 +169,7 @@ class Position:
 
 
 class EpochPosition(Position):
-    """The position in an epoch of tiercache's order.
-
-    Args:
-        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
-    """
+    """The position in an epoch of tiercache's order. is_counted: False if another loader hands the batches out."""
 
     def __init__(self, start: RunState, rank_plan: RankPlan, *, is_counted: bool = True) -> None:
         super().__init__()
@@ -205,11 +180,7 @@ class EpochPosition(Position):
         self._next: RunState | None = None  # cached by next_state()
 
     def state(self) -> RunState:
-        """Return the state after the batches handed out; after the end, the state at the start of the next epoch.
-
-        Raises:
-            RuntimeError: Another loader hands the batches out.
-        """
+        """Return the state after the batches handed out; after the end, the state at the start of the next epoch."""
         if self._redirected is not None:
             return self._redirected
         if self.finished:
@@ -248,12 +219,7 @@ MakeShare: TypeAlias = "Callable[[RunState], OrderShare]"
 
 @dataclass(frozen=True, slots=True)
 class OrderShare:
-    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread.
-
-    Attributes:
-        seed, epoch: The random values of a record follow from them and from the record's position.
-        corruption: Corrupt records that are replaced. None: corrupt data is an error.
-    """
+    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread."""
 
     order: Order
     rank_plan: RankPlan
@@ -300,11 +266,7 @@ def records_of(ordered: Ordered) -> Records:
 
 
 def make_share(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
-    """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
-
-    fills_first: see `RankPlan`. Raises ValueError: the
-    state's offset is outside the epoch, or this release does not know its order.
-    """
+    """Return the rank's share of the state's epoch. Costs O(shards); reads no data."""
     order, corruption = make_order(ordered, state), ordered if isinstance(ordered, CorruptionMap) else None
     is_run = corruption is None and records_of(ordered).selection is None  # otherwise the rows are needed as arrays
     sizes = RUN_PIECES if is_run else ARRAY_PIECES
@@ -334,14 +296,13 @@ def make_order(ordered: Ordered, state: RunState) -> Order:
 
 
 def explicit_order(ordered: Ordered, numbers: ServedOrder, window_bytes: int | None) -> Order:
-    """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
+    """Return the order that serves these records, counted in stored order."""
     source = records_of(ordered)
     sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     return ExplicitOrder(sizes, numbers, window_bytes, source.storage.is_mapped)
 
 
 def order_options(state: RunState) -> OrderOptions:
-    """Return the state's options of the order. Raises ValueError for values that this release does not know."""
     return OrderOptions(
         seed=state.seed,
         shuffle=state.shuffle,
@@ -353,7 +314,6 @@ def order_options(state: RunState) -> OrderOptions:
 
 
 def epoch_records(source: Records) -> int:
-    """Return the number of records of an epoch, all ranks together."""
     mixture = source.mixture
     if mixture is not None:
         return int(mixture.epoch_records(mixture.part_records(source.shard_records)))
@@ -361,7 +321,6 @@ def epoch_records(source: Records) -> int:
 
 
 def mixture_values(source: Records) -> dict[str, Any] | None:
-    """Return the source's mixture as plain values for a state; None if the parts are not mixed."""
     mixture = source.mixture
     if mixture is None:
         return None
@@ -384,11 +343,7 @@ EPOCHS_WITHOUT_NEWS = 3
 
 
 class ReadClock:
-    """Maps positions of an epoch, from `start` on, to the clock. Immutable.
-
-    Args:
-        begins, ends: int64[g], positions of the epoch between which each group is read.
-    """
+    """Maps positions of an epoch, from `start` on, to the clock. A group is read between its begin and its end."""
 
     def __init__(
         self, start: int, begins: NDArray[np.int64], ends: NDArray[np.int64], n_bytes: NDArray[np.int64]
@@ -406,16 +361,14 @@ class ReadClock:
         return round(float(self._bytes[-1]))
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the clock when all records before each position were served: int64[n]."""
         return np.round(np.interp(positions, self._bounds, self._bytes)).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardUses:
-    """The shards that a rank reads in one epoch, and when. Immutable.
+    """The shards that a rank reads in one epoch, and when.
 
-    begins, ends: int64[n_shards], positions of the epoch between which each shard is in use; NEVER and 0 if it is not
-    read.
+    begins, ends: int64[n_shards], positions of the epoch between which each shard is in use; NEVER and 0: not read.
     """
 
     begins: NDArray[np.int64]
@@ -456,10 +409,8 @@ def make_reading_plan(
 ) -> ReadingPlan:
     """Return the reading plan of a rank.
 
-    Args:
-        later: The rank's shares of the later epochs. They are examined until all shards of this epoch are found again
-            and EPOCHS_WITHOUT_NEWS further epochs show no new shard, at most MAX_EPOCHS_AHEAD.
-        max_shards: Maximum of shards examined over all later epochs; at least one epoch is examined.
+    later: The rank's shares of the later epochs, examined until all shards of this epoch are found again and
+    EPOCHS_WITHOUT_NEWS further epochs show no new shard, or max_shards were examined.
     """
     n_shards = len(uses.ends)
     next_read = np.full(n_shards, NEVER)
@@ -485,7 +436,6 @@ def make_reading_plan(
 
 
 def cost_of(share: OrderShare, n_shards: int) -> int:
-    """Return the cost of examining one epoch, in shards."""
     return n_shards + _SHARDS_A_STREAM * len(share.rank_plan.streams)
 
 
@@ -616,11 +566,7 @@ class ReadingPlanPublisher:
         return source.storage.publish_plan(replace(plan, reader=self._reader(share)))
 
     def _reader(self, share: OrderShare) -> str:
-        """Return ReadingPlan.reader; "" for a single rank.
-
-        One of several ranks ends its epoch first. The cache remembers what that rank reads next, so that the other
-        ranks do not evict it.
-        """
+        """Return ReadingPlan.reader: of a rank that ends its epoch first, the others keep what it reads next."""
         rank_plan, parts = share.rank_plan, [(part.dataset_id, part.selection) for part in self._source.parts]
         beside = rank_plan.world_size > 1
         seed = self._state.following(0).seed  # the same in all epochs of the run

@@ -47,7 +47,7 @@ _SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
 class _SectionRows:
     """Rows of a piece that lie in one section: their indices in the piece (None: all rows) and their positions.
 
-    at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
+    first_blocks: number in the piece of each window's first block.
     """
 
     section: Section
@@ -64,7 +64,6 @@ class _SectionRows:
         return self.section.run(first, first + len(self.at)) if self.first_blocks == (0,) else None
 
     def find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return block (numbered as in the piece) and row of each row. There must be at least one row."""
         block, row = _rows_at(self.section, self.at)
         counts = [len(window.blocks) for window in self.section.windows]
         first = self.first_blocks[0]
@@ -81,11 +80,9 @@ class _SectionRows:
 class Piece:
     """Rows in served order during which the windows of the rank's streams do not change. Immutable.
 
-    Attributes:
-        windows: Windows of one or several streams, each once (streams of a mixture share the windows of a small part).
-            A window is in all pieces from its first row to its last, as the same object, even if a piece in between has
-            no row of it.
-        needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
+    windows: Each once (streams of a mixture share the windows of a small part), and in all pieces from its first row
+    to its last, as the same object. needed: bool[n_blocks] for each: blocks that this piece or later pieces of the
+    window need.
     """
 
     windows: tuple[AnyWindow, ...]
@@ -96,16 +93,10 @@ class Piece:
 
     @property
     def run(self) -> RowRun | None:
-        """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
         return self._rows_of_sections[0].run if len(self._rows_of_sections) == 1 else None
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the locations of the rows, computed at the first call and kept. The caller must not write to them.
-
-        Returns:
-            block: uint32[n_rows], numbered through the blocks of all windows; row: uint32[n_rows], the row inside its
-            block.
-        """
+        """Return (block, row), uint32[n_rows], computed at the first call and kept: read-only for the caller."""
         if not self._found:
             self._found.append(self._find())
         return self._found[0]
@@ -179,10 +170,6 @@ class _Cutter:
         return isinstance(self._order.section_at(cursor.stream, int(cursor.at[0])), Window)
 
     def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
-        """Yield the pieces of consecutive rows.
-
-        positions: Position of each row; is_last: whether no rows follow.
-        """
         cursors = _cursors(positions, self._order.n_streams)
         start, n = 0, len(positions)
         last_position = None if is_last else int(positions[-1])
@@ -212,7 +199,6 @@ class _Cutter:
         return _n_before(cursor.at, section.stop)
 
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
-        """Return the piece of the rows [start, stop) and advance the streams."""
         rows_of_sections: list[_SectionRows] = []
         needed: dict[AnyWindow, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[AnyWindow, int] = {}
@@ -236,7 +222,6 @@ class _Cutter:
         return Piece(tuple(needed), stop - start, tuple(needed.values()), tuple(rows_of_sections))
 
     def _drop_served(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
-        """Drop sections that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream, (section, _) in list(self._held.items()):
             cursor = by_stream.get(stream)
@@ -334,13 +319,7 @@ def locate(order: Order, position: int) -> RecordLocation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrayPiece:
-    """Rows whose locations are arrays, with the other attributes of an `epoch.Piece`. Immutable.
-
-    Attributes:
-        block: uint32[n], numbered through the blocks of all windows.
-        row: uint32[n], row inside the block.
-        replaced: int64[m], rising, the rows whose records are replaced.
-    """
+    """Rows whose locations are arrays, with the attributes of a Piece. replaced: rows whose records are replaced."""
 
     windows: tuple[AnyWindow, ...]
     needed: tuple[NDArray[np.bool_], ...]
@@ -379,7 +358,6 @@ BLOCK_GAP_BYTES = 128 << 10
 
 
 def is_worth_slicing(piece: AnyPiece) -> bool:
-    """Return whether the blocks of an epoch's first piece are so many that its first batch should not wait for all."""
     n_bytes = sum(int(w.block_bytes[needed].sum()) for w, needed in zip(piece.windows, piece.needed, strict=True))
     return n_bytes > MIN_SLICES * SLICE_BYTES
 
@@ -405,7 +383,6 @@ def start_slices(piece: AnyPiece, n_rows: int) -> Iterator[ArrayPiece]:
 
 
 def shards_of(window: AnyWindow, needed: NDArray[np.bool_]) -> list[int]:
-    """Return the shards of the needed blocks of a window, in the order in which the window names them."""
     return list(dict.fromkeys(window.shards[needed].tolist()))
 
 
@@ -423,7 +400,6 @@ def blocks_by_shard(window: AnyWindow, needed: NDArray[np.bool_]) -> list[tuple[
 
 
 def _with_short_gaps(blocks: list[int], longest_gap: int) -> list[int]:
-    """Return block numbers, sorted, with those between them where at most longest_gap blocks are missing."""
     ordered = sorted(blocks)
     with_gaps = ordered[:1]
     for block in ordered[1:]:

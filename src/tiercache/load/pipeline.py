@@ -81,7 +81,6 @@ class SelfClosing(ABC):
 
     @property
     def is_forked_copy(self) -> bool:
-        """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
 
     @abstractmethod
@@ -97,10 +96,7 @@ class SelfClosing(ABC):
 class ClosingPipeline(SelfClosing):
     """The batches of one epoch, in order, as one stage makes them.
 
-    Attributes:
-        corrupt_shard: Shard that take() found corrupt before it raised CorruptShard; an image that cannot be decoded
-            does not set it.
-        fast_take: Function that does the work of take() in one native call; None: there is none.
+    corrupt_shard: Shard that take() found corrupt before it raised CorruptShard; an undecodable image does not set it.
     """
 
     corrupt_shard: int | None = None
@@ -175,13 +171,9 @@ class Pipeline(ClosingPipeline):
         self._planner.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """Return the next batch; None at the end of the epoch.
+        """Return the next batch; None at the end of the epoch. A negative timeout_s waits without a limit.
 
-        Raises:
-            TierCacheError: A shard is corrupt or a store failed; all batches before it were served.
-            Exception: Any other error of the planner, as it was raised.
-            TimeoutError: timeout_s passed; a negative value waits without a limit.
-            RuntimeError: The pipeline is closed, or a forked child called.
+        Errors come after all batches before them. RuntimeError: the pipeline is closed, or a forked child called.
         """
         # Another thread of the parent may have held the lock, and that thread does not exist in the child.
         if self.is_forked_copy:
@@ -226,14 +218,11 @@ class Pipeline(ClosingPipeline):
 
     @property
     def n_taken(self) -> int:
-        """See ClosingPipeline. The ring counts a batch that Ctrl-C lost; no other counter does."""
+        """The ring counts a batch that Ctrl-C lost; no other counter does."""
         return self._inputs.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     def figures(self) -> dict[str, float]:
-        """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads.
-
-        unpinned: Number of batches that did not fit into the slots of pinned memory.
-        """
+        """Return the counters of take(). skipped: replaced records; unpinned: batches larger than pinned slots."""
         ring = self._ring.figures()
         return {
             "samples": self._taker.samples,
@@ -272,7 +261,6 @@ class Pipeline(ClosingPipeline):
         return batch
 
     def _replaced(self, start: int, stop: int) -> dict[int, RecordLocation]:
-        """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
         replacements: dict[int, RecordLocation] = {}
         replaced_pieces = self._shared.replaced_pieces
         for first, piece in list(replaced_pieces):  # the planner may append at any time
@@ -298,10 +286,7 @@ class Pipeline(ClosingPipeline):
         return self._waited.popleft()
 
     def _next_filled(self, timeout_s: float) -> Slot | int:
-        """Return the next slot, or a status. See _next_slot.
-
-        While the consumer reads this slot's batch, threads fill the lists of the slot after it.
-        """
+        """Return the next slot, or a status. Meanwhile threads fill the lists of the slot after it."""
         slot: Slot | int | Exception
         if self._ahead:
             self._inputs.waits.add_zero()
@@ -333,7 +318,6 @@ class Pipeline(ClosingPipeline):
         return slot
 
     def _stop(self, status: int, timeout_s: float) -> None:
-        """Raise the error that a status stands for; return at the end of the epoch."""
         if status == END or (status == CLOSED and self._shared.ended):  # again, if Ctrl-C came before
             self._shared.ended = True
             self.close()
@@ -347,7 +331,6 @@ class Pipeline(ClosingPipeline):
         raise TimeoutError(f"no batch within {timeout_s} s")
 
     def _with_objects(self, batch: Batch, slot: Slot) -> Batch:
-        """Return the batch with its ARROW columns, in the schema's order."""
         locations = list(self._locations(slot.first_row, slot.first_row + slot.n_rows))
         for name, index in self._assembler.object_columns:
             values = [_value(loaded, block, row, index) for loaded, block, row in locations]
@@ -417,7 +400,6 @@ class Pipeline(ClosingPipeline):
         return CorruptShard(text, url=source.url)
 
     def _too_long(self, start: int, stop: int) -> SchemaError | None:
-        """Return the error of the first row of [start, stop) of the sequence that is longer than a max_length."""
         share, source, output_spec = self._inputs.share, self._inputs.source, self._inputs.output_spec
         replaced = self._replaced(start, stop)
 
@@ -451,7 +433,6 @@ def _stored_location(loaded: LoadedWindow, block: int, row: int) -> RecordLocati
 
 
 def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None], block: int, row: int) -> str | None:
-    """Return the fault in one row of a stream (kind, width, addresses, checks); None if the row can be served."""
     kind, width, addresses, _ = stream
     location = (np.array([block], np.uint32), np.array([row], np.uint32))
     try:
@@ -481,10 +462,7 @@ _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 def bad_value(
     schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column]
 ) -> SchemaError | CorruptShard | None:
-    """Return the error of a row that can be read and has an invalid value; None if there is none.
-
-    casts: Served columns by name; then only their values are checked, for one that the served dtype cannot represent.
-    """
+    """Return the error of a readable row with an invalid value, or with one that a served dtype of `casts` lacks."""
     for column, read in loaded.columns_of_row(schema, block, row):
         try:
             if column.name in casts:
@@ -507,11 +485,8 @@ THREAD_END_S = 1.0
 class StageJob:
     """A batch in a stage. The queue's lock guards what the threads of the stage change.
 
-    Attributes:
-        n_rows: Number of its records; 0: there is no batch, because the epoch ends or the stage before failed.
-        n_bytes: Bytes that the stage before served for it.
-        n_replaced: Number of its records that replace corrupt ones.
-        n_left: Number of tasks of the stage that are not done; 0: the consumer may take the batch.
+    n_rows: 0 if there is no batch, because the epoch ends or the stage before failed; n_left: tasks of the stage that
+    are not done.
     """
 
     batch: Any = None
@@ -553,16 +528,12 @@ class StageQueue(Generic[JobT]):
         return self._is_closed
 
     def wait_for_room(self, has_worker: Callable[[], bool] = lambda: True) -> bool:
-        """Wait until a batch may be added. Returns False once no batch may be added any more.
-
-        has_worker: Function that says whether a worker can take the batch; after it has changed call wake().
-        """
+        """Wait until a batch may be added; False: none any more. After a change of has_worker() call wake()."""
         with self._lock:
             self._room.wait_for(lambda: self._has_ended or (len(self._jobs) < self._ahead and has_worker()))
             return not self._has_ended
 
     def add(self, job: JobT) -> None:
-        """Append a batch. One without records is the last one."""
         with self._lock:
             self._has_ended = self._has_ended or not job.n_rows
             if not self._is_closed:
@@ -571,18 +542,11 @@ class StageQueue(Generic[JobT]):
             self.wake()
 
     def fail(self, error: BaseException) -> None:
-        """Raise an error in place of the first batch that is not done; no batch is added any more."""
         with self._lock:
             self._error, self._has_ended = self._error or error, True
             self.wake()
 
     def next_done(self, timeout_s: float | None) -> StageJob:
-        """Wait for the oldest batch and return it.
-
-        Raises:
-            TimeoutError: timeout_s passed.
-            RuntimeError: The queue is closed.
-        """
         with self._lock:
             if not self._ready.wait_for(lambda: self._is_closed or self._error or self._is_first_done(), timeout_s):
                 raise TimeoutError(f"no batch within {timeout_s} s")
@@ -601,7 +565,6 @@ class StageQueue(Generic[JobT]):
             self._room.notify_all()
 
     def close(self) -> None:
-        """Wake all threads; nothing is added or returned any more."""
         with self._lock:
             self._is_closed = self._has_ended = True
             dropped, self._jobs = self._jobs, deque()
@@ -658,7 +621,6 @@ class StagePipeline(LaterStage):
             thread.start()
 
     def take(self, timeout_s: float = -1.0) -> Any:
-        """Return the next batch; None at the end of the epoch. Raises as Pipeline.take(), and the stage's errors."""
         self._check_not_forked()
         start_s = time.perf_counter()
         job = self._queue.next_done(None if timeout_s < 0 else timeout_s)
@@ -677,7 +639,6 @@ class StagePipeline(LaterStage):
         return job.batch
 
     def close(self) -> None:
-        """End all threads; batches that were taken stay valid. See Pipeline.close."""
         if self.is_forked_copy:
             return
         self._queue.close()
@@ -694,7 +655,6 @@ class StagePipeline(LaterStage):
         return self._first_batch + self._queue.n_taken
 
     def figures(self) -> dict[str, float]:
-        """See Pipeline.figures, for the batches handed out; also the time that the stage worked on batches."""
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
         busy = {f"{self._name}_ns": self._queue.busy_ns}
         return {**self._before.figures(), **handed_out, **busy, "skipped": self._n_replaced}

@@ -42,11 +42,8 @@ def cut_load_tasks(
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Cut the needed blocks of a window into load tasks, each the indices of blocks of one shard, in its order.
 
-    A thread takes the next task when its last one is done, so all threads are busy to the end, whatever the shards.
-
-    Returns:
-        Whole shards that are only mapped; and the tasks of reading, fetching or decoding, of about the same size and at
-        most MAX_TASK_BYTES unless a task is a single block. Shards are in the order in which the window names them.
+    Returns whole shards that are only mapped; and the tasks of reading, fetching or decoding, of about the same size
+    and at most MAX_TASK_BYTES unless a task is a single block.
     """
     indices = np.flatnonzero(needed)
     if not len(indices):
@@ -70,7 +67,6 @@ def task_bytes(n_bytes: int, n_threads: int) -> int:
 
 
 def _cut(run: NDArray[np.int64], window: AnyWindow, limit_bytes: int) -> list[NDArray[np.int64]]:
-    """Cut a shard's blocks into load tasks of about the same size, at most limit_bytes unless a block is larger."""
     sums = np.cumsum(window.block_bytes[run])
     n_tasks = -(-int(sums[-1]) // limit_bytes)
     share = -(-int(sums[-1]) // max(n_tasks, 1))
@@ -90,7 +86,6 @@ MIN_LOAD_THREADS, MIN_REQUEST_THREADS = 4, 16
 
 
 def loading_pool(n_threads: int, *, sends_requests: bool = False) -> ThreadPoolExecutor:
-    """Return the threads that load windows, beside n_threads gather threads; they start with the first task."""
     least = MIN_REQUEST_THREADS if sends_requests else MIN_LOAD_THREADS
     return ThreadPoolExecutor(max(least, n_threads), "tiercache-load")
 
@@ -126,15 +121,13 @@ class LoadedWindow:
 
     @property
     def private_bytes(self) -> int:
-        """Bytes of memory that are neither mapped nor shared: data that was read or decoded."""
+        """Memory that is neither mapped nor shared: data that was read or decoded."""
         return sum(blocks.private_bytes for blocks in self.block_groups)
 
     def covers(self, needed: NDArray[np.bool_]) -> bool:
-        """Whether all of these blocks are loaded. needed: bool[n_blocks]."""
         return bool((self.group_of_block[needed] >= 0).all())
 
     def stored_block(self, block: int) -> int:
-        """Return the number of a block in its shard."""
         return int(self.block_groups[self.group_of_block[block]].blocks[self.position[block]])
 
     def columns_of_row(
@@ -153,16 +146,12 @@ class LoadedWindow:
             first = stop
 
     def value(self, block: int, row: int, column: int) -> object:
-        """Return a record's value of an ARROW column as Python objects. column: its index among the served columns."""
         blocks = self.block_groups[self.group_of_block[block]]
         return blocks.array(int(self.position[block]), blocks.columns[column])[int(row)].as_py()
 
 
 class JoinedWindows:
-    """Windows whose rows are served together; their blocks are numbered through, one window after the other.
-
-    windows: in that order; addresses: uint64[n_streams, n_blocks, 3] of all windows, valid while this object lives.
-    """
+    """Windows whose rows are served together; their blocks are numbered through, one window after the other."""
 
     def __init__(self, windows: Sequence[LoadedWindow]) -> None:
         self.windows = tuple(windows)
@@ -185,7 +174,6 @@ class JoinedWindows:
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
-        """Checks that the blocks of all windows still need. See LoadedWindow.checks."""
         parts = [loaded.checks for loaded in self.windows]
         if len(parts) == 1 or all(part is None for part in parts):
             return parts[0]
@@ -200,10 +188,7 @@ class JoinedWindows:
 
 @dataclass(frozen=True, slots=True)
 class LoadThreads:
-    """Threads that load windows: an executor with n_threads that wait for stores and decode, and a stop signal.
-
-    stop: Future that ends all waiting; limit_bytes: memory limit of the whole process.
-    """
+    """Threads that load windows. stop: ends all waiting; limit_bytes: memory limit of the whole process."""
 
     executor: Executor
     stop: Future[None]
@@ -211,7 +196,7 @@ class LoadThreads:
     limit_bytes: int
 
     def result(self, future: Future[T]) -> T:
-        """Return the future's result, or raise its error. Raises CancelledError if stop is done first."""
+        """Return the future's result. Raises CancelledError if stop is done first."""
         watched: tuple[Future[Any], ...] = (future, self.stop)
         wait(watched, return_when=FIRST_COMPLETED)
         if not future.done():
@@ -248,12 +233,7 @@ class WindowLoad:
         self._tasks = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in tasks]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
-        """Return the window when all of it is loaded. May be called once.
-
-        Raises:
-            CorruptShard, StoreError: See `ShardReader.load_blocks`.
-            CancelledError: The pipeline stopped.
-        """
+        """Return the window when all of it is loaded. May be called once."""
         n_blocks, base = len(self.window.blocks), self._base
         groups: tuple[Blocks, ...] = ()
         addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
@@ -330,7 +310,6 @@ class MemoryPressure:
 
     @property
     def has_measured(self) -> bool:
-        """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
 
     @property
@@ -365,7 +344,6 @@ class MemoryPressure:
             start = stop
 
     def explain(self, url: str) -> str:
-        """Return the text of the warning, with its numbers."""
         return (
             f"{url}: the windows that are served together take {format_bytes(self._need_bytes)} when decoded, and two "
             f"such sets do not fit the {format_bytes(2 * self._room_bytes)} for windows (half of the memory limit), so "
@@ -375,7 +353,6 @@ class MemoryPressure:
 
     @property
     def _share(self) -> float:
-        """Share of a block's raw bytes that takes memory of its own."""
         return self._private_bytes / self._raw_bytes if self._raw_bytes else 1.0
 
     def _decoded_bytes(self, window: AnyWindow, needed: NDArray[np.bool_]) -> int:
@@ -390,7 +367,6 @@ class MemoryPressure:
         return int(self._share * int(window.block_bytes[needed & np.isin(window.shards, away)].sum()))
 
     def _fitting(self, block: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:
-        """Return how many of the first rows need blocks that fit together."""
         blocks, first = np.unique(block, return_index=True)
         turn = np.argsort(first)
         needed = np.cumsum(sizes[blocks[turn]]) * self._share
@@ -426,11 +402,7 @@ class PagePrefetcher:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
         Pages without room are read when their rows are gathered; for shuffled rows the kernel then does not read their
-        neighbours. The pages of earlier windows that are no longer served may be evicted.
-
-        Returns:
-            A future of the number of bytes read for each Blocks. A range that cannot be read is not an error here: the
-            gather finds it and names it.
+        neighbours. A range that cannot be read is not an error here: the gather finds it and names it.
         """
         if not _LINUX or not windows:
             return []  # The advice numbers are Linux's.
@@ -474,7 +446,6 @@ def is_in_memory(blocks: Blocks) -> bool:
 
 
 def cut_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES."""
     return [
         (max(at, start), min(at + STEP_BYTES, start + n_bytes) - max(at, start))
         for start, n_bytes in pages.tolist()
@@ -498,7 +469,6 @@ def _expect_single_rows(pages: NDArray[np.uint64]) -> None:
 
 
 def _read(blocks: Blocks, stop: Future[None]) -> int:
-    """Read and map the pages of blocks step by step; return the number of bytes done."""
     steps = cut_steps(blocks.pages)
     # The disk gets all requests at once; the steps then wait for them.
     for address, n_bytes in steps:
