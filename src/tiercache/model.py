@@ -25,15 +25,9 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 60
 
 
 def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
-    """Return a size in bytes.
+    """Return a size in bytes, given as a number or as a text such as "8KB" or "256MiB". Raises ValueError, TypeError.
 
-    Args:
-        size: Number of bytes, or a text such as "8KB" or "256MiB", or "80%" if whole_bytes is given.
-        whole_bytes: Bytes that 100% stands for; None: percentages are not allowed.
-
-    Raises:
-        ValueError: The text is not a size, or the size is negative, above 100 % or above 4 EiB.
-        TypeError: The size is neither int nor str.
+    whole_bytes: Bytes that 100% stands for, in a text such as "80%"; None: percentages are not allowed.
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise TypeError(f"a size is an int (bytes) or a str such as '256MiB', got {size!r}")
@@ -60,11 +54,7 @@ def _possible(n_bytes: float, size: int | str) -> int:
 
 
 def parse_duration(text: int | float | str) -> float:
-    """Return a duration in seconds, from a number of seconds or a text such as "30s", "5m", "24h", "7d".
-
-    Raises:
-        ValueError: The text is not a duration.
-    """
+    """Return a duration in seconds, from a number of seconds or a text such as "30s", "24h". Raises ValueError."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         return float(text)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|w)\s*", str(text))
@@ -74,11 +64,7 @@ def parse_duration(text: int | float | str) -> float:
 
 
 def parse_bool(value: object) -> bool:
-    """Return the truth value of a bool or of a text: true, 1, yes, on, y and their opposites, in any case.
-
-    Raises:
-        ValueError: The value is none of these.
-    """
+    """Return the truth value of a bool or of a text: true, 1, yes, on, y and their opposites. Raises ValueError."""
     text = str(value).strip().lower()
     if text in ("true", "1", "yes", "on", "y"):
         return True
@@ -120,33 +106,21 @@ class ByteRange:
 
     @property
     def n_bytes(self) -> int:
-        """Length of the range in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """Metadata of an object as its store reports it; None for a field that the store does not report.
-
-    Attributes:
-        key: Key of the object.
-        n_bytes: Size of the object.
-        etag: Entity tag.
-        version: Version id of the object.
-        crc32c: Checksum of the whole object.
-        modified_s: Time of the last change by the store's clock, in seconds since the Unix epoch.
-        storage_class: Storage class.
-        restore: State of a restore from archive storage, as the store reports it.
-    """
+    """Metadata of an object as its store reports it; None for a field that the store does not report."""
 
     key: str
     n_bytes: int
     etag: str | None = None
     version: str | None = None
-    crc32c: int | None = None
-    modified_s: float | None = None
+    crc32c: int | None = None  # of the whole object
+    modified_s: float | None = None  # by the store's clock, in seconds since the Unix epoch
     storage_class: str | None = None
-    restore: str | None = None
+    restore: str | None = None  # state of a restore from archive storage, as the store reports it
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +135,13 @@ class ShardIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One shard: a row of a segment of a data set.
+    """One shard: a row of a segment of a data set."""
 
-    Attributes:
-        name: Key relative to the data set's URL.
-        shard_id: Id of the shard, lower-case hex.
-        n_records: Number of records.
-        n_bytes: Size of the file.
-        crc32c: Checksum of the whole file.
-        footer_offset: Offset of the footer in the file.
-        footer_bytes: Size of the footer.
-    """
-
-    name: str
-    shard_id: str
+    name: str  # key relative to the data set's URL
+    shard_id: str  # lower-case hex
     n_records: int
     n_bytes: int
-    crc32c: int
+    crc32c: int  # of the whole file
     footer_offset: int
     footer_bytes: int
 
@@ -188,19 +152,12 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class SourcePart:
-    """Records that a source reads from one data set. Equal parts in equal order are equal records in equal order.
-
-    Attributes:
-        dataset_id: Id of the data set, the same for all its versions.
-        version: Number of the version.
-        fingerprint: Fingerprint of the version's contents.
-        selection: Hash of the selected records; None: all records.
-    """
+    """Records that a source reads from one data set. Equal parts in equal order are equal records in equal order."""
 
     dataset_id: str
     version: int
     fingerprint: str
-    selection: str | None = None
+    selection: str | None = None  # hash of the selected records; None: all records
 
 
 class CloseListener(Protocol):
@@ -218,22 +175,15 @@ NEVER = 1 << 62
 class ReadingPlan:
     """When a job reads each shard, by the job's clock: stored bytes of shards read since its epoch began.
 
-    Attributes:
-        owner: Description for people: "rank 0 of 2, epoch 3, seed 7".
-        shards: int64[m], numbers of the shards, each once, ascending.
-        first: int64[m], clock of a shard's first read in this epoch; NEVER if this epoch does not read it.
-        last: int64[m], clock at which a shard has been read for the last time in this epoch; NEVER where `first` is
-            NEVER.
-        first_later: int64[m], clock of a shard's first read in a later epoch; NEVER if that lies beyond the horizon.
-        reader: Id that is the same in all epochs of a rank if other ranks read the same shards: its next reads stay
-            published for a while after its epoch has ended. Empty: nothing stays published.
+    reader: Id that is the same in all epochs of a rank if other ranks read the same shards: its next reads stay
+    published for a while after its epoch has ended. Empty: nothing stays published.
     """
 
-    owner: str
-    shards: NDArray[np.int64]
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-    first_later: NDArray[np.int64]
+    owner: str  # for people: "rank 0 of 2, epoch 3, seed 7"
+    shards: NDArray[np.int64]  # [m], each once, ascending
+    first: NDArray[np.int64]  # [m], clock of the first read in this epoch; NEVER if there is none
+    last: NDArray[np.int64]  # [m], clock at which it has been read for the last time in this epoch, or NEVER
+    first_later: NDArray[np.int64]  # [m], clock of the first read in a later epoch; NEVER beyond the horizon
     reader: str = ""
 
 

@@ -108,11 +108,8 @@ def _draw_seed() -> int:
 def use_key(seed: int, epoch: int, position: int, kind: Literal["record", "batch"] = "record") -> Key:
     """Return a context in which rng() returns the random numbers of a key, in this thread.
 
-    Args:
-        seed: Seed of the run, any integer.
-        epoch: Number of the epoch.
-        position: Position in the epoch's order of the record, or of the first record of the batch.
-        kind: "record" or "batch". A batch and its first record have the same position and different numbers.
+    position: That of the record, or of the first record of the batch, in the epoch's order. A batch and its first
+    record have the same position and different numbers.
     """
     return Key((kind, seed, epoch, position))
 
@@ -123,13 +120,7 @@ def use_fresh_key() -> AbstractContextManager[Any]:
 
 
 def seed_global_generators(seed: int, epoch: int, position: int) -> None:
-    """Seed the global generators of torch (on the CPU), NumPy and Python with the key of a batch, in a worker process.
-
-    Args:
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-        position: Position of the batch's first record in the epoch's order.
-    """
+    """Seed the global generators of torch (on the CPU), NumPy and Python with the key of a batch, in a worker."""
     of_batch = _seeds_of("batch", seed, epoch, position)[1]
     import_module("torch").default_generator.manual_seed(of_batch)
     import_module("numpy").random.seed(of_batch & 0xFFFFFFFF)

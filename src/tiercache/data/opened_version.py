@@ -159,11 +159,8 @@ class CopyNames:
 class VersionStores:
     """Stores through which one process reads a data set. Safe from any thread and in a forked child.
 
-    Attributes:
-        inner: The data set's own store.
-        placed: Store that redirects reads of moved shards, as the placement log says.
-        store: Store to read from: the cache around `placed`, or `placed` itself.
-        uses: Reports which shards this process reads, if the data set is tracked.
+    inner is the data set's own store; placed redirects reads of moved shards, as the placement log says; store is the
+    cache around placed, or placed itself. uses reports which shards this process reads, if the data set is tracked.
     """
 
     def __init__(self, location: DatasetLocation) -> None:
@@ -282,8 +279,6 @@ logger = logging.getLogger("tiercache")
 
 @dataclass(frozen=True, slots=True)
 class VersionSpec:
-    """Spec of an opened version: its location, its number, and the names of the columns in order."""
-
     location: DatasetLocation
     version: int
     columns: tuple[str, ...]
@@ -663,7 +658,6 @@ class Storage:
 
     @property
     def has_cache(self) -> bool:
-        """Whether a cache is in use for any version; publish() gives that cache the reading plan."""
         return any(version.stores.has_cache for version in self.versions)
 
     @property

@@ -159,13 +159,10 @@ class Padded:
         return longest if self.multiple_of == 1 else -(-max(longest, 1) // self.multiple_of) * self.multiple_of
 
     def stored_value(self, column: Column) -> npt.NDArray[Any]:
-        """Return `value` as a stored element, an array of no dimension.
+        """Return `value` as a stored element, an array of no dimension. Raises SchemaError if it does not fit.
 
         Args:
             column: Column, as it is served.
-
-        Raises:
-            SchemaError: The column's dtype cannot represent the value.
         """
         if isinstance(self.value, int | float) and self.value == 0:  # bool columns take it too
             return np.zeros((), column.stored)
@@ -196,20 +193,13 @@ class OutputSpec:
     """The output settings of columns that are not served in the usual way. Immutable; pickles to little more than that.
 
     Create it with `of`, which checks the settings.
-
-    Attributes:
-        layouts: Column -> layout, only for columns that are not lists.
-        nulls: Column -> fill value, only for columns without a mask.
-        decode: Column -> how its images are decoded.
-        cast: Column -> dtype, only for columns with another stored dtype.
-        names: Names of the entries of a tuple, if records and batches are tuples; else None.
     """
 
-    layouts: Mapping[str, ServedLayout | Padded] = field(default_factory=dict)
-    nulls: Mapping[str, Any] = field(default_factory=dict)
+    layouts: Mapping[str, ServedLayout | Padded] = field(default_factory=dict)  # only of columns that are not lists
+    nulls: Mapping[str, Any] = field(default_factory=dict)  # fill values, only of columns without a mask
     decode: Mapping[str, DecodeImage] = field(default_factory=dict)
-    cast: Casts = field(default_factory=dict)
-    names: tuple[str, ...] | None = None
+    cast: Casts = field(default_factory=dict)  # only of columns with another stored dtype
+    names: tuple[str, ...] | None = None  # of the entries of a tuple; None: dicts
 
     @staticmethod
     def of(
@@ -611,11 +601,8 @@ class ReadRecords(Sequence[Any]):
     """Records that were read together; `columns` holds the same rows by column.
 
     `Dataset.__getitems__` returns it to torch's fetcher. `tiercache.collate` uses `columns`, so the records are made
-    only for other collate functions, at the first access. One thread at a time uses it.
-
-    Attributes:
-        as_gathered: Whether `columns` still equal the records: no record was accessed, so none can have been changed.
-        number: Function that names a record in an error.
+    only for other collate functions, at the first access. One thread at a time uses it. as_gathered: No record was
+    accessed, so none can have been changed.
     """
 
     def __init__(
@@ -638,21 +625,13 @@ class ReadRecords(Sequence[Any]):
 
 @dataclass(frozen=True, slots=True)
 class NativeAccess:
-    """What a tiercache data set gives to the loader, by its method `__tiercache__`.
-
-    Attributes:
-        source: The records that are read.
-        output_spec: Layouts, fill values, casts and decoders of the columns.
-        transform: Function of a record that the data set applies, or None.
-        batch_transform: Function of a batch that a loader applies, or None.
-        overrides_access: Whether the data set's class overrides how records are read.
-    """
+    """What a tiercache data set gives to the loader, by its method `__tiercache__`."""
 
     source: Records
     output_spec: OutputSpec
     transform: Callable[[Record], Any] | None
     batch_transform: Callable[[Any], Any] | None
-    overrides_access: bool
+    overrides_access: bool  # whether the data set's class overrides how records are read
 
     @property
     def is_plain(self) -> bool:

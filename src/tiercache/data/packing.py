@@ -154,19 +154,12 @@ def _packed_schema(options: SequenceOptions) -> Schema:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackIndex:
-    """Units and rows of all shards: about 24 bytes for each unit, nothing for each document. Immutable.
+    """Units and rows of all shards: about 24 bytes for each unit, nothing for each document. Immutable."""
 
-    Attributes:
-        first_unit: int64[n_shards + 1], number of units before each shard, then of all.
-        n_blocks: int64[n_units], consecutive stored blocks of each unit.
-        n_rows: int64[n_units].
-        n_tokens: Stored tokens of all documents.
-    """
-
-    first_unit: NDArray[np.int64]
-    n_blocks: NDArray[np.int64]
-    n_rows: NDArray[np.int64]
-    n_tokens: int
+    first_unit: NDArray[np.int64]  # [n_shards + 1], units before each shard, then of all
+    n_blocks: NDArray[np.int64]  # [n_units], consecutive stored blocks of each unit
+    n_rows: NDArray[np.int64]  # [n_units]
+    n_tokens: int  # stored tokens of all documents
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = [np.diff(self.first_unit), self.n_blocks, self.n_rows]
@@ -256,12 +249,8 @@ def _check(blocks: Blocks) -> None:
 class PackedVersion:
     """Packed rows of the documents of one version: a `Leaf`. Safe from any thread.
 
-    Args:
-        below: Documents: records of one version, in stored order.
-        options: How they are packed.
-        index: Index that an equal object has made. None: the index is made now. In mode "concatenate" that reads the
-            footers of all shards; otherwise also the lengths of all documents.
-        columns: Names of the columns to serve. None: all.
+    below: Documents: records of one version, in stored order. index: Index that an equal object has made. None: it is
+    made now, from the footers of all shards, and in other modes than "concatenate" from the lengths of all documents.
     """
 
     def __init__(
@@ -341,10 +330,7 @@ class PackedVersion:
         return slice(int(self.index.first_unit[shard]), int(self.index.first_unit[shard + 1]))
 
     def load_blocks(self, shard: int, units: Sequence[int]) -> PackedBlocks:
-        """Load units of a shard: read and check their documents, and plan their rows.
-
-        Raises CorruptShard also if a unit has another number of rows than when the index was made.
-        """
+        """Load units of a shard: read and check their documents, and plan their rows."""
         return _read_checked(self.stored, shard, lambda: self._load(shard, units))
 
     def _load(self, shard: int, units: Sequence[int]) -> PackedBlocks:
@@ -472,10 +458,7 @@ def _load_documents(
 def _document_ranges(
     inner: Blocks, block: NDArray[np.uint32], row: NDArray[np.uint32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first token and the number of tokens of documents in loaded blocks of one column, int64[n] each.
-
-    Raises CorruptShard.
-    """
+    """Return the first token and the number of tokens of documents in loaded blocks of one column, int64[n] each."""
     source = inner.addresses[0]
     offsets = np.zeros((len(source), 3), np.uint64)
     offsets[:, 0] = source[:, 1]
@@ -604,10 +587,7 @@ def _too_long(options: SequenceOptions, n_tokens: int, below: Records, number: i
 
 
 def pack_records(source: Records, options: SequenceOptions) -> Records:
-    """Return the packed rows of documents. Joined data sets are packed one by one.
-
-    Raises SchemaError, ValueError and TypeError as `pack_sequences`.
-    """
+    """Return the packed rows of documents. Joined data sets are packed one by one. Raises as `pack_sequences`."""
     if source.mixture is not None:
         raise ValueError(
             "a mixture cannot be packed: pack the data sets, then mix() them. The weights then count rows, which all "

@@ -43,12 +43,9 @@ class Selection:
     """Record numbers of a source, each 0 or more, in served order; numbers may be repeated. Immutable.
 
     The sorted numbers are kept as runs, so a range costs the same whatever its length: 16 bytes per run, and 8 bytes
-    per record if the served order is neither stored order nor a `PermutedOrder`.
-
-    Attributes:
-        starts: int64[k], first number of each run; read-only.
-        first: int64[k + 1], count of numbers in the runs before each run; read-only.
-        order: int64[n], place in stored order of each served record; None: stored order.
+    per record if the served order is neither stored order nor a `PermutedOrder`. starts is the first number of each
+    run, first the count of numbers before it, and order the place in stored order of each served record (None: stored
+    order).
     """
 
     order: ServedOrder | None
@@ -423,15 +420,8 @@ class Records:
     """Records of opened versions in served order. Immutable; all methods may be called from any thread.
 
     The shards of all leaves are numbered one leaf after the other, whatever is selected. Shards and blocks without
-    selected records are never read, nor are their footers.
-
-    Attributes:
-        leaves: The versions that are read; a version that is joined several times is several leaves.
-        selection: Selected records, by their stored numbers in all leaves; None: all of them in stored order.
-        n_records: Number of served records. Of a mixture, a record counts as often as an epoch serves it.
-        first_record: int64[n_shards + 1], number of the selected records before each shard, then of all.
-        shard_records: int64[n_shards], number of the selected records of each shard.
-        shard_bytes: int64[n_shards], stored bytes of each whole shard.
+    selected records are never read, nor are their footers. first_record, shard_records and n_records count the selected
+    records; n_records of a mixture counts a record as often as an epoch serves it. selection None: all in stored order.
     """
 
     def __init__(
@@ -530,7 +520,6 @@ class Records:
         return float(np.average(np.array(ratios, np.float64), weights=n_rows))
 
     def load_blocks(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Load blocks of a shard with the served columns. See OpenedVersion.load_blocks."""
         leaf, number = self.storage.locate(shard)
         return leaf.load_blocks(number, blocks)
 
@@ -726,10 +715,7 @@ def _joined_selection(parts: Sequence[Records]) -> Selection | None:
 
 
 def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records:
-    """Return the parts mixed by weight. Record i is the record at position i of an unshuffled epoch.
-
-    Each part is taken in stored order, and again from its start after its end. Raises SchemaError and ValueError.
-    """
+    """Return the parts mixed by weight: record i is the record at position i of an unshuffled epoch."""
     # A mixture decides the order itself: explicit orders of the parts are dropped.
     parts = [part if part.record_order is None else part.with_step(StoredOrderStep()) for part in parts]
     joined = join(parts)

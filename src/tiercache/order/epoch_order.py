@@ -62,7 +62,6 @@ def _encode(value: int | str | bytes) -> tuple[bytes, bytes]:
 
 
 def permutation(key: bytes, n: int) -> NDArray[np.int64]:
-    """Return the whole permutation of [0, n) as int64[n]; n may be 0."""
     out = np.empty(n, np.uint64)
     if n:
         permute(key, n, 0, out)
@@ -101,27 +100,16 @@ MAX_GROUP_SHARDS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stream:
-    """Shards of one stream in the reading order of an epoch, cut into groups.
-
-    Attributes:
-        index: Number of the stream.
-        shards: int64[k], shard numbers in the data set; each shard occurs once in a stream.
-        row_start: int64[k], first row of each shard that belongs to the stream.
-        rows: int64[k + 1], cumulative rows of the shards that belong to the stream.
-        stored: int64[k + 1], cumulative stored bytes; of a shard that is cut, in proportion to its rows.
-        cuts: int64[m + 1], group i is shards [cuts[i], cuts[i + 1]).
-        group_starts: int64[m + 1], positions at which the groups begin, and the end of the stream.
-        is_cut: Whether a shard belongs to the stream only in part.
-    """
+    """Shards of one stream in the reading order of an epoch, cut into groups."""
 
     index: int
-    shards: NDArray[np.int64]
-    row_start: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    stored: NDArray[np.int64]
-    cuts: NDArray[np.int64]
-    group_starts: NDArray[np.int64]
-    is_cut: bool
+    shards: NDArray[np.int64]  # [k], numbers in the data set; each occurs once in a stream
+    row_start: NDArray[np.int64]  # [k], first row of each shard that belongs to the stream
+    rows: NDArray[np.int64]  # [k + 1], cumulative rows of the shards that belong to the stream
+    stored: NDArray[np.int64]  # [k + 1], cumulative stored bytes; of a shard that is cut, in proportion
+    cuts: NDArray[np.int64]  # [m + 1], group i is shards [cuts[i], cuts[i + 1])
+    group_starts: NDArray[np.int64]  # [m + 1], positions at which the groups begin, and the end
+    is_cut: bool  # whether a shard belongs to the stream only in part
 
     @property
     def group_shards(self) -> int:
@@ -135,33 +123,20 @@ _Number = TypeVar("_Number", np.int32, np.int64, np.uint32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """Blocks of a shard group in reading order.
-
-    Attributes:
-        index: Number of the group in its stream.
-        start: Position of the group's first record in the stream.
-        shards: int32[k], shard of each block.
-        blocks: int32[k], number of each block in its shard.
-        first: int64[k + 1], cumulative rows of the blocks.
-        raw_bytes: int64[k], decoded bytes of each block.
-        row_start: int64[k], first row of each block that belongs to the stream; None: 0 for all blocks.
-        cuts: First block of each window, and the end.
-    """
+    """Blocks of a shard group in reading order."""
 
     index: int
-    start: int
-    shards: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    first: NDArray[np.int64]
-    raw_bytes: NDArray[np.int64]
-    row_start: NDArray[np.int64] | None
-    cuts: NDArray[np.int64]
+    start: int  # position of the group's first record in the stream
+    shards: NDArray[np.int32]  # [k], shard of each block
+    blocks: NDArray[np.int32]  # [k], number of each block in its shard
+    first: NDArray[np.int64]  # [k + 1], cumulative rows of the blocks
+    raw_bytes: NDArray[np.int64]  # [k], of each block
+    row_start: NDArray[np.int64] | None  # [k], first row of each block that belongs to the stream
+    cuts: NDArray[np.int64]  # first block of each window, and the end
 
 
 @dataclass(slots=True)
 class _Kept:
-    """Cached state of a stream: its shards, and the group and window that were used last."""
-
     stream: Stream
     group: _Group | None = None
     window: Window | None = None
@@ -192,20 +167,15 @@ class EpochOrder:
 
     @property
     def n_records(self) -> int:
-        """Number of records of the epoch: all records of the data set."""
         return int(self._ends[-1])
 
     def stream_records(self, stream: int) -> int:
-        """See Order.stream_records. Raises ValueError if there is no such stream."""
         if not 0 <= stream < self.n_streams:
             raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return -(-(self.n_records - stream) // self.n_streams)
 
     def section_at(self, stream: int, position: int) -> Window:
-        """Return the window that holds a position of a stream.
-
-        It reads the footers of the window's group, unless that group was the last one used in the stream.
-        """
+        """Return the window that holds a position of a stream; reads the footers of its group, unless kept."""
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
@@ -230,10 +200,7 @@ class EpochOrder:
             position = window.stop
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """See Order.shards_ahead.
-
-        With shuffle a group is read as a whole, so its shards count from the start of the group.
-        """
+        """See Order.shards_ahead. With shuffle a group is read as a whole: its shards count from its start."""
         n_records = self.stream_records(stream)
         if not 0 <= position <= n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
@@ -265,7 +232,6 @@ class EpochOrder:
         return kept
 
     def _stream(self, index: int) -> Stream:
-        """Return a stream with its shards in the epoch's reading order."""
         n_records = self.stream_records(index)
         share, longer = divmod(self.n_records, self.n_streams)
         start = index * share + min(index, longer)

@@ -73,27 +73,18 @@ ServedOrder: TypeAlias = "NDArray[np.int64] | PermutedOrder"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordLocations:
-    """Locations of n records: a table of blocks in stored order, and for each record its block in the table.
+    """Locations of n records: a table of blocks in stored order, and for each record its block in the table."""
 
-    Attributes:
-        shards: int32[k], shard of each block.
-        blocks: int32[k], number of each block inside its shard.
-        block_bytes: int64[k], raw bytes of the whole block, all columns.
-        at: int64[n], index of each record's block in the table.
-        row: uint32[n], row of each record inside its block.
-    """
-
-    shards: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    block_bytes: NDArray[np.int64]
-    at: NDArray[np.int64]
-    row: NDArray[np.uint32]
+    shards: NDArray[np.int32]  # [k], shard of each block
+    blocks: NDArray[np.int32]  # [k], number of each block in its shard
+    block_bytes: NDArray[np.int64]  # [k], raw bytes of the whole block, all columns
+    at: NDArray[np.int64]  # [n], index of each record's block in the table
+    row: NDArray[np.uint32]  # [n], row of each record in its block
 
     def slice(self, start: int, stop: int) -> RecordLocations:
         return RecordLocations(self.shards, self.blocks, self.block_bytes, self.at[start:stop], self.row[start:stop])
 
     def touched(self) -> NDArray[np.int64]:
-        """Return the indices of the blocks that hold any of the records, ascending."""
         is_touched = np.zeros(len(self.shards), np.bool_)
         is_touched[self.at] = True
         return np.flatnonzero(is_touched)
@@ -101,23 +92,14 @@ class RecordLocations:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """Blocks of the shards that are known, in stored order, with their records.
-
-    Attributes:
-        shards, blocks, block_bytes: See `RecordLocations`.
-        starts: int64[k], first record of each block.
-        ends: int64[k], first record of the next block.
-        guesses: int64[.], block that holds the first record of each range of 2**shift records, from record `base` on.
-        base: First record of the ranges.
-        shift: Binary logarithm of the length of a range.
-    """
+    """Blocks of the shards that are known, in stored order, with their records."""
 
     shards: NDArray[np.int32]
     blocks: NDArray[np.int32]
     block_bytes: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    guesses: NDArray[np.int64]
+    starts: NDArray[np.int64]  # [k], first record of each block
+    ends: NDArray[np.int64]  # [k], first record of the next block
+    guesses: NDArray[np.int64]  # block that holds the first record of each range of 2**shift records from `base` on
     base: int
     shift: int
 
@@ -133,10 +115,7 @@ class _Table:
 
 
 class RecordLocator:
-    """Locates records by their numbers. It keeps 24 bytes for each block of the shards that it has looked up.
-
-    Threads may share it: at worst two of them read the same footers.
-    """
+    """Locates records by their numbers. It keeps 24 bytes for each block of the shards that it has looked up."""
 
     def __init__(self, sizes: DatasetSizes) -> None:
         self._first_record = offsets_of_counts(sizes.records)
@@ -150,7 +129,6 @@ class RecordLocator:
         return int(self._first_record[-1])
 
     def shards(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the shard of each record, int64[n]. Reads no footers."""
         return np.searchsorted(self._first_record, numbers, side="right") - 1
 
     def find(self, numbers: NDArray[np.int64]) -> RecordLocations:
@@ -222,7 +200,6 @@ class ExplicitSection:
 
 
 def explicit_section(start: int, places: RecordLocations) -> ExplicitSection:
-    """Return the section of these records, from position `start` on, with a window of exactly their blocks."""
     touched = places.touched()
     numbers = np.empty(len(places.shards), np.int64)
     numbers[touched] = np.arange(len(touched))
@@ -247,12 +224,8 @@ def count_fitting(places: RecordLocations, limit_bytes: int | None, free_shards:
 class ExplicitOrder:
     """Order (`window.Order`) of one stream that serves records in an explicit order, without shuffle.
 
-    Args:
-        sizes: Sizes of the shards whose records are numbered.
-        numbers: int64[n], record numbers in served order, with repetitions, 0 <= number < records of the shards. The
-            object keeps a reference to it.
-        window_bytes: Raw bytes of the blocks of a window; None: no limit.
-        is_mapped: Function that returns whether the blocks of a shard take no memory, so that they do not count.
+    numbers: Record numbers in served order, with repetitions. window_bytes: Raw bytes of the blocks of a window; None:
+    no limit. is_mapped: Whether the blocks of a shard take no memory, so that they do not count.
     """
 
     n_streams = 1

@@ -55,11 +55,8 @@ def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
 def apportion_next(n: int, weights: Sequence[int], owed: Sequence[Fraction]) -> tuple[int, ...]:
     """Return the shares of the next n records by weights, after shares that were rounded; they add up to n.
 
-    Args:
-        n: Number of records.
-        weights: Weight of each part; a part of weight 0 gets no record.
-        owed: Records that each part was given too few before, below 0 if too many; they add up to 0. The parts make up
-            for them if n is large enough.
+    owed: Records that each part was given too few before, below 0 if too many; they add up to 0. The parts make up for
+    them if n is large enough.
     """
     total = sum(weights)
     goals = {part: n * Fraction(w, total) + owed[part] for part, w in enumerate(weights) if w}
@@ -85,24 +82,17 @@ class StreamAllocation:
     Stream s of the epoch holds ceil((n - s) / S) records. The records of a part beyond a multiple of S go to
     neighbouring streams, and those of the next part to the streams after them: therefore the streams' records of a part
     differ by at most one.
-
-    Attributes:
-        totals: Number of records of each part in the epoch.
-        n_streams: Number of streams.
-        changes: Number of records of each part before each change of the weights, in the order of the epoch; () if the
-            weights do not change.
     """
 
-    totals: tuple[int, ...]
+    totals: tuple[int, ...]  # records of each part in the epoch
     n_streams: int
-    changes: tuple[tuple[int, ...], ...] = ()
+    changes: tuple[tuple[int, ...], ...] = ()  # records of each part before each change of the weights, in order
 
     def turns(self, stream: int) -> tuple[int, ...]:
         """Return the stream's number in each part's rotation; number 0 is the first to get an extra record."""
         return self._turns(stream, self.totals)
 
     def quotas(self, stream: int) -> tuple[int, ...]:
-        """Return the number of records that a stream takes of each part; their sum is ceil((n - stream) / S)."""
         return self._quotas(stream, self.totals)
 
     def quotas_by_change(self, stream: int) -> list[tuple[int, ...]]:
@@ -151,7 +141,6 @@ class StreamAllocation:
 
 
 def _furthest(deviations: Mapping[int, int], preferred: Sequence[int]) -> int:
-    """Return the part that deviates most, among the preferred ones if there are any."""
     parts = [part for part in deviations if part in preferred] or list(deviations)
     return max(parts, key=deviations.__getitem__)
 
@@ -172,7 +161,6 @@ class _Split:
     phase: int
 
     def left_before(self, items: int) -> int:
-        """Return how many of the first `items` items go left; n_left for all items."""
         return (items * self.n_left + self.phase) // self.n_items if self.n_items else 0
 
     def item_of(self, child: int, number: Any) -> Any:
@@ -192,20 +180,14 @@ def interleave(allocation: StreamAllocation, stream: int) -> Interleaving:
 class StreamInterleaving:
     """One stream of an epoch, with the same shares throughout, as a function from position to part and draw number.
 
-    Each method is in O(parts).
+    Each method is in O(parts). Immutable; threads may share it. totals, which decide the tree, are the records of each
+    part in all streams, quotas those in this stream.
 
     The parts are the leaves of a binary tree that joins the two smallest nodes first (Huffman's tree). Of its first q
     items a split sends floor((q * n_left + phase) / n_items) left, so each split deviates by less than one record, of
     which a part deeper in the tree gets its share. In any range of the stream a part deviates from its quota's share by
     less than 4 records, however many parts there are, since only the last split of a path gives one side more than two
     thirds.
-
-    Immutable; threads may share it. quotas: Number of records of each part; n_records: of all parts.
-
-    Args:
-        totals: Number of records of each part in all streams; they decide the tree.
-        quotas: Number of records of each part in this stream.
-        stream: Number of the stream.
     """
 
     def __init__(self, totals: Sequence[int], quotas: tuple[int, ...], stream: int) -> None:
@@ -233,7 +215,6 @@ class StreamInterleaving:
         return number.astype(np.int64)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the part and the draw number of any positions, int64[n] each."""
         # The code multiplies two counts: object arrays of Python integers if the product may exceed 63 bits.
         whole = np.int64 if self.n_records < 1 << 31 else object
         parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
@@ -276,10 +257,7 @@ class StreamInterleaving:
 
 
 class ScheduledInterleaving:
-    """A stream whose shares change: one StreamInterleaving for each stretch between two changes. Methods as there.
-
-    Immutable; threads may share it.
-    """
+    """A stream whose shares change: one StreamInterleaving, with the same methods, for each stretch between changes."""
 
     def __init__(self, allocation: StreamAllocation, stream: int) -> None:
         ends = allocation.quotas_by_change(stream)
@@ -330,7 +308,6 @@ class ScheduledInterleaving:
         return [np.concatenate(places) for places in found]
 
     def _stretch_at(self, position: int) -> int:
-        """Return the number of the stretch that holds a position; of the last one for the end."""
         return min(bisect_right(self._starts, position), len(self._stretches)) - 1
 
 
@@ -399,7 +376,6 @@ class MixturePart:
 
     @property
     def n_streams(self) -> int:
-        """Number of the part's own streams: as many as the mixture has, or one."""
         return self.options.streams if self.options.shuffle else 1
 
     def order(self, own_epoch: int) -> EpochOrder:
@@ -410,7 +386,6 @@ class MixturePart:
         return found
 
     def window(self, own_epoch: int, stream: int, position: int) -> Window:
-        """Return the window at a position of a stream of a part epoch, with joined shard numbers; cached."""
         own = self.order(own_epoch).section_at(stream, position)
         kept = self._windows.get(stream)
         if kept is None or kept[0] is not own:
@@ -440,22 +415,14 @@ class PartDraws:
 
     Draws are numbered 0 to quota. Draw d is record base + d * step of the sequence of the part's own stream, which
     passes through part epochs of `length` records each.
-
-    Attributes:
-        part: Part that is drawn from.
-        stream: Number of the part's own stream.
-        base: Number in the sequence of draw 0.
-        step: Distance in the sequence between two draws.
-        quota: Number of draws.
-        length: Number of records of the part's own stream in a part epoch.
     """
 
     part: MixturePart
-    stream: int
-    base: int
-    step: int
+    stream: int  # number of the part's own stream
+    base: int  # number in the sequence of draw 0
+    step: int  # distance in the sequence between two draws
     quota: int
-    length: int
+    length: int  # records of the part's own stream in a part epoch
     _last: list[DrawRange]
 
     @staticmethod
@@ -466,7 +433,6 @@ class PartDraws:
         return PartDraws(part, 0, epoch * part.n_drawn + turned, allocation.n_streams, quota, part.n_records, [])
 
     def range_at(self, draw: int) -> DrawRange:
-        """Return the draw range that holds a draw; the last one is cached."""
         for run in self._last:  # at most one; another thread may replace it meanwhile
             if run.start <= draw < run.stop:
                 return run
@@ -475,7 +441,6 @@ class PartDraws:
         return run
 
     def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Return the shards that are read from a draw on, in reading order."""
         left = self.quota - draw
         if left <= 0:
             return np.empty(0, np.int64)
@@ -614,16 +579,12 @@ Schedule: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 class MixtureSpec:
     """How the parts of a mixture are mixed. Plain JSON-able values: equal specs of equal parts are equal mixtures.
 
-    Attributes:
-        first_shards: Number of each part's first shard in the joined numbering; the first one is 0.
-        weights: Weight of each part in records; or, for weights that change, a schedule of such weights, in which a
-            part may have weight 0 for some time. Any positive real numbers are accepted (a float stands for its decimal
-            digits: 0.7 is 7/10) and stored as the smallest integers of the same ratio.
-        stop: End of an epoch: "first": before any part would repeat a record; "all": when every part has been served
-            completely.
+    Weights may be any positive real numbers, or a schedule of them in which a part may have weight 0 for some time. A
+    float stands for its decimal digits (0.7 is 7/10); they are stored as the smallest integers of the same ratio. An
+    epoch ends before any part would repeat a record ("first"), or when every part has been served completely ("all").
     """
 
-    first_shards: tuple[int, ...]
+    first_shards: tuple[int, ...]  # of each part, in the joined numbering
     weights: tuple[int, ...] | Schedule
     stop: Literal["first", "all"] = "first"
 
@@ -644,7 +605,6 @@ class MixtureSpec:
         return len(self.first_shards)
 
     def shards_of(self, part: int, n_shards: int) -> slice:
-        """Return the slice of a part's shards among the n_shards shards of all parts."""
         ends = (*self.first_shards[1:], n_shards)
         return slice(self.first_shards[part], ends[part])
 
@@ -657,19 +617,15 @@ class MixtureSpec:
         return found
 
     def epoch_records(self, part_records: Sequence[int]) -> int:
-        """Return the number of records of an epoch, which is len() of the mixture.
+        """Return the number of records of an epoch, which is len() of the mixture, whatever the streams and ranks.
 
         For "first" it is the largest number that repeats no record; for "all" the smallest that serves each part
-        completely; if the weights change, both within a few records of a part. It depends only on the sizes and weights
-        of the parts, not on streams or ranks.
-
-        Raises:
-            ValueError: stop is "all", and a part has weight 0 from some position on and records left there.
+        completely; if the weights change, both within a few records of a part. Raises ValueError if stop is "all", and
+        a part has weight 0 from some position on and records left there.
         """
         return sum(self.epoch_shares(part_records))
 
     def epoch_shares(self, part_records: Sequence[int]) -> tuple[int, ...]:
-        """Return the number of records of each part in an epoch: its exact share, rounded to one record."""
         return self.allocation(part_records, 1).totals
 
     def allocation(self, part_records: Sequence[int], n_streams: int) -> StreamAllocation:
@@ -749,10 +705,7 @@ def _shares_before_changes(
 
 
 def _epoch_end(schedule: Schedule, stop: Literal["first", "all"], limits: Sequence[int]) -> int:
-    """Return the last position at which no exact share exceeds its limit ("first"), or the first at which all reach it.
-
-    Raises ValueError if a share never reaches its limit.
-    """
+    """Return the last position where no exact share exceeds its limit ("first"), or the first where all reach it."""
     starts = [start for start, _ in schedule]
     found = []
     for part, limit in enumerate(limits):
@@ -792,10 +745,7 @@ def _rounded_shares(schedule: Schedule, n_records: int) -> tuple[tuple[int, ...]
 
 
 class StoredMixture:
-    """Mixture without shuffle, by record number: record p is at position p of an unshuffled epoch. Immutable.
-
-    Each part is taken in stored order, and again from its start after its end.
-    """
+    """Mixture without shuffle, by record number: each part in stored order, again from its start after its end."""
 
     def __init__(self, spec: MixtureSpec, part_records: Sequence[int]) -> None:
         self._sizes = np.array(part_records, np.int64)
@@ -805,7 +755,6 @@ class StoredMixture:
         return self._shares.n_records
 
     def locate(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the part of each record and its number in that part. Raises IndexError."""
         numbers = np.asarray(numbers, np.int64)
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
             outside = numbers[(numbers < 0) | (numbers >= len(self))][0]
@@ -818,11 +767,9 @@ class StoredMixture:
 class MixtureSection:
     """Section of a mixture's stream: positions [start, stop) over which no part's window changes. Immutable.
 
-    Attributes:
-        start, stop: Positions in the mixture's stream.
-        windows: Windows in the order of the parts: one for each part that the section draws from, or that both earlier
-            and later sections draw from. A window is the same object in all sections that use it. Its shards have
-            joined numbers; its stream, start and stop are those of the part.
+    windows are in the order of the parts: one for each part that the section draws from, or that both earlier and later
+    sections draw from. A window is the same object in all sections that use it. Its shards have joined numbers; its
+    stream, start and stop are those of the part.
     """
 
     start: int
@@ -850,8 +797,6 @@ class MixtureSection:
 
 @dataclass(slots=True)
 class _Stream:
-    """Cached state of a stream: its shares, its draws from each part, and the section that was used last."""
-
     shares: Interleaving
     all_draws: list[PartDraws]
     section: MixtureSection | None = None
@@ -900,16 +845,12 @@ class MixtureOrder:
         return self._allocation.n_streams
 
     def stream_records(self, stream: int) -> int:
-        """See Order.stream_records."""
         if not 0 <= stream < self.n_streams:
             raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return stream_records(self.n_records, self.n_streams, stream)
 
     def section_at(self, stream: int, position: int) -> MixtureSection:
-        """Return the section that holds a position of a stream. It ends where the first of the parts' windows ends.
-
-        It reads the footers of one shard group of each part that the stream still draws from.
-        """
+        """Return the section that holds a position of a stream. It ends where the first of the parts' windows ends."""
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")

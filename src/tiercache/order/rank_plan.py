@@ -16,9 +16,6 @@ def _stream_starts(start: int, n: int, n_streams: int) -> tuple[NDArray[np.int64
     """Return the first offset of each stream in a global batch of n positions from start on, and its first slot.
 
     Offsets count positions from the start of the batch. Sorted by stream, then by offset, they occupy the slots 0 to n.
-
-    Returns:
-        int64[n_streams], beyond the batch if the stream has no position; and int64[n_streams + 1], which ends with n.
     """
     first = (np.arange(n_streams, dtype=np.int64) - start) % n_streams
     starts = np.zeros(n_streams + 1, np.int64)
@@ -50,33 +47,22 @@ class RankPlan:
 
     Every rank has the same number of batches. The positions after the last full global batch, counted from the offset,
     are dropped with drop_last. Otherwise they form one more global batch, sorted in the same way and divided evenly
-    (shares differ by at most one), or, with fills_first, so that the first ranks have full shares. A rank without a
-    share serves the record at the start of its first stream as padding, which is not part of the global sequence.
-
-    Attributes:
-        offset: Number of records of the epoch that have already been served.
-        world_size: Number of ranks.
-        rank: Number of this rank, 0 <= rank < world_size.
-        batch_size: Records per batch of one rank.
-        drop_last: Whether the positions after the last full global batch are dropped.
-        n_records: Number of records of the epoch.
-        n_streams: Number of streams of the order.
-        fills_first: Whether the first ranks take the remaining positions, each as many as the longest even share. A
-            caller that pads all shares to this size by repeating records then has the repeated records only after the
-            last rank's own.
+    (shares differ by at most one), or, with fills_first, so that the first ranks have full shares: a caller that pads
+    all shares to this size by repeating records then has the repeated records only after the last rank's own. A rank
+    without a share serves the record at the start of its first stream as padding, which is not part of the global
+    sequence.
     """
 
-    offset: int
+    offset: int  # records of the epoch that have already been served
     world_size: int
     rank: int
-    batch_size: int
+    batch_size: int  # records per batch of one rank
     drop_last: bool
-    n_records: int
+    n_records: int  # of the epoch
     n_streams: int = 1
     fills_first: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values. Raises ValueError naming the value that is out of range."""
         if self.world_size < 1 or self.batch_size < 1:
             raise ValueError(
                 f"world_size and batch_size must be 1 or more, got {self.world_size} and {self.batch_size}"
@@ -98,12 +84,10 @@ class RankPlan:
 
     @property
     def n_left(self) -> int:
-        """Number of records that are served after the last full global batch (0 with drop_last)."""
         return 0 if self.drop_last else (self.n_records - self.offset) % self.global_batch
 
     @property
     def n_batches(self) -> int:
-        """Number of batches of this rank, the same for all ranks."""
         return self.n_full + (self.n_left > 0)
 
     @property
@@ -114,7 +98,6 @@ class RankPlan:
 
     @property
     def n_served(self) -> int:
-        """Number of records in all batches of this rank, including padding."""
         return self.n_full * self.batch_size + self._n_last
 
     @property
@@ -132,7 +115,6 @@ class RankPlan:
         return range(start // length, (start + self.batch_size - 1) // length + 1)
 
     def positions(self, i: int) -> NDArray[np.int64]:
-        """Return the positions of batch i, ascending as they are served. Raises IndexError."""
         if not 0 <= i < self.n_batches:
             raise IndexError(f"there is no batch {i}: the rank has {self.n_batches} batches")
         start = i * self.batch_size
@@ -191,11 +173,7 @@ class RankPlan:
         return owned
 
     def offset_after(self, n_batches: int) -> int:
-        """Return the epoch's offset after every rank has served n_batches of this plan; a resumed run starts there.
-
-        Raises:
-            ValueError: The plan has fewer batches.
-        """
+        """Return the epoch's offset after every rank has served n_batches; a resumed run starts there."""
         if not 0 <= n_batches <= self.n_batches:
             raise ValueError(f"n_batches is {n_batches}, but the rank has {self.n_batches} batches")
         return min(self.offset + n_batches * self.global_batch, self.n_records)

@@ -72,34 +72,20 @@ class RowRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """Window of an order: positions [start, stop) of a stream. Immutable; threads may share it.
+    """Window of an order: positions [start, stop) of a stream. Immutable; threads may share it."""
 
-    Attributes:
-        group: Number of the window's shard group.
-        index: Number of the window in its group.
-        start, stop: Positions in the stream.
-        raw_bytes: Decoded bytes of its blocks, all columns; a block that is cut between streams counts completely.
-        shards: int32[k], shard number of each block in the data set.
-        blocks: int32[k], number of each block in its shard.
-        block_bytes: int64[k], raw bytes of each block, all columns.
-        first: int64[k + 1], cumulative rows of the blocks that belong to the stream; first[k] == stop - start.
-        key: Key of the permutation of its rows; None if they are not shuffled.
-        stream: Number of the stream.
-        row_start: uint32[k], first row of each block that belongs to the stream; None: row 0 of every block.
-    """
-
-    group: int
-    index: int
+    group: int  # number of the window's shard group
+    index: int  # number of the window in its group
     start: int
     stop: int
-    raw_bytes: int
-    shards: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    block_bytes: NDArray[np.int64]
-    first: NDArray[np.int64]
-    key: bytes | None
+    raw_bytes: int  # of all columns of its blocks; a block that is cut between streams counts completely
+    shards: NDArray[np.int32]  # [k], shard of each block
+    blocks: NDArray[np.int32]  # [k], number of each block in its shard
+    block_bytes: NDArray[np.int64]  # [k], raw bytes of each block, all columns
+    first: NDArray[np.int64]  # [k + 1], cumulative rows of the blocks that belong to the stream
+    key: bytes | None  # of the permutation of its rows; None if they are not shuffled
     stream: int = 0
-    row_start: NDArray[np.uint32] | None = None
+    row_start: NDArray[np.uint32] | None = None  # [k], first row of each block that belongs to the stream
     _finder: RowFinder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +102,6 @@ class Window:
         return True
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block and the row of the records at positions [lo, hi), counted from the window's start."""
         return self.run(lo, hi).find(0, hi - lo)
 
     def run(self, lo: int, hi: int) -> RowRun:
@@ -164,24 +149,17 @@ def cut_by_size(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardGroups:
-    """Shard groups that a stream reads. Immutable.
+    """Shard groups that a stream reads. Immutable. Iteration yields (start, stop, shards).
 
-    Every record of the stream lies in a shard of a group whose positions include the record's position. Iteration
-    yields (start, stop, shards).
-
-    Attributes:
-        starts, stops: int64[g], positions [start, stop) of the stream over which the shards of each group are in use.
-            Groups may overlap; none is empty.
-        cuts: int64[g + 1], group i reads shards[cuts[i]:cuts[i + 1]].
-        shards: int64[m], shard numbers in the data set, in reading order.
-        stored_bytes: int64[g], stored bytes that the stream reads of each group.
+    Every record of the stream lies in a shard of a group whose positions include the record's position. Groups may
+    overlap; none is empty.
     """
 
-    starts: NDArray[np.int64]
+    starts: NDArray[np.int64]  # [g], positions [start, stop) over which the shards of each group are in use
     stops: NDArray[np.int64]
-    cuts: NDArray[np.int64]
-    shards: NDArray[np.int64]
-    stored_bytes: NDArray[np.int64]
+    cuts: NDArray[np.int64]  # [g + 1], group i reads shards[cuts[i]:cuts[i + 1]]
+    shards: NDArray[np.int64]  # [m], in reading order
+    stored_bytes: NDArray[np.int64]  # [g], that the stream reads of each group
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -212,12 +190,10 @@ class ShardGroups:
 def single_shard_groups(
     starts: NDArray[np.int64], stops: NDArray[np.int64], shards: NDArray[np.int64], stored_bytes: NDArray[np.int64]
 ) -> ShardGroups:
-    """Return groups of one shard each; all arguments are int64[m]."""
     return ShardGroups(starts, stops, np.arange(len(shards) + 1), shards, stored_bytes)
 
 
 def concat_groups(parts: Sequence[ShardGroups]) -> ShardGroups:
-    """Return the groups of several sequences, one sequence after the other."""
     if len(parts) == 1:
         return parts[0]
     nothing = np.empty(0, np.int64)
@@ -236,23 +212,16 @@ MAX_STREAMS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
-    """Options of an epoch's order. The order depends only on these options, the sizes of the data set and the epoch.
+    """Options of an epoch's order, which depends only on them, the sizes of the data set and the epoch.
 
-    Attributes:
-        seed: Any integer.
-        shuffle: Whether to shuffle. False: position p is record p.
-        group_bytes: Stored bytes of a shard group, the shards that are read at a time; None: all shards.
-        window_bytes: Raw bytes of a window, the blocks over which rows are mixed; None: a whole group.
-        streams: Number of streams: parts of the order that are read in parallel, each by its own rank if there are
-            enough ranks. Without shuffle there is always one stream.
-        placement: "sticky": a stream has the same shards in all epochs; "global": it does not. One stream satisfies
-            both.
+    Streams are parts of the order that are read in parallel, each by its own rank if there are enough ranks; without
+    shuffle there is one. "sticky": a stream has the same shards in all epochs; "global": it does not.
     """
 
     seed: int
     shuffle: bool
-    group_bytes: int | None
-    window_bytes: int | None
+    group_bytes: int | None  # stored bytes of the shards that are read at a time; None: all shards
+    window_bytes: int | None  # raw bytes of the blocks over which rows are mixed; None: a whole group
     streams: int = 1
     placement: Literal["sticky", "global"] = "sticky"
 
@@ -274,7 +243,6 @@ class BlockSizes:
     raw_bytes: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        """Convert to int64. Raises ValueError if lengths differ or a number is negative."""
         for name in ("records", "raw_bytes"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
         if len(self.records) != len(self.raw_bytes):
@@ -285,16 +253,13 @@ class BlockSizes:
 class DatasetSizes:
     """Sizes of the shards of a data set, in stored order, and of their blocks.
 
-    Attributes:
-        records: int64[n_shards], number of records of each shard.
-        stored_bytes: int64[n_shards], bytes of each whole shard as stored.
-        blocks: Function that returns the block sizes of shards, given their numbers, in the same order. An order calls
-            it for the non-empty shards of one shard group, or of the records of one window, from any thread. Its
-            exceptions are passed on; the function itself should cache its results.
+    blocks returns the block sizes of shards, given their numbers, in the same order. An order calls it for the
+    non-empty shards of one shard group, or of the records of one window, from any thread. Its exceptions are passed on;
+    the function itself should cache its results.
     """
 
-    records: NDArray[np.int64]
-    stored_bytes: NDArray[np.int64]
+    records: NDArray[np.int64]  # [n_shards]
+    stored_bytes: NDArray[np.int64]  # [n_shards], of each whole shard
     blocks: Callable[[Sequence[int]], Sequence[BlockSizes]]
 
     def __post_init__(self) -> None:
@@ -318,10 +283,7 @@ def _counts(name: str, values: NDArray[np.integer]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExplicitWindow:
-    """Blocks that hold the records at positions [start, stop) of an explicit order.
-
-    It has those attributes of `Window` that loading needs.
-    """
+    """Blocks that hold the records at positions [start, stop) of an explicit order, as a `Window` has them."""
 
     start: int
     stop: int

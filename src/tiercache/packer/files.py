@@ -27,15 +27,12 @@ from tiercache.store.access import ParsedUrl
 
 @dataclass(frozen=True, slots=True)
 class InputSplit:
-    """Split of a source, read by one process: [start, end) of path, counted in files, row groups or bytes.
+    """Split of a source, read by one process: [start, end) of path, counted in files, row groups or bytes."""
 
-    `path` is "" for a split of several files; `n_bytes` balances the load and measures progress.
-    """
-
-    path: str
+    path: str  # "" for a split of several files
     start: int
     end: int
-    n_bytes: int
+    n_bytes: int  # balances the load and measures progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +182,7 @@ def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 def find_files(
     source: str | os.PathLike[str], storage_options: Mapping[str, Any]
 ) -> tuple[Files, list[SourceFile], list[SkippedFile]]:
-    """Return the location of a source's files, the files in order of their paths, and the skipped files.
-
-    The source is a path or URL of a file or a folder, or a glob. Raises NotFound, ValueError.
-    """
+    """Return where a source's files lie, the files in order of their paths, and the skipped files. Raises NotFound."""
     parsed = ParsedUrl.parse(source)
     remote = bool(parsed.scheme)
     text = os.fspath(source) if remote else parsed.path

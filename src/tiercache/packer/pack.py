@@ -99,23 +99,14 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Plan of a packing. Nothing has been written.
-
-    Attributes:
-        source: Source to pack.
-        url: URL of the data set.
-        options: Options of the packing.
-        tasks: Splits by task; each task writes its own shards.
-        n_processes: Number of processes.
-        skipped: Files of the source that are skipped although neither include nor exclude says so.
-    """
+    """Plan of a packing. Nothing has been written."""
 
     source: RecordSource
     url: str
     options: PackOptions
-    tasks: tuple[tuple[InputSplit, ...], ...]
+    tasks: tuple[tuple[InputSplit, ...], ...]  # splits by task; each task writes its own shards
     n_processes: int
-    skipped: tuple[SkippedFile, ...] = ()
+    skipped: tuple[SkippedFile, ...] = ()  # although neither include nor exclude says so
 
     @property
     def total_bytes(self) -> int:
@@ -126,11 +117,7 @@ class PackPlan:
 def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], options: PackOptions) -> PackPlan:
     """Inspect a source (file, folder, glob or URL) and the data set's URL, and return a plan of the packing.
 
-    Raises:
-        NotFound: The source has no file, or there is no data set to append to.
-        CommitConflict: The data set exists already (mode "create").
-        SchemaError: The files cannot be packed together, or not into the data set that is appended to.
-        ValueError: The kind of the source cannot be determined, or an option does not apply.
+    Raises NotFound, CommitConflict, SchemaError, ValueError, as `pack`.
     """
     parent = _check_target(url, options)
     chosen, skipped = find_source(source, options, parent)

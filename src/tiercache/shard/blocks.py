@@ -134,18 +134,14 @@ class PendingChecks:
 
 @dataclass(frozen=True, slots=True)
 class LoadedChunks:
-    """Addresses of the raw bytes of chunks; valid while `owners` are referenced.
-
-    mapped_bytes are the stored bytes of each chunk in a mapping, 0 for other chunks. private_bytes are not mapped. copy
-    is None if the store was read.
-    """
+    """Addresses of the raw bytes of chunks; valid while `owners` are referenced."""
 
     addresses: Addresses
     owners: list[Any] = field(default_factory=list)
-    private_bytes: int = 0
-    mapped_bytes: Addresses | None = None
+    private_bytes: int = 0  # of the memory that is not mapped
+    mapped_bytes: Addresses | None = None  # stored bytes of each chunk in a mapping, 0 for others
     pending_checks: PendingChecks | None = None
-    copy: LocalCopy | None = None
+    copy: LocalCopy | None = None  # None if the store was read
 
 
 # Byte ranges of rows: the chunk of each row, and start and end in the chunk; int64[n] each.
@@ -194,10 +190,7 @@ class Chunks:
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
 
     def prefetch_columns(self, columns: Sequence[int]) -> bool:
-        """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
-
-        Returns whether no further call is needed.
-        """
+        """Fetch whole columns whose single records are read, once that is as cheap. Returns whether it is done."""
         if self._byte_source.local_copy is None:
             return True
         ids = chunk_ids(range(self._footer.n_blocks), columns, len(self._footer.schema))
@@ -309,10 +302,7 @@ class Chunks:
     def _row_ranges(
         self, ids: Ids, n_columns: int, position: Ids, row: Ids
     ) -> tuple[list[_RowRanges], list[tuple[Stream, Ids, Ids]]]:
-        """Return the ranges of raw chunks that hold rows or their offsets.
-
-        Also (stream, chunk of each row, start of its offsets) of the streams with offsets.
-        """
+        """Return the ranges of raw chunks that hold rows or their offsets; and where streams with offsets have them."""
         ranges: list[_RowRanges] = []
         runs: list[tuple[Stream, Ids, Ids]] = []
         for index in range(n_columns):
@@ -650,10 +640,7 @@ def renew_checks(blocks: Blocks) -> None:
 
 
 def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
-    """Return the memory pages that ranges occupy, merged: uint64[m, 2], (address, bytes), ascending.
-
-    addresses, n_bytes: uint64[n]; two ranges may be equal, but must not overlap otherwise.
-    """
+    """Return the memory pages that ranges (equal or disjoint) occupy, merged: uint64[m, 2], (address, bytes)."""
     is_filled = n_bytes > 0
     starts = addresses[is_filled]
     ends = starts + n_bytes[is_filled]

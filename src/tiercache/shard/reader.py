@@ -49,11 +49,8 @@ class ShardReader:
     ) -> None:
         """Open a shard: one ranged request if info is given, at most two otherwise.
 
-        verify: When checksums of a local copy are compared: at the "first" read of a page, "always", or "never".
         served: Columns that take() casts. footer: Footer that was read earlier; saves the request if there is no local
         copy, whose own footer must be checked.
-
-        Raises NotFound, UnsupportedFormat, and CorruptShard if it is not the shard that info or identity describes.
         """
         check_verify(verify)
         self._verify = verify
@@ -393,8 +390,7 @@ MAX_READERS = 1024
 class ReleasingPlan:
     """A published reading plan that also closes each shard of a pool after its last read.
 
-    An open shard is pinned in the cache. If the cache is smaller than the data set, the pinned shards leave no room for
-    others.
+    An open shard is pinned in the cache: in a small cache the pinned shards would leave no room for others.
     """
 
     def __init__(self, published: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:

@@ -36,24 +36,14 @@ _SHAPE = np.dtype("<i4")
 
 @dataclass(frozen=True, slots=True)
 class ColumnData:
-    """n records of a column in stored form.
-
-    Attributes:
-        n: Number of records.
-        values: Stored elements: [n, n_elements] for SCALAR and TENSOR, uint8[n] for BOOL, otherwise a flat array to
-            which offsets refer.
-        offsets: int64[n + 1], indices into values; the first need not be 0.
-        shapes: int32[n, n_dimensions], for RAGGED.
-        valid: bool[n]; None if there are no nulls.
-        array: Arrow array of the records, for ARROW; then all other arrays are None.
-    """
+    """n records of a column in stored form."""
 
     n: int
-    values: Array | None = None
-    offsets: Array | None = None
-    shapes: Array | None = None
-    valid: Array | None = None
-    array: pa.Array | None = None
+    values: Array | None = None  # [n, n_elements], or uint8[n] for BOOL, or flat if there are offsets
+    offsets: Array | None = None  # int64[n + 1], indices into values; the first need not be 0
+    shapes: Array | None = None  # int32[n, n_dimensions], for RAGGED
+    valid: Array | None = None  # bool[n]; None if there are no nulls
+    array: pa.Array | None = None  # the records of ARROW; then all other arrays are None
 
     def slice(self, start: int, end: int) -> ColumnData:
         if start == 0 and end == self.n:

@@ -88,10 +88,7 @@ class SegmentRef:
 
 
 class ShardTable:
-    """The shards of a version in data-set order, stored by column. Immutable and thread-safe.
-
-    first_record, int64[n + 1], is the number of the first record of each shard, then the total. Arrays are read-only.
-    """
+    """The shards of a version in data-set order, stored by column. Immutable and thread-safe; arrays are read-only."""
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
         self.arrow = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
@@ -356,43 +353,23 @@ _SEGMENT_FIELDS: _Fields = {
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a data set.
+    """A version of a data set. parse_version checks the features that reading it needs."""
 
-    Attributes:
-        dataset_id: Random id of the data set, 32 hex digits; all versions have the same.
-        number: Number of the version, from 1.
-        parent: Number of the version from which this one was made; None for the first.
-        kind: How the version was made, for information only. A later release may use values that are not in
-            VersionKind.
-        schema_bytes: Schema as an Arrow IPC schema message.
-        writer: Identifier of the writer.
-        nonce: Random identifier of the commit that made the version.
-        created: Time of the commit, UTC in ISO 8601.
-        fingerprint: See fingerprint_of().
-        n_records: Number of records.
-        n_bytes: Number of stored bytes of all shards.
-        segments: Entries of the segments, in data-set order.
-        software: Name and release of the software that wrote the version.
-        release: First release that reads the version, such as "0.1".
-        needs_to_write: Features that a release must have to append to the data set or to overwrite it. parse_version
-            checks the features that reading needs.
-    """
-
-    dataset_id: str
+    dataset_id: str  # random, 32 hex digits; all versions have the same
     number: int
-    parent: int | None
-    kind: str
-    schema_bytes: bytes
+    parent: int | None  # version from which this one was made; None for the first
+    kind: str  # for information only; a later release may use values that are not in VersionKind
+    schema_bytes: bytes  # an Arrow IPC schema message
     writer: str
-    nonce: str
-    created: str
-    fingerprint: str
+    nonce: str  # random id of the commit that made the version
+    created: str  # UTC in ISO 8601
+    fingerprint: str  # see fingerprint_of()
     n_records: int
-    n_bytes: int
-    segments: tuple[SegmentRef, ...]
-    software: str = SOFTWARE
-    release: str = RELEASE_TEXT
-    needs_to_write: tuple[str, ...] = ()
+    n_bytes: int  # stored bytes of all shards
+    segments: tuple[SegmentRef, ...]  # in data-set order
+    software: str = SOFTWARE  # that wrote the version
+    release: str = RELEASE_TEXT  # first release that reads the version
+    needs_to_write: tuple[str, ...] = ()  # features that appending and overwriting need
 
     @cached_property
     def schema(self) -> Schema:
@@ -674,15 +651,9 @@ class Commit:
     def run(self) -> Version:
         """Commit, and return the version that contains the shards. A repeated call returns the same version.
 
-        An append without shards commits nothing and returns the newest version.
-
-        Raises:
-            CommitConflict: Another writer committed first, or a data set exists already (create).
-            NotFound: There is no data set to append to.
-            SchemaError: The schema of an append differs from that of the data set.
-            UnsupportedFormat: Only a later release may write to the data set.
-            StoreError: The store failed. If .maybe_done is true, the commit may have happened (.number, .nonce): call
-                run() again.
+        An append without shards commits nothing and returns the newest version. Raises CommitConflict, NotFound,
+        SchemaError, UnsupportedFormat; or StoreError: if its .maybe_done is true, the commit may have happened: call
+        run() again.
         """
         if self._landed is None:
             self._landed = self._land()

@@ -203,14 +203,7 @@ _NEW = "new"
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Options of a ShardWriter.
-
-    Args:
-        shard_bytes: Approximate size of a shard, in stored bytes.
-        block_bytes: Approximate size of a block, in bytes before compression.
-        compression: "auto", "none", "zstd" or "zstd:LEVEL", for all columns, or a mapping by column name. A column that
-            the mapping does not name gets "auto".
-    """
+    """Options of a ShardWriter: sizes of shards (stored) and blocks (before compression); the rest as in Writer."""
 
     shard_bytes: int = 128 << 20
     block_bytes: int = 1 << 20
