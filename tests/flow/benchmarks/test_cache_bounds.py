@@ -2,46 +2,15 @@
 
 import importlib
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.flow.benchmarks.conftest import BENCHMARKS
-from tests.support.warm_python import WarmPython
-
-
-def run(python: WarmPython, script: str, folder: Path, *more: str) -> str:
-    """What a benchmark prints."""
-    done = python.run([script, "--quick", "--folder", str(folder), *more], cwd=BENCHMARKS)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.stress
-def test_epochs_are_counted_beside_their_bounds_and_a_second_run_goes_on(
-    tmp_path: Path, warm_python: WarmPython
-) -> None:
-    text = run(warm_python, "bench_cache_epochs.py", tmp_path, "--only", "one", "nodes", "jobs", "--policy", "plan")
-    before = rows_of(tmp_path / "cache_epochs.jsonl")
-    rows = [row["case"] | row["found"] for row in before]
-    assert [row["part"] for row in rows] == ["one", "nodes", "jobs"]
-    for row in rows[:2]:
-        assert 0 < row["bound"] <= row["share"] < 1.2  # a footer counts for something in shards as small as these
-    assert 0 < rows[2]["share"] < 2.4  # two jobs may fetch everything twice
-    assert "### Bytes per epoch: one node, one rank" in text
-    more = run(warm_python, "bench_cache_epochs.py", tmp_path, "--only", "one", "--resume")
-    assert rows_of(tmp_path / "cache_epochs.jsonl")[:3] == before
-    assert "| lru |" in more
 
 
 def test_the_bound_is_computed_from_the_shards_that_the_loader_reads(

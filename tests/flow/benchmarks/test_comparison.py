@@ -14,30 +14,6 @@ from tests.flow.benchmarks.conftest import BENCHMARKS
 from tests.support.warm_python import WarmPython
 
 
-def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str, list[dict]]:
-    """What a benchmark prints, and its rows."""
-    done = python.run([*command, "--quick", "--folder", str(folder)], cwd=BENCHMARKS)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [json.loads(line) for line in (folder / "peers.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.stress
-def test_an_interrupted_comparison_resumes(tmp_path: Path, warm_python: WarmPython) -> None:
-    """The second run takes the first one's repetition, and adds another contender's rows to its."""
-    command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
-    _, before = run_quick(warm_python, [*command, "--only", "numpy_memmap"], tmp_path)
-    with (tmp_path / "ledger.jsonl").open("a") as file:
-        file.write('{"case": "torn')
-    _, after = run_quick(warm_python, [*command, "--resume", "--only", "numpy_memmap", "c_floor"], tmp_path)
-    figures = [row["samples_per_s.every"] for row in loads(before)]
-    assert [row["samples_per_s.every"] for row in loads(after) if row["peer"] == "numpy_memmap"] == figures
-    assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
-
-
-def loads(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["benchmark"] == "load"]
-
-
 def test_the_comparison_has_a_row_for_each_layout_of_a_contender(
     bench: Callable[[str], ModuleType], tmp_path: Path, warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,16 +36,6 @@ def test_the_comparison_has_a_row_for_each_layout_of_a_contender(
         assert row["neighbour_distance"]["median"] > 0.5
     text = bench("peers.report").markdown([{**row, **bench("rows").machine()} for row in rows])
     assert "Shuffled, varied columns as list:" in text
-
-
-@pytest.mark.stress
-def test_the_comparison_has_a_row_for_each_way_to_decode_images(tmp_path: Path, warm_python: WarmPython) -> None:
-    command = ["-m", "peers", "--workload", "images", "--shuffle", "none", "--only", "tiercache"]
-    _, rows = run_quick(warm_python, command, tmp_path)
-    assert [row["form"] for row in loads(rows)] == ["", "fast DCT"]
-    for row in loads(rows):
-        assert row["rank_correlation"]["median"] == 1
-        assert {"cores", "kernel", "processor", "versions"} <= set(row)
 
 
 def test_a_contender_that_cannot_be_installed_is_listed_with_the_reason(

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.moved_shards import Moved, N, ServedStore, by_loader, by_record
-from tests.support.s3_server import S3Server
 
 import tiercache as tc
 from tiercache.errors import ArchivedShards
@@ -175,46 +174,3 @@ def test_an_untracked_data_set_costs_one_request_for_the_marker(packed, tmp_path
     del loader
     dataset.close()
     moved.store.delete([info.key for info in moved.store.list()])
-
-
-def test_a_process_checks_once_for_archived_shards(world):
-    dataset = world.dataset()
-    for _ in range(3):
-        assert by_loader(dataset) == ALL
-    counted = dataset._source.leaves[0].inner.counters
-    before = counted["requests"]
-    dataset._source.storage.prepare_reading(np.arange(len(world.moved.keys)))
-    assert counted["requests"] == before
-    dataset.close()
-
-
-@pytest.mark.s3
-def test_the_stores_own_archive_status_is_used_for_a_bucket_that_archives(packed, tmp_path):
-    botocore = pytest.importorskip("botocore.session")
-    with S3Server(kind="moto") as server:
-        home = server.store("home")
-        moved = Moved(packed, home)
-        cold = server.store("cold")
-        moved.move(moved.keys[:2], cold, state="archived", storage_class="GLACIER")
-        client = botocore.Session().create_client(
-            "s3",
-            endpoint_url=server.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=server.access_key_id,
-            aws_secret_access_key=server.secret_access_key,
-        )
-        for key in moved.keys[:2]:
-            source = {"Bucket": server.bucket, "Key": f"cold/{key}"}
-            client.copy_object(Bucket=server.bucket, Key=f"cold/{key}", CopySource=source, StorageClass="GLACIER")
-        dataset = tc.Dataset(home.url, cache=False, storage_options=server.storage_options)
-        loader = tc.DataLoader(dataset, batch_size=16)
-        with pytest.raises(ArchivedShards) as caught:
-            iter(loader)
-        assert caught.value.names == tuple(moved.keys[:2])
-        for key in moved.keys[:2]:
-            client.restore_object(Bucket=server.bucket, Key=f"cold/{key}", RestoreRequest={"Days": 3})
-        assert [i for batch in loader for i in batch["id"].tolist()] == ALL
-        client.close()
-        dataset.close()
-        home.close()
-        cold.close()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import os
-import platform
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -95,16 +91,6 @@ def test_kept_labels_hold_their_own_bytes(path, way):
     assert held() == before
 
 
-def test_kept_labels_of_numpy_batches_hold_their_own_bytes(path):
-    before = held()
-    labels = kept_of(tc.NumpyLoader(tc.Dataset(path), ROWS), "label")
-    assert held() - before == 8 * N
-    assert np.concatenate(labels).tolist() == list(range(N))
-    labels[0][:] = 0  # it is the user's own
-    del labels
-    assert held() == before
-
-
 @pytest.mark.parametrize(("layout", "library"), [("list", "torch"), ("buffer", "numpy"), ("padded", "torch")])
 def test_kept_values_of_varying_length_hold_their_own_bytes(path, layout, library):
     before = held()
@@ -130,18 +116,6 @@ def test_kept_labels_on_a_device_hold_their_own_bytes(path, monkeypatch):
     assert saved_bytes(labels[0]) < 8 * ROWS + 3000
     del labels
     assert held() == before
-
-
-def test_a_label_in_fixed_buffers_is_saved_without_the_other_columns(path, monkeypatch):
-    install(monkeypatch, is_eager=True)
-    columns = ["image", "label", "mask"]
-    loader, found = loader_of(path, columns=columns, device=FAKE, device_buffers="fixed"), []
-    for batch in loader:
-        assert torch.equal(batch["image"][:, 0], (batch["label"] % 251).to(torch.uint8))
-        assert torch.equal(batch["image"], batch["mask"] ^ 255)
-        assert saved_bytes(batch["label"]) < 8 * ROWS + 3000
-        found += batch["label"].tolist()
-    assert found == list(range(N))
 
 
 def test_only_some_columns_take_copies_of_their_own_on_a_device(tmp_path, monkeypatch):
@@ -271,26 +245,3 @@ def test_memory_that_the_consumer_holds_of_decoded_batches_is_counted(pictures):
     del batches
     assert len(list(decoded.loader_of(pictures))) == 9
     assert np.array_equal(view, content)
-
-
-FAULTS_OF_EPOCHS = """
-import resource, sys
-import tiercache as tc
-
-loader = tc.DataLoader(tc.Dataset(sys.argv[1]), batch_size=64)
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    assert sum(len(batch["content"]) for batch in loader) == 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.stress
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about how glibc's malloc gives memory back")
-def test_lists_of_bytes_reuse_memory(tmp_path):
-    with tc.Writer(tmp_path / "data", schema={"content": "bytes"}, compression="none") as writer:
-        writer.write_batch({"content": [bytes([n % 256]) * 20_000 for n in range(1024)]})
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", FAULTS_OF_EPOCHS, str(tmp_path / "data")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
-    assert int(done.stdout) < 100  # of 16 batches of 320 pages; where malloc gives them back it is 478 and more

@@ -15,7 +15,6 @@ from tests.support.cache_world import open_below
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
-from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.data.opened_version import OpenedVersion
 from tiercache.load import epoch as epoch_module
 from tiercache.load.epoch import ReadingPlanPublisher
@@ -117,40 +116,6 @@ def test_shards_that_a_rank_needs_next_are_kept_until_slower_ranks_end(server, p
     assert fetched(server) <= most_bytes(packed, 0.5)
 
 
-def test_with_global_placement_the_plan_keeps_shards_that_are_needed_soon(server, packed, tmp_path):
-    total = {}
-    for policy in ("plan", "lru"):
-        cache, total[policy] = cache_of(tmp_path, packed, 0.25, policy), 0
-        for epoch in range(6):
-            server.log.clear()
-            read_epoch(server, cache, epoch, **DEALT_ANEW)
-            total[policy] += fetched(server) if epoch else 0
-    assert total["plan"] < 0.95 * total["lru"]
-
-
-def test_a_projection_fetches_its_columns(server, packed, tmp_path):
-    cache = cache_of(tmp_path, packed, 0.5)  # which holds all of them
-    for epoch in range(3):
-        server.log.clear()
-        assert sorted(read_epoch(server, cache, epoch, columns=["y", "id"])) == list(range(N))
-        if epoch == 0:
-            assert 0.15 * packed[1] < fetched(server) < 0.3 * packed[1]
-    assert fetched(server) == 0
-
-
-def test_warming_a_projection_brings_its_columns_and_no_others(server, packed, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache, columns=["y", "id"])
-        half = dataset.take(N // 2)
-        server.log.clear()
-        half.warm()
-        assert 0.15 * packed[1] / 2 < fetched(server) < 0.3 * packed[1] / 2
-        server.log.clear()
-        assert sum(len(batch["id"]) for batch in tc.DataLoader(half, 16)) == N / 2
-        assert fetched(server) == 0
-        dataset.close()
-
-
 def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
@@ -203,10 +168,6 @@ def test_a_plan_exists_between_epochs_and_ends_with_the_loader(server, packed, t
         dataset.close()
 
 
-def plan_files(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "cache" / "plans").iterdir())
-
-
 def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
@@ -225,34 +186,6 @@ def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, mon
         assert max(clocks) == last[last != NEVER].max()
         assert len(dataset._source.leaves[0]._readers._open) == 0  # which would hold copies that others need room of
         del loader
-        dataset.close()
-
-
-def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_path, monkeypatch):
-    served, publish = threading.Event(), OpenedVersion.publish_plan
-    published: list[ReadingPlan] = []
-
-    def publish_when_all_is_served(self, plan):
-        assert served.wait(60)
-        published.append(plan)
-        return publish(self, plan)
-
-    monkeypatch.setattr(OpenedVersion, "publish_plan", publish_when_all_is_served)
-    monkeypatch.setattr(epoch_module, "QUICK_SHARDS", 1)
-    with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(), timeout=30)
-        try:
-            for _ in range(2):
-                assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(N))
-        finally:
-            served.set()
-        del loader
-        for thread in threading.enumerate():
-            if thread.name.startswith("tiercache-plan"):
-                thread.join(30)
-        assert published  # when it was ready, and taken back, for the loader has gone
-        assert not list((tmp_path / "cache" / "plans").iterdir())
         dataset.close()
 
 
@@ -277,38 +210,6 @@ def end_threads() -> None:
         for thread in threading.enumerate():
             if thread.name.startswith(name):
                 thread.join(60)
-
-
-def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_path, monkeypatch):
-    """It makes the next epoch ready, and asks for room; then the cache is closed; then it looks at plans.
-
-    The data set is closed last: that waits for the step which is under way.
-    """
-    ready, asked, closed = threading.Event(), threading.Event(), threading.Event()
-    prepare, uses = NextEpoch.prepare, ReadingPlans.uses
-
-    def prepare_late(self, *given):
-        ready.set()
-        prepare(self, *given)
-
-    def ask_late(self, *given):
-        if ready.is_set() and threading.current_thread().name == "tiercache-plan":
-            asked.set()
-            assert closed.wait(60)
-        return uses(self, *given)
-
-    monkeypatch.setattr(NextEpoch, "prepare", prepare_late)
-    monkeypatch.setattr(ReadingPlans, "uses", ask_late)
-    monkeypatch.setattr("tiercache.cache.session.JOIN_S", 0.1)  # a fetch may wait for the room that it asks for
-    with too_small(tmp_path, packed) as cache:
-        dataset, loader = read_dealt_anew(server, cache)
-        assert asked.wait(60)
-    closed.set()
-    dataset.close()
-    end_threads()
-    del loader, dataset, cache
-    assert {path.suffix for path in plan_files(tmp_path)} == {".left"}
-    assert open_below(tmp_path / "cache" / "plans") == []
 
 
 def test_a_plan_that_is_ready_after_close_does_not_open_the_cache(server, packed, tmp_path, monkeypatch):

@@ -103,13 +103,6 @@ def test_the_first_shuffled_batch_waits_only_for_the_blocks_of_its_slice(cold, c
     assert sorted(ids) == list(range(N))
 
 
-def test_without_a_cache_no_block_is_read_twice_for_slices(cold, monkeypatch):
-    monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", 1)
-    store, loader = cold(cached=False)
-    assert sum(len(batch["id"]) for batch in loader) == N
-    assert store.n_bytes <= N_SHARDS * SHARD_BLOCKS * BLOCK_BYTES * 1.02
-
-
 def test_the_blocks_of_the_first_slice_are_the_first_reads_after_the_footers(cold, monkeypatch):
     monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", 1)
     store, loader = cold(sizes={"shuffle_group_bytes": "all"})
@@ -166,44 +159,6 @@ def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(c
     ids += [i for batch in batches for i in batch["id"].tolist()]
     assert requested_bytes <= 5 * WINDOW_BYTES + footers  # the first, the awaited one, and two or three ahead
     assert sorted(ids) == list(range(N))
-
-
-def test_the_second_window_does_not_wait_for_requests_of_many_later_windows(cold, monkeypatch):
-    monkeypatch.setattr("tiercache.load.pieces.BLOCK_GAP_BYTES", 0)
-    requested, counts = [], []
-    request, request_rest = opened_version.OpenedVersion.prefetch_blocks, opened_version.OpenedVersion.prefetch_shards
-
-    def count(version, shard, blocks):
-        requested.extend(blocks)
-        request(version, shard, blocks)
-
-    def note(version, shards):
-        counts.append(len(requested))
-        request_rest(version, shards)
-
-    monkeypatch.setattr(opened_version.OpenedVersion, "prefetch_blocks", count)
-    monkeypatch.setattr(opened_version.OpenedVersion, "prefetch_shards", note)  # called after the requests for blocks
-    _, loader = cold(sizes=SMALL_WINDOWS)
-    assert sum(len(batch["id"]) for batch in loader) == N
-    assert 1 < counts[0] <= 3  # the first windows of an epoch are small: here, each is a block
-
-
-def test_a_footer_that_is_missing_is_an_error_after_the_batches_before_it(cold, monkeypatch):
-    store, loader = cold()
-    ids, read_into = [], store.read_into
-    footers = []
-
-    def fail_in_the_second_group(key, spans, **options):
-        if key.startswith("shards/") and key not in footers:
-            footers.append(key)
-            if len(footers) > 8:
-                raise tc.StoreError("gone", url=key, retryable=False)
-        read_into(key, spans, **options)
-
-    monkeypatch.setattr(store, "read_into", fail_in_the_second_group)
-    with pytest.raises(tc.StoreError, match="gone"):
-        ids.extend(i for batch in loader for i in batch["id"].tolist())
-    assert len(ids) == 8 * SHARD_BLOCKS * BLOCK_RECORDS
 
 
 class Rounds:

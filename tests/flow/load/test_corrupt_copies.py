@@ -241,17 +241,6 @@ def test_readers_of_a_copy_that_was_replaced_continue(server, cache, shared):
     second.close()
 
 
-def test_a_corrupt_source_is_an_error_that_names_the_shard(server, cache):
-    name = next(key for key in server.objects if "/shards/" in key)
-    data = bytearray(server.objects[name])
-    data[100] ^= 4
-    server.objects[name] = bytes(data)
-    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-    with pytest.raises(tc.CorruptShard, match=name.rsplit("/", 1)[1]):
-        list(tc.DataLoader(dataset, batch_size=32))
-    dataset.close()
-
-
 def test_a_local_file_truncated_inside_a_checked_page_serves_no_zeros(tmp_path):
     path = tmp_path / "local"
     with tc.Writer(path, schema={"x": tc.Tensor("int64", (64,))}, block_size="64KiB", compression="none") as writer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import signal
@@ -46,15 +45,6 @@ def test_a_record_is_a_dict_of_the_columns_own_types(dataset, i):
     assert type(record["flag"]) is np.bool_
     record["tokens"][:] = 0
     assert is_same(dataset[i]["tokens"], expected["tokens"])
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(indices=st.lists(st.integers(-150, 149), max_size=20))
-def test_many_indices_give_a_batch_in_their_order(dataset, indices):
-    batch = dataset[indices]
-    assert batch["id"].tolist() == [i % 150 for i in indices]
-    assert batch["tokens"].flags.writeable
-    assert check_batch(batch) == [i % 150 for i in indices]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -107,18 +97,6 @@ def test_selected_columns_and_their_order_apply_to_every_way_of_reading(dataset)
         dataset.select_columns(["nothing"])
 
 
-def test_a_transform_applies_under_any_loader(dataset):
-    doubled = tc.Dataset(dataset._source.leaves[0].location.url, columns=["id"], transform=_double)
-    assert doubled[4] == 8
-    assert doubled[[1, 2]] == [2, 4]
-    for make in (tc.DataLoader, TorchLoader):
-        assert torch.cat(list(make(doubled, batch_size=40))).tolist() == [2 * i for i in range(150)]
-
-
-def _double(record):
-    return int(record["id"]) * 2
-
-
 def test_an_opened_data_set_keeps_its_version(tmp_path):
     with tc.Writer(tmp_path / "d", schema={"id": "int64"}) as writer:
         writer.write_batch({"id": np.arange(3)})
@@ -157,21 +135,6 @@ def test_changes_that_a_collate_function_makes_to_records_are_in_the_batch(datas
     batch = next(iter(TorchLoader(dataset.select_columns(["id", "tokens"]), batch_size=4, collate_fn=collate)))
     assert batch["id"].tolist() == [3, 2, 1, 0]
     assert not batch["tokens"].any()
-
-
-# Others are stress: each starts an interpreter that imports everything anew; test_remote.py has the fork server.
-STARTED_ANEW = [pytest.param(start, marks=pytest.mark.stress) for start in ("forkserver", "spawn")]
-
-
-@pytest.mark.parametrize("start", ["fork", *STARTED_ANEW])
-def test_worker_processes_of_any_start_method_read_it(dataset, start):
-    dataset[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads: that is what is tested
-        loader = TorchLoader(
-            dataset, batch_size=16, num_workers=1, collate_fn=tc.collate, multiprocessing_context=start
-        )
-        assert list(itertools.chain(*map(check_batch, loader))) == list(range(150))
 
 
 def test_a_forked_child_does_not_wait_for_a_shard_that_its_parent_was_opening(dataset):

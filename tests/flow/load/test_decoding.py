@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -104,11 +103,6 @@ def test_whole_pictures_are_a_list_of_tensors(path):
     batch = next(iter(loader_of(path, tc.DecodeImage(None, dtype="float32"), shuffle=False)))
     assert [tuple(p.shape) for p in batch["image"]] == [(3, 20 + i % 7, 30 - i % 5) for i in range(8)]
     assert all(p.dtype == torch.float32 and p.max() <= 1 for p in batch["image"])
-
-
-def test_decoding_does_not_change_the_order(path):
-    plain = tc.DataLoader(tc.Dataset(path), batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=5))
-    assert [b["id"].tolist() for b in loader_of(path)] == [b["id"].tolist() for b in plain]
 
 
 def test_random_crops_are_the_same_for_any_number_of_threads_and_differ_by_epoch_and_seed(path):
@@ -225,14 +219,6 @@ def test_a_corrupt_image_is_an_error_in_its_place_that_names_it(tmp_path, thread
     assert (by_index.value.url, by_index.value.block) == (error.url, error.block)
 
 
-def test_after_an_error_the_iterator_is_closed_and_the_loader_goes_on(tmp_path):
-    iterator = iter(loader_of(broken_at(tmp_path, 3), shuffle=False))
-    with pytest.raises(tc.CorruptShard):
-        next(iterator)
-    with pytest.raises(RuntimeError, match="closed"):
-        next(iterator)
-
-
 def test_other_errors_of_a_decoder_reach_the_consumer_unchanged(path, monkeypatch):
     def refuse(self, data, draws, out):
         raise MemoryError("no room for a picture")
@@ -293,27 +279,11 @@ def test_closing_wakes_a_consumer_that_waits(path, gate):
     assert time.monotonic() - start_s < 30
 
 
-def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(path):
-    code = """
-import sys, tiercache as tc
-dataset = tc.Dataset(sys.argv[1], decode={"image": tc.DecodeImage(16)})
-iterator = iter(tc.DataLoader(dataset, batch_size=4, shuffle=True))
-batch = next(iterator)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
-
-
 def test_decoders_survive_pickling_and_go_with_their_columns(path):
     dataset = pickle.loads(pickle.dumps(tc.Dataset(path, decode={"image": tc.DecodeImage(16)})))
     assert dataset[0]["image"].shape == (3, 16, 16)
     assert dataset.select_columns(["id"])[0] == {"id": 0}
     assert dataset.select_columns(["image"])[0]["image"].shape == (3, 16, 16)
-
-
-def test_batches_smaller_than_the_number_of_threads_are_in_order(path):
-    loader = loader_of(path, batch_size=1, threads=8, shuffle=False)
-    assert list(itertools.chain(*(b["id"].tolist() for b in loader))) == list(range(N))
 
 
 def test_a_wrong_decode_argument_is_refused(path):

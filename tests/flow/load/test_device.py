@@ -17,7 +17,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.flow.load.test_on_corrupt import strike
-from tests.support import ROOT
 from tests.support.fake_device import FakeDevice, install
 from tests.support.interrupts import leaves_with
 from tests.support.records import check_batch, ids_of
@@ -272,20 +271,6 @@ def test_a_host_that_runs_ahead_waits_for_copies_before_it_needs_more_memory():
     pipeline.close()
 
 
-def test_a_copy_is_issued_again_for_another_current_stream():
-    pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_eager=False)
-    pipeline.take()
-    device.current = device.new_stream()
-    x = pipeline.take()["x"]
-    assert device.n_copies == 3
-    there = device.raw(x)
-    seen: list[list[int]] = []
-    device.current.submit(lambda: seen.append(there.tolist()))
-    device.run_all()
-    assert seen == [[1, 1, 1, 1]]
-    pipeline.close()
-
-
 def test_memory_of_a_copy_that_was_issued_again_is_not_lent_before_that_copy_is_done():
     pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_eager=False)
     pipeline.take()
@@ -462,21 +447,6 @@ def test_fixed_buffers_wait_on_the_host_for_each_copy():
     pipeline.close()
 
 
-def test_fixed_buffers_are_not_overwritten_while_another_stream_uses_them():
-    pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_fixed=True, is_eager=False)
-    first, there = device.current, device.raw(pipeline.take()["x"])
-    device.run_all()
-    seen: list[list[int]] = []
-    first.submit(lambda: seen.append(there.tolist()))
-    device.current = device.new_stream()
-    device.choose = lambda streams: streams[-1]  # the new stream goes on as far as it can
-    pipeline.take()
-    device.run_all()
-    assert seen == [[0] * 4]
-    assert there.tolist() == [1] * 4
-    pipeline.close()
-
-
 def test_fixed_buffers_need_full_batches(make_dataset, eager):
     loader = loader_of(fixed_columns(make_dataset(N)), device_buffers="fixed")
     with pytest.raises(ValueError, match="ends with a batch of 3 records instead of 8: give drop_last=True"):
@@ -515,39 +485,6 @@ def test_fixed_buffers_name_the_column_of_another_layout():
     with pytest.raises(ValueError, match=r"column 'x' is a Tensor of layout torch\.sparse_coo"):
         pipeline.take()
     pipeline.close()
-
-
-COMPILED = """
-import sys
-import pytest
-import torch
-from torch._dynamo.utils import counters
-from tests.support.fake_device import install
-import tiercache as tc
-
-def step(batch):
-    batch["id"] += 1  # the columns share a block: a change of one must not be taken for one of another
-    return batch["tokens"].float().mean(1) + batch["id"] * batch["flag"]
-
-install(pytest.MonkeyPatch(), is_eager=True)
-dataset = tc.Dataset(sys.argv[1], columns=["id", "tokens", "flag"])
-for options in ({}, {"device_buffers": "fixed"}):
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile(step, backend="aot_eager")
-    plain = tc.DataLoader(dataset, 8, drop_last=True)
-    loader = tc.DataLoader(dataset, 8, drop_last=True, options=tc.LoaderOptions(device="privateuseone", **options))
-    for batch, other in zip(loader, plain, strict=True):
-        assert torch.equal(compiled(batch), step(other))
-        assert torch.equal(batch["id"], other["id"])
-    assert counters["stats"]["unique_graphs"] == 1
-"""
-
-
-@pytest.mark.stress  # the compiler is imported, which takes seconds
-def test_a_compiled_step_takes_all_batches_by_one_graph(make_dataset, warm_python):
-    done = warm_python.run(["-c", COMPILED, str(make_dataset(N))], cwd=ROOT)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_device_that_cannot_serve_is_refused_with_a_way_out(make_dataset):

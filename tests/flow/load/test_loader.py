@@ -235,14 +235,6 @@ def test_a_failed_iter_begins_no_epoch(make_dataset, monkeypatch):
     assert loader.state_dict()["epoch"] == 1
 
 
-def test_num_workers_start_no_process_on_the_native_path(make_dataset):
-    import multiprocessing
-
-    loader = tc.DataLoader(tc.Dataset(make_dataset(40)), batch_size=10, num_workers=2, persistent_workers=True)
-    assert list(itertools.chain(*ids_of(loader))) == list(range(40))
-    assert multiprocessing.active_children() == []
-
-
 def test_a_pickled_loader_continues_at_its_position(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(200)), batch_size=16, shuffle=True)
     fresh = pickle.loads(pickle.dumps(loader))

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections import defaultdict
 from contextlib import closing
-from itertools import chain
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -104,29 +103,6 @@ def test_a_sampler_and_a_mesh_exclude_each_other(make_dataset):
     options = LoaderOptions(mesh=FakeMesh(DP_TP, 0), dims="dp")
     with closing(tc.Dataset(make_dataset(8))) as dataset, pytest.raises(ValueError, match="remove mesh="):
         tc.DataLoader(dataset, sampler=[0, 1], options=options)
-
-
-def ids_together(records: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"id": torch.tensor([int(record["id"]) for record in records])}
-
-
-@pytest.mark.parametrize("arguments", [{}, {"collate_fn": ids_together}], ids=["native path", "torch's path"])
-@pytest.mark.parametrize(("sizes", "dims"), [(DP_CP_PP, "dp"), (DP_TP, ())])
-def test_a_group_is_served_the_same_batches_and_all_groups_each_record_once(make_dataset, sizes, dims, arguments):
-    url, groups, states = make_dataset(101), {}, []
-    with closing(tc.Dataset(url)) as dataset:
-        options = LoaderOptions(seed=3, shuffle_streams=4, shuffle_window_bytes="1KiB")
-        state = tc.DataLoader(dataset, shuffle=True, options=options).state_dict()
-    for rank, of_rank in enumerate(on_each_rank(sizes, dims)):
-        with closing(tc.Dataset(url)) as dataset:
-            loader = tc.DataLoader(dataset, batch_size=4, shuffle=True, options=of_rank, **arguments)
-            loader.load_state_dict(state)
-            batches = [batch["id"].tolist() for batch in loader]
-            states.append(loader.state_dict())
-        number, _ = mesh_rank(FakeMesh(sizes, rank), dims)
-        assert groups.setdefault(number, batches) == batches
-    assert sorted(chain.from_iterable(chain.from_iterable(groups.values()))) == list(range(101))
-    assert states == [states[0]] * 8
 
 
 def test_later_epochs_of_a_run_that_began_on_one_process_are_equal_on_all_ranks_of_a_group(make_dataset):

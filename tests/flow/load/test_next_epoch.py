@@ -180,29 +180,6 @@ def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, load
     iterator.close()
 
 
-def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.windows.MIN_TASK_BYTES", 1)
-    monkeypatch.setattr("tiercache.load.windows.MAX_TASK_BYTES", 1 << 10)  # many tasks
-    dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
-    gate, begun, load = threading.Event(), [], OpenedVersion.load_blocks
-    n_parts = sum(len(t.records) for t in dataset._source.block_sizes(range(len(dataset._source.shard_records))))
-
-    def slow(self, *what):
-        begun.append(what)
-        assert len(begun) <= n_parts or gate.wait(30)
-        return load(self, *what)
-
-    monkeypatch.setattr(OpenedVersion, "load_blocks", slow)
-    ids_of(loader)
-    n_threads = 4
-    wait_until(lambda: len(begun) == n_parts + n_threads)
-    del loader
-    gate.set()
-    join_loading()
-    assert len(begun) < n_parts + 2 * n_threads < 2 * n_parts
-
-
 @pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
 def test_a_prepared_epoch_is_dropped_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
     dataset = tc.Dataset(make_dataset(300))

@@ -153,18 +153,6 @@ def test_set_epoch_and_pickling_keep_the_position(make_dataset):
     assert numbers_of(pickle.loads(pickle.dumps(tc.NumpyLoader(dataset, 8)))) == numbers_of(tc.NumpyLoader(dataset, 8))
 
 
-def test_views_mixtures_and_tuples_are_served(make_dataset):
-    dataset = tc.Dataset(make_dataset(N))
-    options = tc.LoaderOptions(seed=SEED)
-    mixed = tc.mix([dataset.take(60), dataset.skip(60)], [0.7, 0.3])
-    for view in (dataset.skip(3).take(50), dataset.select([5, 3, 3]), dataset + dataset.take(3), mixed):
-        for shuffle in (False, True):
-            expected = tc.DataLoader(view, 8, shuffle=shuffle, options=options)
-            assert numbers_of(tc.NumpyLoader(view, 8, shuffle=shuffle, options=options)) == numbers_of(expected)
-    first = next(iter(tc.NumpyLoader(dataset.as_tuple("id", "tokens"), 8)))
-    assert [type(entry) for entry in first] == [np.ndarray, np.ndarray]
-
-
 @pytest.mark.parametrize("decode", [RANDOM, tc.DecodeImage(None), tc.DecodeImage(8, dtype="float32", layout="HWC")])
 @pytest.mark.filterwarnings("ignore:.*corrupt.*")
 def test_images_equal_those_of_the_data_loader_and_corrupt_ones_are_replaced(tmp_path, decode):

@@ -8,7 +8,6 @@ import pickle
 from copy import copy
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 import torch
 from tests.support.records import SCHEMA, ids_of, make_columns
@@ -55,30 +54,6 @@ def test_a_rebuilt_loader_serves_the_loaders_own_epochs(dataset, rank, shuffle, 
         assert ids_of(rebuilt(loader)) == ids_of(expected)
         assert ids_of(loader) == ids_of(expected)
     assert len(loader.batch_sampler) == len(loader)
-
-
-@pytest.mark.parametrize("rank", [None, 1])
-def test_a_rebuilt_loader_serves_the_loaders_own_epochs_on_torchs_path(dataset, rank):
-    expected, loader = make(dataset, batch_size=None, rank=rank), make(dataset, batch_size=None, rank=rank)
-    for _ in range(2):
-        other = TorchLoader(loader.dataset, batch_size=None, sampler=loader.sampler)
-        assert [int(record["id"]) for record in other] == [int(record["id"]) for record in expected]
-
-
-VIEWS = {
-    "part": lambda d: d.skip(11).take(97),
-    "filtered": lambda d: d.filter(pc.field("id") > 20),
-    "listed": lambda d: d.select([*range(90, 20, -1), 4, 4, 140]),
-    "joined": lambda d: tc.concat([d.take(40), d.skip(100)]),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_the_sampler_of_a_view_counts_the_views_records(dataset, view):
-    shown = VIEWS[view](dataset)
-    for shuffle in (False, True):
-        expected, loader = make(shown, shuffle=shuffle), make(shown, shuffle=shuffle)
-        assert ids_of(rebuilt(loader)) == ids_of(expected)
 
 
 def test_set_epoch_of_the_sampler_does_not_change_the_loader(dataset):

@@ -107,29 +107,6 @@ def test_columns_that_cannot_stay_mapped_are_read_the_other_way(tmp_path, compre
     assert compression == "zstd" or mapped_now(dataset.select_columns(["id"]), [3])
 
 
-def open_copies(path: Path) -> int:
-    """Descriptors of shards of a data set that this process holds."""
-    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]  # the listing's own is gone by now
-    return sum(str(path) in str(link.readlink()) for link in links)
-
-
-def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monkeypatch):
-    monkeypatch.setattr(shard_reader, "MAX_READERS", 2)
-    dataset = tc.Dataset(packed)
-    n_shards = len(dataset._source.leaves[0].table)
-    rng = np.random.default_rng(0)
-    for size in (1, 1, 5, 40, 2):
-        indices = rng.integers(0, N, size).tolist()
-        assert dataset[indices]["id"].tolist() == indices
-        assert dataset[indices[0]]["id"] == indices[0]
-        assert open_copies(packed) <= 2  # the store's lease of each; mappings hold none
-    assert n_shards > 5
-    dataset.close()
-    assert open_copies(packed) == 0
-    assert dataset[[8, 200]]["id"].tolist() == [8, 200]
-    dataset.close()
-
-
 @pytest.mark.parametrize("max_readers", [2, 256])
 def test_many_threads_read_anything_while_shards_come_and_go(packed, monkeypatch, max_readers):
     monkeypatch.setattr(shard_reader, "MAX_READERS", max_readers)
@@ -310,18 +287,6 @@ def test_a_cached_record_brings_the_copy_and_is_mapped_from_then_on(server, tmp_
         assert dataset._source.record(38) is not None
         assert [seen for seen in server.log if seen.n_bytes] == []
         assert json.loads(json.dumps(cache.stats()))["bytes_used"] > 0
-        dataset.close()
-
-
-def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        dataset = tc.Dataset(f"{server.url}/d", cache=cache)
-        server.log.clear()
-        order = np.random.default_rng(0).permutation(64).tolist()
-        assert [int(dataset[i]["wide"][0]) for i in order] == order
-        of_shards = [seen for seen in server.log if "/shards/" in seen.path]
-        assert len(of_shards) <= 2 * len(dataset._source.leaves[0].table)  # the footer, and all the rest
-        assert sum(seen.n_bytes for seen in of_shards) == dataset._source.leaves[0].table.n_bytes.sum()
         dataset.close()
 
 

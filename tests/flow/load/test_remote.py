@@ -103,33 +103,6 @@ def test_a_shard_that_is_gone_is_an_error_that_names_it_after_every_batch_before
 
 
 @pytest.mark.s3
-def test_from_s3_by_the_native_path_resumed_and_in_a_new_process(s3_server, tmp_path, warm_python):
-    url, options = f"{s3_server.url}/load/native", s3_server.storage_options
-    with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:
-        writer.write_batch(make_columns(N))
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        dataset = tc.Dataset(url, cache=cache, storage_options=options)
-
-        def make():
-            return tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
-
-        loader = make()
-        iterator = iter(loader)
-        begun = [check_batch(next(iterator)) for _ in range(5)]
-        state = loader.state_dict()
-        rest = list(map(check_batch, iterator))
-        resumed = make()
-        resumed.load_state_dict(state)
-        assert list(map(check_batch, resumed)) == rest
-        assert sorted(itertools.chain(*begun, *rest)) == list(range(N))
-        second = ids_of(loader)
-        dataset.close()
-    warm = read_in_a_new_process(warm_python, url, tmp_path / "cache", options)
-    assert warm["ids"] == second
-    assert warm["hit_ratio"] == 1
-
-
-@pytest.mark.s3
 def test_workers_forked_after_the_parent_has_read_from_s3_name_forkserver(s3_server):
     url, options = f"{s3_server.url}/load/forked", s3_server.storage_options
     with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:

@@ -15,10 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support.records import replace_bytes
 from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import default_collate
 
 import tiercache as tc
-from tiercache._native.ring import Plan
 from tiercache.data.output_spec import Buffer
 
 N = 60
@@ -295,16 +293,6 @@ def test_a_record_has_its_fills_and_casts_and_no_layouts(stored, asked, i, start
     assert plain_batch(dataset[start:]) == plain_batch(dataset[list(range(start, N))])
 
 
-def test_torchs_default_collate_takes_nullable_columns_once_they_are_filled(packed):
-    names = ["id", "count", "flag", "text", "point"]
-    filled = tc.Dataset(packed, columns=names, fill_nulls={n: FILLS[n] for n in names if n in FILLS})
-    batch = next(iter(TorchLoader(filled, batch_size=10, collate_fn=default_collate)))
-    assert batch["count"].tolist() == [-1 if make_record(i)["count"] is None else i - 5 for i in range(10)]
-    assert batch["point"].shape == (10, 2)
-    with pytest.raises((TypeError, RuntimeError)):
-        next(iter(TorchLoader(tc.Dataset(packed, columns=names), batch_size=10, collate_fn=default_collate)))
-
-
 @pytest.mark.parametrize("values", [["", "", ""], [None, None, None], ["a", None, ""], ["x" * 70_000, "", "é"]])
 def test_text_of_any_length_is_served_in_every_form(tmp_path, values):
     with tc.Writer(
@@ -324,17 +312,6 @@ def test_text_of_any_length_is_served_in_every_form(tmp_path, values):
         assert plain_batch(native) == plain_batch(tc.collate(dataset.__getitems__([0, 1, 2])))
         lengths = [len((nulls.get("text", "") if v is None else v).encode()) for v in values]
         assert measures[form](native) == lengths, (form, nulls)
-
-
-def test_forms_and_fills_survive_pickling_and_choosing_columns(packed):
-    dataset = tc.Dataset(packed, layouts={"text": "buffer", "box": "padded"}, fill_nulls={"text": "-", "count": 3})
-    again = pickle.loads(pickle.dumps(dataset))
-    assert len(pickle.dumps(dataset)) < 1500
-    assert plain_batch(again[[0, 3]]) == plain_batch(dataset[[0, 3]])
-    chosen = dataset.select_columns(["count", "box"])
-    assert (dict(chosen._output_spec.layouts), dict(chosen._output_spec.nulls)) == ({"box": "padded"}, {"count": 3})
-    loader = pickle.loads(pickle.dumps(tc.DataLoader(chosen, batch_size=N)))
-    assert list(next(iter(loader))) == ["count", "box", "box.lengths", "box.valid"]
 
 
 def test_a_fill_is_every_records_own(packed):
@@ -391,18 +368,6 @@ def test_a_column_with_the_name_of_lengths_is_refused(tmp_path):
         writer.write({"x": b"", "x.lengths": 1})
     with pytest.raises(tc.SchemaError, match=r"x\.lengths.*taken"):
         tc.Dataset(tmp_path / "d", layouts={"x": "padded"})
-
-
-@pytest.mark.parametrize("padding", ["padded", tc.Padded(-100, multiple_of=4)])
-def test_labels_are_padded_with_a_value_that_a_cast_column_can_hold(tmp_path, padding):
-    with tc.Writer(tmp_path / "d", schema={"labels": tc.Ragged("uint16", (None,))}) as writer:
-        writer.write_batch({"labels": [np.arange(1, 4), np.arange(0), np.arange(1, 6)]})
-    dataset = tc.Dataset(tmp_path / "d", cast={"labels": "int64"}, layouts={"labels": padding})
-    value, width = (-100, 8) if isinstance(padding, tc.Padded) else (0, 5)
-    expected = [[*row, *[value] * (width - len(row))] for row in ([1, 2, 3], [], [1, 2, 3, 4, 5])]
-    for batch in (next(iter(tc.DataLoader(dataset, batch_size=3))), dataset[[0, 1, 2]]):
-        assert batch["labels"].tolist() == expected
-        assert batch["labels.lengths"].tolist() == [3, 0, 5]
 
 
 @pytest.mark.parametrize("name", ["text", "box"])
@@ -471,14 +436,6 @@ def test_a_wrong_setting_of_padding_is_an_error_that_names_it():
             tc.Padded(**wrong)
 
 
-def test_one_number_of_any_sort_fills_a_tensor_and_a_mask_by_name_is_the_usual_mask(packed):
-    null = next(i for i in range(N) if make_record(i)["point"] is None)
-    for one in (-2, -2.0, np.float32(-2), np.array(-2.0), torch.tensor(-2.0)):
-        assert tc.Dataset(packed, fill_nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
-    batch = tc.Dataset(packed, columns=["text"], fill_nulls={"text": "mask"})[[0, 1, 2]]
-    assert batch["text.valid"].tolist() == [make_record(i)["text"] is not None for i in range(3)]
-
-
 @pytest.mark.parametrize(
     ("spec", "values", "old", "new", "verify", "told"),
     [
@@ -505,12 +462,6 @@ def test_damage_is_found_in_every_form(tmp_path, spec, values, old, new, verify,
         for read in (lambda d=dataset: list(tc.DataLoader(d, batch_size=3)), lambda d=dataset: d[[0, 1]]):
             with pytest.raises(tc.CorruptShard, match=told):
                 read()
-
-
-def test_a_table_of_layouts_that_is_too_short_is_refused():
-    one = np.zeros((1, 1, 3), np.uint64)
-    with pytest.raises(ValueError, match="need 12 words"):
-        Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, output_layouts=np.zeros(7, np.uint64))
 
 
 def test_a_buffer_is_a_sequence_that_moves_and_pins_as_tensors_do():
@@ -567,15 +518,6 @@ def test_the_schema_says_what_is_served_and_arrow_what_is_stored(packed):
     assert tables[0].schema == tc.Dataset(packed, columns=ask["columns"]).schema.arrow
     assert pa.Table.from_batches(tables).column("id").to_pylist() == list(range(N))
     assert dataset.to_pandas()["id"].dtype == np.int64
-
-
-def test_names_of_labels_stay_with_a_cast_column(tmp_path):
-    field = pa.field("label", pa.int64(), nullable=False, metadata={"tiercache.classes": '["cat", "dog"]'})
-    with tc.Writer(tmp_path / "data", schema=pa.schema([field])) as writer:
-        writer.write({"label": 1})
-    dataset = tc.Dataset(tmp_path / "data", cast={"label": "int32"})
-    assert dataset.schema.columns[0].classes == ("cat", "dog")
-    assert dataset[0]["label"].dtype == np.int32
 
 
 def test_pickles_selections_views_and_joined_data_sets_keep_the_cast(packed):

@@ -64,18 +64,6 @@ def test_transformed_pictures_on_a_device_are_those_of_the_cpu(pictures, eager, 
     assert stats["stages"]["decode_s"] > 0
 
 
-def test_a_state_counts_batches_that_were_handed_out_behind_transforms_and_a_device(pictures, eager):
-    loader = loader_of(pictures, transform=with_noise, device=FAKE)
-    batches = iter(loader)
-    head = [next(batches) for _ in range(3)]
-    state = loader.state_dict()
-    tail = list(batches)
-    resumed = loader_of(pictures, transform=with_noise)
-    resumed.load_state_dict(state)
-    assert_equal(list(resumed), tail)
-    assert len(head) + len(tail) == len(loader)
-
-
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
 def test_channels_last_pictures_are_decoded_into_pinned_memory(pictures, eager, dtype):
     mean_std = {} if dtype == "uint8" else {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3)}

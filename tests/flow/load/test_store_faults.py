@@ -145,24 +145,6 @@ def test_a_cache_that_was_warmed_under_faults_serves_an_epoch_without_the_server
     assert rule.n_faults >= 1
 
 
-def test_a_data_set_is_written_and_appended_to_under_faults(tmp_path):
-    statuses = [HttpFault("status", code, header=SHED) for code in (429, 500, 503)]
-    rule = RandomFaults([*statuses, HttpFault("drop"), HttpFault("lost_answer")], 0.2, seed=6)
-    with HttpFaultServer({}) as server:
-        server.when(rule)
-        options = {"endpoint": server.url, "region": "us-east-1", "anon": True, "disable_bulk_delete": True}
-        for mode, first in (("create", 0), ("append", 1000), ("append", 2000)):
-            with tc.Writer(
-                "s3://bucket/data", schema={"id": "int64"}, mode=mode, shard_size="1KiB", storage_options=options
-            ) as writer:
-                writer.write_batch({"id": range(first, first + 1000)})
-        dataset = tc.Dataset("s3://bucket/data", cache=False, storage_options=options)
-        assert [record["id"] for record in dataset] == [*range(3000)]
-        assert dataset.version == 3
-        dataset.close()
-    assert rule.n_faults >= 5
-
-
 @pytest.mark.parametrize(
     ("name", "cached"),
     [("503", True), ("reset", False), ("wrong_length", True), ("wrong_bytes", False), ("etag", True)],

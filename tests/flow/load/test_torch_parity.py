@@ -8,7 +8,6 @@ import multiprocessing
 import pickle
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from tests.support.records import SCHEMA, ids_of, make_columns
@@ -249,16 +248,6 @@ def test_one_line_says_that_options_for_workers_change_nothing(dataset, caplog, 
         assert loader.in_order is ("in_order" not in given)
 
 
-def test_an_iterable_data_set_that_gives_more_than_it_said_is_warned_of():
-    found = []
-    for loader_class in (TorchLoader, tc.DataLoader):
-        loader = loader_class(Numbers(10, length=2), 2)
-        found.append((len(loader), warned_by(lambda loader=loader: list(loader))))
-    assert found[0] == found[1]
-    assert found[0][1]
-    assert raised_by(lambda: len(tc.DataLoader(Numbers()))) == raised_by(lambda: len(TorchLoader(Numbers())))
-
-
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 7, 16, N, 100])
 def test_batches_of_the_native_path_are_those_of_torchs_loader(dataset, batch_size, drop_last):
@@ -305,40 +294,6 @@ def test_iterators_behave_as_torchs(dataset):
     for protocol in (0, 1, pickle.HIGHEST_PROTOCOL):
         assert raised_by(lambda n=protocol: pickle.dumps(ours, n))[0] is NotImplementedError
         assert raised_by(lambda n=protocol: pickle.dumps(theirs, n))[0] is NotImplementedError
-
-
-def note_worker(worker_id):
-    info = get_worker_info()
-    info.dataset.noted = (worker_id, info.id, info.num_workers)
-
-
-class Noting(Squares):
-    noted = None
-
-    def __getitem__(self, index):
-        return (
-            index,
-            self.noted,
-            torch.initial_seed() % 1000,
-            int(np.random.randint(1000)),
-            int(torch.randint(1000, ())),
-        )
-
-
-def test_workers_over_any_other_data_set_are_torchs():
-    found = []
-    more = {"num_workers": 2, "worker_init_fn": note_worker, "persistent_workers": True, "prefetch_factor": 1}
-    for loader_class in (TorchLoader, tc.DataLoader):
-        torch.manual_seed(4)
-        loader = loader_class(Noting(12), 2, collate_fn=list, **more)
-        found.append([sorted(loader) for _ in range(2)])
-    assert found[0] == found[1]
-    assert {noted for batch in found[0][0] for _, noted, *_ in batch} == {(0, 0, 2), (1, 1, 2)}
-
-
-def test_batches_out_of_order_are_all_there():
-    found = list(tc.DataLoader(Squares(13), 2, num_workers=2, in_order=False))
-    assert sorted(n for batch in found for n in batch.tolist()) == [i * i for i in range(13)]
 
 
 def test_iterable_data_sets_and_data_sets_of_data_sets_are_served_as_torch_serves_them(dataset):

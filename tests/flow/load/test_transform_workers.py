@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.every_kind import EVERY_KIND, columns_of_every_kind, is_same
 from tests.support.records import SCHEMA, make_columns
 from tests.support.transformed import draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import get_worker_info
 
 import tiercache as tc
-from tiercache.load import pipeline, transform_workers
+from tiercache.load import transform_workers
 from tiercache.load.transform_workers import SharedBlock
 from tiercache.waiting import wait_for
 
@@ -51,20 +50,6 @@ def test_workers_serve_what_the_loaders_thread_serves(path):
         assert len(pids) <= 2
 
 
-def test_workers_see_the_records_that_indexing_gives(tmp_path):
-    url = tmp_path / "data"
-    with tc.Writer(url, schema=EVERY_KIND, block_size="1KiB") as writer:
-        writer.write_batch(columns_of_every_kind(30))
-    plain = tc.Dataset(url)
-    loader = loader_of(url, dict, workers=1, collate_fn=list)
-    seen = list(itertools.chain(*loader))
-    assert len(seen) == 30
-    for record in seen:
-        expected = plain[int(record["id"])]
-        assert is_same({**record, "half": 0, "vector": 0}, {**expected, "half": 0, "vector": 0})
-        assert torch.equal(record["vector"], expected["vector"])
-
-
 def test_foreign_augmentations_are_equal_for_any_number_of_workers_and_new_in_each_epoch(path):
     one = loader_of(path, draw_globals, workers=1, persistent_workers=True)
     two = loader_of(path, draw_globals, workers=2)
@@ -73,19 +58,6 @@ def test_foreign_augmentations_are_equal_for_any_number_of_workers_and_new_in_ea
     names = sorted(next(iter(loader_of(path, draw_globals))).keys() - {"pid"})
     for name in ("torch", "python", "legacy"):
         assert len({row[names.index(name)] for rows in epochs for row in rows}) == 2 * N
-
-
-def test_a_run_that_resumes_at_any_batch_repeats_foreign_augmentations(path):
-    loader = loader_of(path, draw_globals, workers=1, batch_size=30)
-    states, served = [], []
-    for batch in loader:
-        served.append(rows_of([batch]))
-        states.append(json.loads(json.dumps(loader.state_dict())))
-    assert len(served) == 4
-    for step, state in enumerate(states[:-1], 1):
-        resumed = loader_of(path, draw_globals, workers=2, batch_size=30)
-        resumed.load_state_dict(state)
-        assert rows_of(resumed) == list(itertools.chain(*served[step:]))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
@@ -143,24 +115,8 @@ def test_a_function_may_keep_what_it_saw(path):
             assert batch["tokens"].tolist() == make_columns(N)["tokens"][batch["id"].numpy()].tolist()
 
 
-def large(record):
-    return {"id": record["id"], "x": np.full(5000 + int(record["id"]) % 3, record["id"])}
-
-
 def same_size(record):
     return {"id": record["id"], "x": np.full(5000, record["id"])}
-
-
-@pytest.mark.parametrize(("transform", "collate_fn"), [(same_size, None), (large, list)], ids=["stacked", "listed"])
-def test_a_consumer_may_keep_all_batches(path, transform, collate_fn):
-    loader = loader_of(path, transform, workers=2, collate_fn=collate_fn)
-    records = []
-    for batch in list(loader):
-        records += batch if collate_fn else zip(batch["id"], batch["x"], strict=True)
-    for record in records:
-        number, x = record if isinstance(record, tuple) else record.values()
-        assert (np.asarray(x) == int(number)).all()
-    assert len(records) == N
 
 
 def test_shared_memory_is_reused_and_belongs_to_the_consumer_in_the_meantime(path):
@@ -261,14 +217,6 @@ def test_a_worker_that_dies_is_an_error_that_names_it(path, transform, how, work
         list(iterator)
 
 
-def test_a_worker_that_is_killed_while_it_is_idle_is_an_error(path):
-    iterator = iter(loader_of(path, workers=1, batch_size=2))
-    pid = int(next(iterator)["pid"][0])
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=rf"pid {pid}\).*SIGKILL"):
-        list(iterator)
-
-
 def test_leaving_an_epoch_ends_workers_that_are_in_the_midst_of_a_transform(path):
     iterator = iter(loader_of(path, wait_at_seven, workers=1, shuffle=False, batch_size=4))
     pid = int(next(iterator)["pid"][0])
@@ -314,43 +262,6 @@ def test_workers_that_are_busy_with_an_abandoned_epoch_serve_the_next_one(path, 
     opening.start()
     assert len(list(loader)) == len(loader)
     opening.join()
-
-
-class OpensSlowly:
-    """An object that the training process unpickles only when a file exists."""
-
-    def __init__(self, gate):
-        self.gate = gate
-
-    def __reduce__(self):
-        return _wait_and_open, (self.gate,)
-
-
-def _wait_and_open(gate):
-    wait_for(gate.exists, 60)
-    return OpensSlowly(gate)
-
-
-def test_an_epoch_begins_while_a_thread_of_the_one_before_still_reads_a_batch(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "THREAD_END_S", 0.01)
-    gate, made = tmp_path / "open", itertools.count()
-
-    def slow_after_a_batch(record):
-        return {"id": record["id"], "slow": OpensSlowly(gate) if next(made) >= 8 else None}
-
-    loader = loader_of(path, slow_after_a_batch, workers=1, persistent_workers=True, collate_fn=list, timeout=60)
-    iterator = iter(loader)
-    next(iterator)
-    iterator.close()
-    opening = threading.Timer(0.3, gate.touch)  # when the next epoch's threads wait for the workers
-    opening.start()
-    assert sorted(record["id"] for batch in loader for record in batch) == list(range(N))
-    opening.join()
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("tiercache-transform")]
-    for thread in threads:
-        thread.join(20)
-    assert not any(thread.is_alive() for thread in threads)
-    del loader
 
 
 class CannotBeRead:

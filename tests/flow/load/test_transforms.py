@@ -212,22 +212,6 @@ def test_every_record_draws_numbers_of_its_own_and_so_does_the_batch(path):
     assert len({row[0] for row in rows}) == 13  # the batch's number is the same for its records
 
 
-def test_a_padding_record_has_the_key_of_the_position_that_it_repeats(path):
-    dataset = tc.Dataset(path, transform=draw).take(5)
-    served = {}
-    for rank in range(4):
-        loader = tc.DataLoader(dataset, batch_size=2, shuffle=True, options=options(rank, 4, shuffle_streams=1))
-        served[rank] = rows_of(loader)
-    rows = list(itertools.chain(*served.values()))
-    assert [len(part) for part in served.values()] == [2, 1, 1, 1] or len(rows) > 5
-    assert len(set(rows)) == 5
-    few = dataset.take(3)
-    padded = [rows_of(tc.DataLoader(few, 2, shuffle=True, options=options(rank, 4))) for rank in range(4)]
-    rows = list(itertools.chain(*padded))
-    assert len(rows) == 4
-    assert len(set(rows)) == 3  # equal to the last number
-
-
 def test_a_replaced_record_has_the_key_of_the_position_where_it_is_served(tmp_path):
     columns = make_pictures(12)
     columns["image"][4] = b"\xff\xd8\xff broken"
