@@ -5,8 +5,8 @@ tells the coordinator their sizes and checksums. The coordinator writes `state.j
 tensor is and holds all other values, and puts the manifest. So a save in which a rank fails leaves no manifest: nobody
 sees it, and collection removes its files. torch's planners decide which rank writes which part.
 
-Nothing is stored as pickle. torch hands over values that are not tensors as text of torch.save(): the writer turns them
-into JSON, and refuses those that are neither JSON values, tensors nor arrays; the reader does the reverse in memory.
+Nothing is stored as pickle: values that are not tensors become JSON, and those that are neither JSON values, tensors
+nor arrays are refused. The reader hands them to torch as text of torch.save(), in memory.
 
 A rank that loads reads the ranges that it needs, and checks them.
 """
@@ -17,7 +17,6 @@ import io
 import json
 import math
 import os
-import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,7 +69,6 @@ from tiercache.checkpoint.housekeeping import Housekeeper
 from tiercache.checkpoint.run_stores import CheckpointCopy, RunStores, archived_error, missing_file, resolve
 from tiercache.checkpoint.state_tree import (
     DTYPES,
-    EncodedState,
     children,
     decode_state,
     encode_state,
@@ -90,7 +88,7 @@ from tiercache.store.shared_files import boot_id
 # Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
 BLOCK_BYTES = 1 << 20
 
-# Methods by which a planner may change what is stored.
+# Methods of DefaultSavePlanner by which a planner could change what is stored.
 _CHANGES = ("resolve_data", "transform_object")
 _DTYPE_NAMES = {name: key for key, name in DTYPES.items()}
 Shape: TypeAlias = tuple[int, ...]
@@ -216,6 +214,14 @@ class DistributedWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the parts of this rank, and check them at the store."""
+        kind: Any = type(planner)
+        if not isinstance(planner, DefaultSavePlanner) or any(
+            getattr(kind, name) is not getattr(DefaultSavePlanner, name) for name in _CHANGES
+        ):
+            raise TypeError(
+                f"{kind.__name__} changes what is stored: use a DefaultSavePlanner that replaces none of"
+                f" {', '.join(_CHANGES)}, and change the state before dcp.save"
+            )
         task: _Task = plan.storage_data
         self.name = task.name
         if task.retains:  # the checkpoint before this one is committed by now
@@ -224,7 +230,7 @@ class DistributedWriter(StorageWriter):
         nodes: dict[MetadataIndex, tuple[Any, list[str]]] = {}  # of each item, and the names of its tensors
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                value = _encode_value(item, planner)
+                value = encode_state({item.index.fqn: planner.lookup_object(item.index)})
                 (node,) = (children(value.tree) or {}).values()
                 found = [
                     _Source(TensorSpec(name, one.dtype, one.shape, one.n_bytes), partial(torch.as_tensor, one.value))
@@ -334,7 +340,7 @@ def _check_names(names: Iterable[str]) -> None:
         raise ValueError(f"two tensors of the state would be stored as {name!r}: rename one of their keys")
 
 
-def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
+def _source_of(item: WriteItem, planner: DefaultSavePlanner) -> _Source:
     """Return the part of a tensor that an item of a plan names. The part is not loaded yet."""
     data = item.tensor_data
     if data is None:
@@ -344,32 +350,7 @@ def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
         ranges = [f"{start}:{start + n}" for start, n in zip(data.chunk.offsets, shape, strict=True)]
         name += f"[{','.join(ranges)}]"
     n_bytes = math.prod(shape) * data.properties.dtype.itemsize
-
-    def find() -> torch.Tensor:
-        found = planner.resolve_data(item)
-        if not isinstance(found, torch.Tensor):
-            raise TypeError(f"{item.index.fqn}: the planner announced a tensor, and gave a {type(found).__name__}")
-        return found
-
-    return _Source(TensorSpec(name, dtype, shape, n_bytes), find)
-
-
-def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
-    """Return a value that is not a tensor as JSON. Raises TypeError, with its key, if it cannot be stored."""
-    fqn = item.index.fqn
-    kind: Any = type(planner)
-    changes = [name for name in _CHANGES if getattr(kind, name, None) is not getattr(DefaultSavePlanner, name)]
-    if isinstance(planner, DefaultSavePlanner) and not changes:
-        return encode_state({fqn: planner.lookup_object(item.index)})
-    text = planner.resolve_data(item)
-    if isinstance(text, torch.Tensor):
-        raise TypeError(f"{fqn}: the planner announced a value that is no tensor, and gave a tensor")
-    text.seek(0)
-    try:
-        return encode_state({fqn: torch.load(text, weights_only=True)})
-    except pickle.UnpicklingError as error:
-        message = f"{fqn!r} is a value that only pickle could store, which tiercache does not use: store JSON values"
-        raise TypeError(f"{message}, tensors or arrays") from error
+    return _Source(TensorSpec(name, dtype, shape, n_bytes), partial(planner.lookup_object, item.index))
 
 
 def _bytes_of(source: _Source) -> memoryview:
@@ -436,14 +417,11 @@ def _state_of(metadata: Metadata, stored: Mapping[MetadataIndex, _Stored]) -> by
         else:
             nodes[fqn] = stored[MetadataIndex(fqn)].node
     paths = metadata.planner_data
-    if paths is not None and not (isinstance(paths, Mapping) and paths.keys() >= nodes.keys()):
-        raise ValueError(
-            f"the planner has data of its own ({type(paths).__name__}), which a checkpoint cannot hold; it holds the "
-            "paths of keys, as DefaultSavePlanner has them"
-        )
-    tree = _dict_node(nodes) if paths is None else _tree_of({tuple(paths[fqn]): node for fqn, node in nodes.items()})
+    if not (isinstance(paths, Mapping) and paths.keys() >= nodes.keys()):
+        raise ValueError("the planner does not know the paths of the keys: leave flatten_state_dict=False out")
+    tree = _tree_of({tuple(paths[fqn]): node for fqn, node in nodes.items()})
     checksums = {part.name: list(part.blocks) for one in stored.values() for part in one.parts}
-    return state_text(tree, blocks={"bytes": BLOCK_BYTES, "crc32c": checksums}, is_flat=paths is None)
+    return state_text(tree, blocks={"bytes": BLOCK_BYTES, "crc32c": checksums})
 
 
 def _tree_of(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
@@ -456,11 +434,8 @@ def _tree_of(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
     found = {key: _tree_of(part) for key, part in below.items()}
     if found and all(isinstance(key, int) for key in found):
         return [found[number] for number in range(len(found))]
-    return _dict_node(found)
-
-
-def _dict_node(nodes: Mapping[Any, Any]) -> Any:
-    return {"$dict": [list(item) for item in nodes.items()]} if any(k.startswith("$") for k in nodes) else dict(nodes)
+    has_tags = any(isinstance(key, str) and key.startswith("$") for key in found)
+    return {"$dict": [list(item) for item in found.items()]} if has_tags else found
 
 
 def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[MetadataIndex, _Stored]) -> Any:
@@ -584,23 +559,19 @@ class DistributedReader(StorageReader):
         try:
             body, tree = json.loads(bytes(data)), parse_state(bytes(data))
             self._blocks = body.get("blocks", {}).get("crc32c", {})
-            metadata = self._describe(tree, is_flat=body.get("is_flat", False))
+            metadata = self._describe(tree)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             url = f"{self._run.remote.url}/{self.name}"
             raise CorruptCheckpoint(f"its state cannot be read: {error!r}", url=url, part=STATE_NAME) from error
         metadata.storage_meta = StorageMeta(checkpoint_id=self.name)
         return metadata
 
-    def _describe(self, tree: Any, *, is_flat: bool) -> Metadata:
-        """Return the contents of a state in the terms of torch, whether torch's planners or save() wrote it.
-
-        is_flat: Whether the planner that wrote it kept nested dicts as one value each.
-        """
-        leaves = (((key,), node) for key, node in (children(tree) or {}).items()) if is_flat else _leaves(tree, ())
+    def _describe(self, tree: Any) -> Metadata:
+        """Return the contents of a state in the terms of torch, whether torch's planners or save() wrote it."""
         found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         paths: dict[str, tuple[str | int, ...]] = {}
         self._parts, self._values = {}, {}
-        for path, node in leaves:
+        for path, node in _leaves(tree, ()):
             fqn = ".".join(map(str, path))
             paths[fqn] = path
             facts = _sharded_facts(node, self._manifest)
@@ -612,7 +583,7 @@ class DistributedReader(StorageReader):
             for offsets, sizes, part in facts["parts"]:
                 tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
                 self._parts[MetadataIndex(fqn, offsets)] = part["$tensor"]
-        return Metadata(found, planner_data=None if is_flat else paths, storage_data=self._parts)
+        return Metadata(found, planner_data=paths, storage_data=self._parts)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
         """Begin a load."""
