@@ -180,6 +180,8 @@ def test_invalid_selections_are_errors_that_name_valid_ones(dataset):
             call(dataset)
     for chosen in ((4, 2, 4), np.array([4, 2, 4], np.uint8), torch.tensor([4, 2, 4]), pa.array([4, 2, 4])):
         assert ids_of(dataset.select(chosen)) == [4, 2, 4]
+    odd = dataset.select(np.arange(N) % 2 == 1)
+    assert pa.Table.from_batches(list(odd.to_arrow()))["id"].to_pylist() == ids_of(odd) == list(range(1, N, 2))
 
 
 def test_a_view_keeps_columns_transform_and_subclass(packed):

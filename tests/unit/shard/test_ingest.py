@@ -219,6 +219,9 @@ def test_a_batch_with_other_columns_is_an_error(store, batch, message):
     writer = ShardWriter(store, Schema.of({"x": "int8", "y": "str", "z": "int8?"}), ShardOptions())
     with pytest.raises(SchemaError, match=message):
         writer.write_batch(batch)
+    with pytest.raises(SchemaError, match="column names must differ"):
+        writer.write_batch(pa.table([[1], [2]], names=["x", "x"]))
+    writer.write_batch({"x": [], "y": []})
     assert writer.finish() == []
 
 
