@@ -38,16 +38,6 @@ def test_the_comparison_has_a_row_for_each_layout_of_a_contender(
     assert "Shuffled, varied columns as list:" in text
 
 
-def test_a_contender_that_cannot_be_installed_is_listed_with_the_reason(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    peer = bench("peers.catalogue").Peer(title="one", requirements=("numpy",), system=("no-such-module",))
-    environments = bench("peers.environments")
-    with pytest.raises(environments.NotInstalledError, match="needs"):
-        environments.interpreter("one", peer, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def small_plan(compare: ModuleType, folder: Path, *peers: str) -> Any:
     """One repetition of contenders that need no environment, shuffled or not, every record checked."""
     return compare.Plan(
@@ -63,20 +53,6 @@ def small_plan(compare: ModuleType, folder: Path, *peers: str) -> Any:
         reuse=False,
         resume=False,
     )
-
-
-def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    compare, catalogue, workloads = bench("peers.compare"), bench("peers.catalogue"), bench("workloads")
-    tiny = replace(workloads.TENSORS, n_records=8)
-    failing = catalogue.Peer(title="no such adapter", tuned="never", shuffles=("none",))
-    plan = small_plan(compare, tmp_path, "no_such_adapter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(catalogue.PEERS, "no_such_adapter", failing)
-        rows = compare.compare(tiny, plan, compare.Tasks(plan))
-    assert [row["benchmark"] for row in rows] == ["pack", "load"]
-    assert all("ModuleNotFoundError" in row["missing"] for row in rows)
-    text = bench("peers.report").markdown([{**row, **bench("rows").machine()} for row in rows])
-    assert "no such adapter (shuffle none): ModuleNotFoundError" in text
 
 
 @pytest.fixture

@@ -96,15 +96,6 @@ def batch_of(number: int) -> dict[str, Any]:
     return {"x": torch.full((4,), number), "name": [f"batch {number}"]}
 
 
-def test_batches_on_a_device_are_those_of_the_cpu(make_dataset, eager):
-    path = make_dataset(N)
-    plain = ids_of(loader_of(path, device=None))
-    assert ids_of(loader_of(path)) == plain
-    assert ids_of(tc.DataLoader(tc.Dataset(path), 8, sampler=range(50), options=tc.LoaderOptions(device=FAKE))) == [
-        list(range(i, min(i + 8, 50))) for i in range(0, 50, 8)
-    ]
-
-
 def test_a_batch_takes_one_copy_from_memory_that_is_pinned_once(make_dataset, eager):
     loader = loader_of(fixed_columns(make_dataset(N)))
     for _ in range(3):

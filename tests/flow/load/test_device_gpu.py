@@ -108,30 +108,3 @@ def test_a_compiled_step_takes_the_batches(dataset, buffers):
     found = [step(batch).clone() for batch in loader_of(dataset, device_buffers=buffers)]
     for got, other in zip(found, expected_of(dataset), strict=True):
         assert torch.allclose(got.cpu(), other["tokens"].float().mean(1) + other["id"] * other["flag"])
-
-
-def test_an_iterator_that_is_closed_early_leaves_the_device_usable(dataset):
-    loader = loader_of(dataset, device_batches=4)
-    for _ in range(5):
-        iterator = iter(loader)
-        next(iterator)
-        torch.cuda._sleep(SLEEP_CYCLES)
-        iterator.close()
-    assert torch.ones(8, device="cuda").sum().item() == 8
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
-def test_each_loader_serves_its_own_device(dataset):
-    loaders = [loader_of(dataset, device=f"cuda:{number}") for number in (0, 1)]
-    for pair in zip(*loaders, strict=True):
-        assert [batch["id"].device.index for batch in pair] == [0, 1]
-        assert torch.equal(pair[0]["tokens"].cpu(), pair[1]["tokens"].cpu())
-
-
-def test_exposed_waits_are_reported(dataset):
-    loader = loader_of(dataset)
-    for _ in loader:
-        torch.cuda._sleep(SLEEP_CYCLES)
-    torch.cuda.synchronize()
-    exposed = loader.stats()["exposed_wait_s"]
-    assert 0 <= exposed["mean"] <= exposed["total"]

@@ -18,21 +18,6 @@ from tiercache.errors import UnsupportedFormat
 from tiercache.shard.schema import Schema
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("window", ["2KiB", "256MiB", "all"])
-def test_an_epoch_is_every_record_once(make_dataset, shuffle, window):
-    options = tc.LoaderOptions(
-        seed=3, shuffle_window_bytes=window, shuffle_group_bytes="all" if window == "all" else "9KiB"
-    )
-    loader = tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=16, shuffle=shuffle, options=options)
-    batches = ids_of(loader)
-    flat = list(itertools.chain(*batches))
-    assert [len(b) for b in batches] == [16] * 31 + [4]
-    assert len(loader) == 32
-    assert sorted(flat) == list(range(500))
-    assert (flat == list(range(500))) is not shuffle
-
-
 def test_epochs_differ_and_equal_seeds_agree(make_dataset):
     path = make_dataset(200)
     first = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))

@@ -41,25 +41,6 @@ def on_each_rank(sizes: dict[str, int], dims: Any) -> list[LoaderOptions]:
     return [LoaderOptions(mesh=FakeMesh(sizes, rank), dims=dims) for rank in range(prod(sizes.values()))]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "dims", "expected"),
-    [
-        (DP_TP, ("dp",), [(0, 2)] * 4 + [(1, 2)] * 4),
-        (DP_TP, "dp", [(0, 2)] * 4 + [(1, 2)] * 4),
-        (DP_TP, (), [(0, 1)] * 8),
-        (DP_CP_PP, ["dp"], [(0, 2)] * 4 + [(1, 2)] * 4),
-        ({"pp": 2, "dp": 2, "tp": 2}, ("dp",), [(0, 2), (0, 2), (1, 2), (1, 2)] * 2),
-        ({"a": 2, "b": 2, "tp": 2}, ("a", "b"), [(n // 2, 4) for n in range(8)]),
-        ({"a": 2, "b": 2, "tp": 2}, ("b", "a"), [(n // 2, 4) for n in range(8)]),
-        ({"dp": 1, "tp": 2}, ("dp",), [(0, 1)] * 2),
-    ],
-)
-def test_the_rank_is_the_place_along_the_named_dimensions(sizes, dims, expected):
-    ranks = [find_rank(options) for options in on_each_rank(sizes, dims)]
-    assert [(rank.rank, rank.world_size) for rank in ranks] == expected
-    assert str(ranks[-1]) == f"rank {expected[-1][0]} of {expected[-1][1]} (from mesh)"
-
-
 @given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=4))
 def test_ranks_are_equal_exactly_if_they_differ_only_in_other_dimensions(shape):
     sizes = {f"d{number}": size for number, (size, _) in enumerate(shape)}

@@ -72,6 +72,14 @@ def read_with_states(loader) -> list[tuple[dict, dict]]:
     return [(batch, loader.state_dict()) for batch in loader]
 
 
+def resumed(loader, state) -> list[dict]:
+    """The batches of a loader from a state on; what it warns of is not looked at."""
+    loader.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(loader)
+
+
 def flat(batches: list[list[int]]) -> list[int]:
     return list(itertools.chain(*batches))
 
@@ -143,11 +151,7 @@ def test_a_resumed_run_serves_the_same_replacements(make_dataset, opened):
         read = read_with_states(loader)
     found, states = [check_batch(batch) for batch, _ in read], [state for _, state in read]
     for n in range(0, len(states) - 1, 11):
-        resumed = tc.DataLoader(dataset, 8, shuffle=True, options=options())
-        resumed.load_state_dict(states[n])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert ids_of(resumed) == found[n + 1 :]
+        assert ids_of(resumed(tc.DataLoader(dataset, 8, shuffle=True, options=options()), states[n])) == found[n + 1 :]
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -187,12 +191,8 @@ def test_of_a_large_block_only_the_records_of_damaged_pages_are_replaced(tmp_pat
     assert found == mend(sequence, bad)
     assert loader.stats()["skipped"] == len(bad)
     for at in (3, 20):
-        resumed = tc.DataLoader(tc.Dataset(path), 16, shuffle=True, options=options())
-        resumed.load_state_dict(states[at])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rest = [i for batch in resumed for i in (batch["row"][:, 0] // 1000).tolist()]
-        assert rest == found[16 * (at + 1) :]
+        rest = resumed(tc.DataLoader(tc.Dataset(path), 16, shuffle=True, options=options()), states[at])
+        assert flat([(batch["row"][:, 0] // 1000).tolist() for batch in rest]) == found[16 * (at + 1) :]
 
 
 def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened):
@@ -209,11 +209,7 @@ def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened):
     assert len([one for one in warned if WARNED in str(one.message)]) == 1
     assert loader.stats()["skipped"] == len(bad)
     assert flat(found) == mend(list(range(N)), bad)
-    resumed = tc.DataLoader(dataset, 8, shuffle=False, options=options())
-    resumed.load_state_dict(states[11])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert ids_of(resumed) == found[12:]
+    assert ids_of(resumed(tc.DataLoader(dataset, 8, shuffle=False, options=options()), states[11])) == found[12:]
 
 
 def test_a_missing_shard_is_an_error_with_on_corrupt(make_dataset):
@@ -312,13 +308,9 @@ def test_images_that_cannot_be_decoded_are_replaced_by_those_before_them(tmp_pat
     assert found == mend(sequence, bad)
     assert loader.stats()["skipped"] == len(bad)
     for at in (2, 7):
-        resumed = tc.DataLoader(
-            tc.Dataset(path, decode={"image": tc.DecodeImage(8)}), 5, shuffle=shuffle, options=options()
-        )
-        resumed.load_state_dict(states[at])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert flat([batch["id"].tolist() for batch in resumed]) == found[5 * (at + 1) :]
+        again = tc.Dataset(path, decode={"image": tc.DecodeImage(8)})
+        rest = resumed(tc.DataLoader(again, 5, shuffle=shuffle, options=options()), states[at])
+        assert flat([batch["id"].tolist() for batch in rest]) == found[5 * (at + 1) :]
 
 
 def test_corruption_is_an_error_by_default_and_other_options_are_refused(make_dataset):

@@ -323,14 +323,6 @@ def test_options_of_the_order_are_refused_with_a_sampler(dataset):
             tc.DataLoader(dataset, 4, sampler=range(9), options=tc.LoaderOptions(**bad))
 
 
-def test_options_of_resources_apply_with_a_sampler(dataset):
-    options = tc.LoaderOptions(threads=1, memory_bytes="1MiB")
-    loader = tc.DataLoader(dataset, 4, sampler=range(50), options=options)
-    assert list(itertools.chain(*ids_of(loader))) == list(range(50))
-    assert (loader.stats()["samples"], loader.stats()["threads"]) == (50, 1)
-    assert "from sampler" in repr(loader)
-
-
 @pytest.mark.filterwarnings("ignore:You are using .torch.load.:FutureWarning")  # of torch 2.4 and 2.5, by tensors
 def test_a_pickled_loader_with_a_sampler_continues_at_its_position(dataset):
     loader = tc.DataLoader(dataset, 16, sampler=torchdata_samplers.RandomSampler(range(N)))

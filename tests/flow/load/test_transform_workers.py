@@ -246,24 +246,6 @@ def test_workers_live_from_epoch_to_epoch_if_asked(path):
         del loader
 
 
-def test_workers_that_are_busy_with_an_abandoned_epoch_serve_the_next_one(path, tmp_path):
-    gate, made = tmp_path / "open", itertools.count()
-
-    def stops_after_a_batch(record):
-        if next(made) >= 8:
-            wait_for(gate.exists, 60)
-        return {"id": record["id"]}
-
-    loader = loader_of(path, stops_after_a_batch, workers=1, persistent_workers=True, timeout=60)
-    iterator = iter(loader)
-    next(iterator)
-    iterator.close()
-    opening = threading.Timer(0.5, gate.touch)  # when the next epoch waits for the worker
-    opening.start()
-    assert len(list(loader)) == len(loader)
-    opening.join()
-
-
 class CannotBeRead:
     def __reduce__(self):
         return _raise, ()
@@ -349,14 +331,6 @@ def test_workers_that_get_no_memory_leave_nothing_behind(path, monkeypatch):
     with pytest.raises(OSError, match="Too many open files"):
         iter(loader_of(path, workers=2))
     assert not [process for process in multiprocessing.active_children() if "transform-worker" in process.name]
-
-
-def test_two_iterators_of_a_loader_have_workers_of_their_own(path):
-    loader = loader_of(path, workers=1, persistent_workers=True)
-    one, two = iter(loader), iter(loader)
-    pids = {int(next(iterator)["pid"][0]) for iterator in (one, two)}
-    assert len(pids) == 2
-    assert len(rows_of(one)) == len(rows_of(two)) == N - 8
 
 
 def test_no_more_batches_are_ahead_than_prefetch_factor_says(path, tmp_path):
