@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 
 import fsspec
 import numpy as np
@@ -89,20 +88,6 @@ def test_a_checkpoint_is_loaded(fs, source):
         assert torch.equal(loaded["weights"], state["weights"])
         assert loaded["step"] == 7
         assert expected_bytes <= source.n_bytes_read() <= 1.1 * expected_bytes
-
-
-def test_a_zip_is_read_at_random_and_fetches_what_is_read(fs, source):
-    chance = np.random.default_rng(2)
-    contents = {f"{number}.bin": chance.bytes(200_000) for number in range(20)}
-    with source.open("/b/a.zip", "wb") as out, zipfile.ZipFile(out, "w") as archive:
-        for name, data in contents.items():
-            archive.writestr(name, data)
-    source.n_bytes_read()
-    for expected_bytes in (400_000, 0):
-        with fs.open("/b/a.zip") as file, zipfile.ZipFile(file) as archive:
-            for name in ("17.bin", "3.bin"):
-                assert archive.read(name) == contents[name]
-        assert expected_bytes <= source.n_bytes_read() <= 2 * expected_bytes
 
 
 @pytest.mark.s3

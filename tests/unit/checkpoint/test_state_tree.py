@@ -5,7 +5,6 @@ import dataclasses
 import enum
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -49,21 +48,6 @@ def test_values_of_python_come_back_equal_and_with_their_types(state):
     found = read_back(state)
     assert found == state
     assert repr(found) == repr(state)
-
-
-def test_random_states_of_python_and_numpy_come_back_usable():
-    found = read_back(
-        {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "rng": np.random.default_rng(3).bit_generator.state,
-        }
-    )
-    random.setstate(found["python"])
-    np.random.set_state(found["numpy"])
-    generator = np.random.default_rng()
-    generator.bit_generator.state = found["rng"]
-    assert generator.integers(1000) == np.random.default_rng(3).integers(1000)
 
 
 def test_a_tensor_of_any_type_is_stored_as_it_is():
