@@ -36,6 +36,7 @@ from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
 from tiercache.store import local
 from tiercache.store.local import file_info
+from tiercache.tier import mover
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.deletions import run_due_deletions
 from tiercache.tier.inventory import take_inventory
@@ -320,6 +321,7 @@ class World:
                 if name.startswith("tiercache") and getattr(module, "open_store", None) is really:
                     stack.enter_context(patch.object(module, "open_store", open_store))
             stack.enter_context(patch.object(tier_stores, "_s3_classes", archive_of))
+            stack.enter_context(patch.object(mover, "JOBS", self.jobs))
             stack.enter_context(patch.object(BootClock, "monotonic", lambda clock: time.monotonic() + self.slept_s))
             stack.enter_context(patch.object(BootClock, "sleep", lambda clock, s, cancel=None: self._sleep(s)))
             stack.enter_context(self.clock)
