@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -122,9 +121,6 @@ _COPIED_PARTS = 8  # at once
 _TRY_AGAIN_CODES = ("OperationAborted", "ConditionalRequestConflict", "RequestTimeout", "SlowDown")
 _ARCHIVED_CODES = ("InvalidObjectState", "ObjectNotInActiveTierError")
 _UNABLE = (405, 501)
-# Sessions by process. A session takes 100 ms to read botocore's tables and then creates a client in 3 ms. A session is
-# not thread-safe, hence the lock; a forked child has its own session.
-_sessions: dict[int, tuple[Any, Lock]] = {}
 
 
 def has_boto3() -> bool:
@@ -141,7 +137,8 @@ class Boto3Client:
         config, self.credentials = s3_access(options, url)
         self._options, self.endpoint = replace(options, config=config), server_url("s3", "", config)
         self._counters = counters
-        self._lock = Lock()
+        self._session = importlib.import_module("boto3").Session()
+        self._lock = Lock()  # of the session, which is not safe for threads, and of the clients
         self._made: dict[bool, tuple[Keys | None, Any]] = {}  # by whether the server may be silent for minutes
         self._old: list[Any] = []  # other threads may still use them
 
@@ -153,7 +150,7 @@ class Boto3Client:
             if made is None or made[0] != keys:
                 if made is not None:
                     self._old.append(made[1])
-                made = self._made[is_long] = keys, _client(self._options, keys, is_long=is_long)
+                made = self._made[is_long] = keys, _client(self._session, self._options, keys, is_long=is_long)
             return made[1], number
 
     def __call__(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
@@ -196,8 +193,7 @@ class Boto3Client:
             self._old.clear()
 
 
-def _client(options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
-    boto3 = importlib.import_module("boto3")
+def _client(session: Any, options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
     config_of, unsigned = importlib.import_module("botocore.config").Config, importlib.import_module("botocore")
     arguments, settings = options.for_boto3()
     if is_long:
@@ -211,19 +207,14 @@ def _client(options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
         response_checksum_validation="when_required",
         **settings,
     )
-    pid = os.getpid()
-    if pid not in _sessions:
-        _sessions.setdefault(pid, (boto3.Session(), Lock()))
-    session, lock = _sessions[pid]
-    with lock:
-        return session.client(
-            "s3",
-            aws_access_key_id=None if keys is None else keys.access_key_id,
-            aws_secret_access_key=None if keys is None else keys.secret_access_key,
-            aws_session_token=None if keys is None else keys.token,
-            config=config,
-            **arguments,
-        )
+    return session.client(
+        "s3",
+        aws_access_key_id=None if keys is None else keys.access_key_id,
+        aws_secret_access_key=None if keys is None else keys.secret_access_key,
+        aws_session_token=None if keys is None else keys.token,
+        config=config,
+        **arguments,
+    )
 
 
 def _reason(

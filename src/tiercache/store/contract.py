@@ -474,15 +474,10 @@ class ProcessLocal(Generic[T]):
         value = self._values.get(pid)
         if value is None:
             created = self._make()
-            value = self._values.setdefault(
-                pid, created
-            )  # atomic: if two threads create a value, the first one is kept
+            value = self._values.setdefault(pid, created)  # atomic: of two threads, the first one's value is kept
             if value is not created:
                 self._dispose(created)
         return value
-
-    def find(self) -> T | None:
-        return self._values.get(os.getpid())
 
     def drop(self) -> None:
         """Dispose of this process's value; the next get() creates a new one."""

@@ -367,7 +367,7 @@ def _split(key: str) -> tuple[list[str], str]:
 
 
 TEMP_PREFIX = ".tiercache-tmp-"
-_COPY_BYTES = 64 << 20
+_COPY_BYTES = 1 << 20
 # Longer than any upload of a shard, and than the clock difference of machines that share a folder.
 _LEFT_S = 24 * 3600.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
@@ -647,7 +647,10 @@ class NewFile:
         try:
             if self._attributes is not None:
                 self._attributes.set_rights(fd)
-            copy_bytes(self.fd, fd, os.fstat(self.fd).st_size)
+            n_bytes = 0
+            while data := os.pread(self.fd, _COPY_BYTES, n_bytes):
+                write_all(fd, memoryview(data), n_bytes)
+                n_bytes += len(data)
             os.fsync(fd)
             os.dup2(fd, self.fd, inheritable=False)  # the named file, whose ETag the caller takes
             self._set_times()
@@ -674,24 +677,6 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data.nbytes:
         n_written = os.pwrite(fd, data, offset)
         data, offset = data[n_written:], offset + n_written
-
-
-def copy_bytes(src_fd: int, dst_fd: int, n_bytes: int) -> None:
-    """Copy the first bytes of a file, inside the kernel where possible. Raises OSError, also if src ends too early."""
-    done = 0
-    while done < n_bytes:
-        part_bytes = min(_COPY_BYTES, n_bytes - done)
-        try:
-            n_copied = os.copy_file_range(src_fd, dst_fd, part_bytes, done, done)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                raise
-            data = os.pread(src_fd, min(part_bytes, 1 << 20), done)
-            write_all(dst_fd, memoryview(data), done)
-            n_copied = len(data)
-        if not n_copied:
-            raise OSError(errno.EIO, "the source file is shorter than expected")
-        done += n_copied
 
 
 # Alignment of memory, offset and length: the page size, which is at least the block size of any disk in use.

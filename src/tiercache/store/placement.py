@@ -246,15 +246,11 @@ class LocationResolver:
         if expected is None:
             raise error  # no placement has a row for it
         last: StoreError = error
-        for candidate in self._candidates(row, before):
+        # At home it stays during the grace period.
+        for candidate in (None,) if row is None or self._is_home(row.url) else (row, None):
             if candidate == before and (isinstance(error, NotFound) or is_archived(error)):
                 continue  # that location was asked already
-            try:
-                store = self.store_at(candidate)
-            except StoreError:
-                if candidate == row:
-                    raise
-                continue
+            store = self.store_at(candidate)
             try:
                 info = store.head(key)
             except StoreError as failure:
@@ -276,18 +272,6 @@ class LocationResolver:
         kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
         what = f"{store.url_of(key)}: is archived{kind} and must be restored before it can be read"
         return archived_error(store.url, [key], 0 if row is None else row.n_bytes, what, [self.home.url_of(key)])
-
-    def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
-        """Yield each location where an object may be, by the newest placement first.
-
-        Then the home, where it stays during the grace period, then the last location that this process knew.
-        """
-        urls: set[str | None] = set()
-        for candidate in (row, None, before):
-            url = None if candidate is None or self._is_home(candidate.url) else candidate.url.rstrip("/")
-            if url not in urls:
-                urls.add(url)
-                yield candidate
 
     def can_be_read(self, row: PlacementRow) -> bool:
         """Return whether an object that the placement calls archived can be read now, there or at home.

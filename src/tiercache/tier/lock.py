@@ -34,14 +34,13 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store.numbered_log import NumberedLog
-from tiercache.store.shared_files import pid_namespace, start_time
+from tiercache.store.shared_files import boot_id, pid_namespace, start_time
 from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
 
 if TYPE_CHECKING:
@@ -318,10 +317,3 @@ def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, s
         if now_s - min(since_s, now_s) < DOOMED_S:
             since.setdefault((url, path), min(since_s, now_s))
     return tuple((url, path, since_s) for (url, path), since_s in since.items())
-
-
-def boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return "0"
