@@ -39,8 +39,8 @@ TIMEOUT_S = 60.0
 class ParsedUrl:
     """A parsed URL or local path.
 
-    The scheme is in lower case, and "" for a local path. The host includes userinfo and port. The path of a URL has no
-    leading "/". The chain is the rest after the first "::" of a URL such as "simplecache::s3://bucket/folder".
+    scheme: In lower case; "" for a local path. host: With userinfo and port. path: Of a URL without leading "/". chain:
+    The rest after the first "::" of a URL such as "simplecache::s3://bucket/folder".
     """
 
     scheme: str
@@ -130,10 +130,7 @@ def hide_secrets(text: str) -> str:
 
 
 def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
-    """Split the URL of an object into the root URL of its folder and its key: ("s3://bucket/folder", "object").
-
-    Raises ValueError.
-    """
+    """Split the URL of an object into the URL of its folder and its key: ("s3://bucket/folder", "object")."""
     parsed = ParsedUrl.parse(url)
     if parsed.chain and not parsed.host and not parsed.path:  # the rest of the chain names the object
         root, key = split_url(parsed.chain)
@@ -231,11 +228,7 @@ CALL_OPTIONS = ("timeout", "concurrency", "single_writer")
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """Storage options of every remote store.
-
-    timeout_s: Seconds without progress after which a call fails, retries included. concurrency: Number of read requests
-    that run at once. is_single_writer: The user promises that one process writes at a time.
-    """
+    """Storage options of every remote store. timeout_s: Without progress, with retries. concurrency: Of reads."""
 
     timeout_s: float = TIMEOUT_S
     concurrency: int | None = None
@@ -263,8 +256,7 @@ class CallOptions:
 class CloudOptions:
     """Storage options with obstore's names, for the store (config) and its HTTP client.
 
-    The client's "timeout" limits a whole call without progress, not one request; its "root_certificate" is a path.
-    credentials is a function of the user that returns the keys.
+    The client's "root_certificate" is a path. credentials: A function of the user that returns the keys.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -451,11 +443,10 @@ class Keys:
 
 
 class Credentials:
-    """Keys of one source, which read() reads when needed. `origin` and `url` are for messages.
+    """Keys of one source, which read() reads when needed. Safe for threads; each process has its own object.
 
-    Safe for threads, but each process must create its own object. The lock is held while the source is read, so that a
-    process is started once for all threads that wait for keys. If the reading fails, it fails for all of them. number
-    counts the different keys that the source has given.
+    The lock is held while the source is read, so that a process is started once for all threads that wait; if the
+    reading fails, it fails for all of them. number counts the different keys that the source has given.
     """
 
     def __init__(
@@ -575,8 +566,8 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
     """Return the options of the store without keys, and the source of the keys. Raises ValueError.
 
     Options take precedence over the environment, and the environment over botocore's other sources, whose region and
-    endpoint the options gain. The source is None if requests are not signed, or if botocore is missing and obstore asks
-    the metadata service by itself.
+    endpoint the options gain. None: requests are not signed, or obstore asks the metadata service as botocore is
+    missing.
     """
     config = dict(options.config)
     if options.credentials is not None:

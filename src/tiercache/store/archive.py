@@ -128,10 +128,7 @@ def has_boto3() -> bool:
 
 
 class Boto3Client:
-    """boto3's clients of one endpoint, created again when the keys change. A call is one request, which is not retried.
-
-    Safe for threads; each process has its own object. Requests are counted in counters.
-    """
+    """boto3's clients of one endpoint, made again when the keys change; requests are not retried. Safe for threads."""
 
     def __init__(self, options: CloudOptions, url: str, counters: Counters) -> None:
         config, self.credentials = s3_access(options, url)
@@ -154,10 +151,9 @@ class Boto3Client:
             return made[1], number
 
     def __call__(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
-        """Send one request and return its answer. Arguments that are None are omitted. where: URL, for messages.
+        """Send one request, without arguments that are None, and return its answer. where: URL, for messages.
 
-        The error has .status and .retryable; .archived is True if the object must be restored first, and .unable is
-        True if the server does not support the request.
+        Details of the error: "archived": the object must be restored first; "unable": the server lacks the request.
         """
         exceptions = importlib.import_module("botocore.exceptions")
         given = {name: value for name, value in request.items() if value is not None}
@@ -272,12 +268,9 @@ class UnfinishedUpload:
 class S3StorageClasses:
     """Objects with storage classes: the bucket and folder of an S3 store through boto3, with its options and counters.
 
-    Safe for threads. Each process creates its clients and threads at first use.
-
-    Attributes:
-        whole_bytes: Maximum size of an object that the server copies by one request. S3 copies up to 5 GB by one, but a
-            GiB in parts of 256 MiB is faster, and no request lasts long.
-        part_bytes: Size of the parts of larger objects.
+    Safe for threads. Each process creates its clients and threads at first use. whole_bytes: Most bytes that the server
+    copies by one request. S3 copies up to 5 GB by one, but a GiB in parts of part_bytes is faster, and no request lasts
+    long.
     """
 
     whole_bytes = 1 << 30
@@ -344,10 +337,7 @@ class S3StorageClasses:
         return with_retries(lambda: client(operation, where, Bucket=self.bucket, **request), RetryPolicy(), limit)
 
     def head(self, key: str) -> ObjectInfo:
-        """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.
-
-        Raises NotFound.
-        """
+        """Return the object with class, `restore` (x-amz-restore) and the CRC-32C of the whole. Raises NotFound."""
         return head_to_object_info(key, self.call("head_object", key, ChecksumMode="ENABLED"))
 
     def checksums(self, key: str) -> Mapping[str, str]:
@@ -378,8 +368,8 @@ class S3StorageClasses:
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
         """Start an upload whose parts may come in parallel. storage_class: None for the store's default.
 
-        If the key has another object than that with the ETag `if_match`, or none, complete() raises ObjectChanged, on
-        servers that check this.
+        if_match: Unless the key has an object with this ETag, complete() raises ObjectChanged, on servers that check
+        this.
         """
         writing = {**self._encryption, **({"StorageClass": storage_class} if storage_class else {})}
         return S3Upload(self, check_key(key), writing, if_match=if_match)
@@ -387,8 +377,8 @@ class S3StorageClasses:
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         """Change the storage class of an object by a copy to itself; bytes, metadata and tags stay.
 
-        Raises NotFound, ObjectChanged (it does not match if_match), or StoreError, whose .archived is True if the
-        object must be restored first.
+        Raises NotFound, ObjectChanged (it does not match if_match), or StoreError, with "archived" if it must be
+        restored.
         """
         return self._copy(self, key, key, storage_class, if_match, condition=None)
 
@@ -409,13 +399,9 @@ class S3StorageClasses:
     ) -> ObjectInfo:
         """Copy on the server, in parts if the object is large. Requires can_copy_from(src). Raises as set_class().
 
-        Args:
-            src, src_key: The source object, which must have the ETag `if_match`.
-            key: Key of the copy.
-            storage_class: Class of the copy; None for the store's default.
-            if_match: See src.
-            crc32c: Known CRC-32C of the bytes. The server is then asked for one of the copy, which the caller compares.
-            replaces: False: raise ObjectChanged if the key exists. An ETag: raise it unless the key has this ETag.
+        if_match: ETag of the source. crc32c: Known CRC-32C of the bytes; the server is then asked for one of the copy,
+        which the caller compares. replaces: False: raise ObjectChanged if the key exists. An ETag: unless the key has
+        this ETag.
         """
         if not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
@@ -510,10 +496,7 @@ class S3StorageClasses:
             self.call("abort_multipart_upload", key, UploadId=upload_id)
 
     def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
-        """Yield the uploads in parts below the folder that were neither completed nor aborted, running ones included.
-
-        No listing shows their parts, which cost storage until the upload is aborted.
-        """
+        """Yield the uploads in parts below the folder that were neither completed nor aborted; running ones too."""
         root = f"{self.prefix}/" if self.prefix else ""
         markers: dict[str, Any] = {}
         while True:
@@ -535,9 +518,8 @@ class S3StorageClasses:
     def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
         """Request a temporary readable copy of an archived object. days: None for a class that needs no such number.
 
-        Return "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
-        read. Raises NotFound, or StoreError, whose .unable is True if the store has no restores, so its classes are
-        only labels.
+        Return "started", "running" if a request was active, or "done" if the object can be read. Raises NotFound, or
+        StoreError, with "unable" if the store has no restores, so its classes are only labels.
         """
         wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": speed.capitalize()}}
         if days is not None:
@@ -561,7 +543,7 @@ class S3StorageClasses:
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
         """Delete objects, 1,000 per request. Return those that could not be deleted, each with the reason.
 
-        if_match: ETag that each object must have, on servers that check this; None for any.
+        if_match: ETag that each must have, on servers that check this; None for any.
         """
         failed: DeleteFailures = []
         names = {self.full_key(key): key for key in keys}
@@ -583,9 +565,9 @@ class S3StorageClasses:
 class S3Upload(Upload):
     """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
 
-    The lock guards the held part, the id and the table of parts; parts are sent outside it, in any order. No part may
-    be in flight when complete() or abort() is called. After complete(), `crc32c` is the checksum of the whole object,
-    and `is_confirmed` says whether the server returned a matching checksum of each part: then it need not be read back.
+    The lock guards the held part, the id and the table of parts; parts are sent outside it, in any order, and none may
+    be in flight at complete() or abort(). Afterwards, `crc32c` is that of the whole object. is_confirmed: The server
+    returned a matching checksum of each part, so the object need not be read back.
     """
 
     def __init__(

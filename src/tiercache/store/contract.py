@@ -1,10 +1,8 @@
 """The Store contract (Store, Upload, Lease, LocalStore), and helpers for every back end and its users.
 
-A key is a relative path of plain segments joined by "/"; "" is never a key, and check_key() is the only rule. A store
-neither keeps nor writes to a caller's buffer after the call has returned. Any thread of any process that holds a store
-may call all methods: each process creates its own client at first use. A failed call raises StoreError (NotFound,
-ObjectChanged). The error names the redacted URL, and `.retryable` says whether the same call may succeed later; the
-back end has finished its own retries by then.
+A key is a relative path of plain segments joined by "/", never "". A store neither keeps nor writes to a caller's
+buffer after a call has returned. Any thread of any process that holds a store may call all methods. A failed call
+raises StoreError with the redacted URL, after the back end's own retries.
 """
 
 from __future__ import annotations
@@ -32,12 +30,7 @@ Receive: TypeAlias = Callable[[int, memoryview], object]
 
 
 def check_key(key: str) -> str:
-    """Return key if it is a valid key.
-
-    Raises:
-        ValueError: The key is empty or absolute, or contains a backslash, a NUL, a scheme, or an empty, "." or ".."
-            segment.
-    """
+    """Return key if it is valid. Raises ValueError if it is empty or absolute, or has a segment "", "." or ".."."""
     segments = key.split("/")
     if "\\" in key or "\0" in key or "://" in key or any(s in ("", ".", "..") for s in segments):
         raise ValueError(
@@ -47,34 +40,26 @@ def check_key(key: str) -> str:
 
 
 class Upload(ABC):
-    """An unfinished upload of one object in numbered parts.
+    """An unfinished upload of one object in numbered parts. Its key shows nothing before complete() has returned.
 
-    The key shows nothing of the upload before complete() returns. An upload is a context manager: leaving the block
-    without complete() aborts the upload.
+    A context manager: leaving the block without complete() aborts the upload.
     """
 
     @abstractmethod
     def put_part(self, number: int, data: Buffer) -> None:
-        """Add the next part. Parts come in the order of their numbers, from any thread but one at a time.
+        """Add the next part: number 0, 1, 2, ..., from any thread but one at a time. Its bytes are not kept.
 
-        A part that fails ends the upload. (The uploads of S3StorageClasses also take parts in any order and in
-        parallel.)
-
-        Args:
-            number: Number of the part: 0, 1, 2, ...
-            data: Bytes of the part, held only during the call; at least min_part_bytes, except in the last part.
-
-        Raises:
-            ValueError: The number is not the next one, or the upload is over.
+        Each but the last has min_part_bytes or more. A part that fails ends the upload. (The uploads of
+        S3StorageClasses also take parts in any order and in parallel.) Raises ValueError if the number is not the next
+        one, or the upload is over.
         """
 
     @abstractmethod
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Join the parts in the order of their numbers; the object appears at once. Return it.
+        """Join the parts in the order of their numbers, and return the object, which appears at once.
 
-        if_absent: Return None, and change nothing, if the key exists. Some stores cannot decide this atomically for a
-            large
-        object; they check the key just before.
+        if_absent: Return None, and change nothing, if the key exists. Some stores look at the key of a large object
+        just before, which is not atomic.
         """
 
     @abstractmethod
@@ -182,15 +167,9 @@ class Store(ABC):
     ) -> None:
         """Fill each span's buffer with its byte range, by coalesced and parallel requests.
 
-        Args:
-            key: Key of the object.
-            spans: Byte ranges and their destination buffers, whose contents are undefined after an error.
-            if_match: ETag from head() or read_tail() that the object must still have.
-            cancel: Event that makes the call end soon with StoreError once it is set.
-
-        Raises:
-            NotFound, ObjectChanged: The object does not exist, or does not match if_match.
-            StoreError: A range ends beyond the object (not retryable), or the store failed.
+        if_match: ETag that the object must still have. cancel: Event that ends the call soon with StoreError once it is
+        set. The buffers are undefined after an error: NotFound, ObjectChanged, or StoreError, also for a range beyond
+        the end.
         """
 
     def read_pieces(
@@ -204,14 +183,10 @@ class Store(ABC):
     ) -> None:
         """Pass each byte range to receive() as it arrives, without a buffer for all of it where the store can do so.
 
-        Args:
-            key: Key of the object.
-            ranges: Byte ranges that do not overlap, of a few MiB each: a range is not split into several requests.
-            receive: Gets an offset in the object and the bytes from there on, which are valid only during the call.
-                Pieces of one range come in order, those of several ranges in any order and from several threads at
-                once. A range is passed again from its start if the object was moved during the call: the later bytes
-                count. An error that receive() raises ends the call.
-            if_match, cancel: As for read_into(), whose errors are raised, or those of receive().
+        ranges: Without overlap, of a few MiB each: a range is not split into several requests. Pieces of one range come
+        in order, those of several ranges in any order and from several threads at once; their bytes are valid only
+        during receive(). A range is passed again from its start if the object was moved during the call: the later
+        bytes count. An error that receive() raises ends the call, and is raised. Otherwise as read_into().
         """
         buffers = [memoryview(bytearray(wanted.n_bytes)) for wanted in ranges]
         spans = list(zip(ranges, buffers, strict=True))
@@ -228,15 +203,15 @@ class Store(ABC):
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         """Write a whole object atomically, in one request, if the key is free. Return whether it was written.
 
-        Exactly one of several concurrent calls returns True. Raises StoreError; `.maybe_done` is True if the answer was
-        lost and the object may have been written.
+        One of several concurrent calls returns True. The error of a lost answer, after which it may be written, has
+        `.maybe_done`.
         """
 
     def require_conditional_put(self) -> None:  # noqa: B027 -- most stores fulfil the contract
         """Return if put_if_absent() lets one of several writers win, in whichever processes they are.
 
-        Commits call it first. A store that cannot know this from its kind tests it, once in a process. Raises
-        StoreError if the store ignores or refuses the condition, and the storage option `single_writer` is not set.
+        A store that cannot know this from its kind tests it, once in a process. Raises StoreError if the store lacks
+        it, and the storage option `single_writer` is not set.
         """
 
     @abstractmethod
@@ -265,8 +240,8 @@ _PIECE_BYTES = 4 << 20
 def read_unpinned(store: Store, key: str, spans: Sequence[Span], *, cancel: Event | None = None) -> None:
     """Fill spans as Store.read_into() does, but by one request after another, whose ETags may differ.
 
-    Only for bytes that the caller compares with checksums: the replicas of an HTTP server, or two proxies, may give
-    equal objects different ETags, and an object that was replaced meanwhile is not noticed.
+    Only for bytes that the caller compares with checksums: replicas of an HTTP server may give one object different
+    ETags.
     """
     for span, buffer in spans:
         for offset in range(0, span.n_bytes, _PIECE_BYTES):
@@ -276,10 +251,7 @@ def read_unpinned(store: Store, key: str, spans: Sequence[Span], *, cancel: Even
 
 
 class WrapperStore(Store):
-    """A store that calls another one, `inner`. A subclass overrides the hooks, or the methods that differ.
-
-    It is no LocalStore, even if inner is one, so readers read it by ranges.
-    """
+    """A store that calls another one, `inner`, and is no LocalStore. A subclass overrides hooks or methods."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -300,7 +272,7 @@ class WrapperStore(Store):
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:  # noqa: ARG002 - for subclasses
         """Make a call of the inner store. A subclass acts before it, after it or instead of it.
 
-        method: Name of the method of Store or Upload. key: Key of the object; for delete the first one.
+        method: Of Store or Upload. key: For delete the first one.
         """
         return call()
 
@@ -385,16 +357,13 @@ class Lease(Protocol):
         """Return whether all bytes of the ranges are local now."""
 
     def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
-        """Start to fetch the missing bytes of the ranges, or join a fetch that is running. Returns at once.
-
-        urgent: Whether the bytes are needed before those of all other prefetches.
-        """
+        """Start to fetch the missing bytes of the ranges, or join a running fetch. urgent: before others."""
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
         """Wait until the bytes of the ranges are local, at most deadline_s seconds.
 
-        Return False if they will not become local (no space, disk fault): the caller then reads them by ranges. Raises
-        StoreError if the source failed, or the deadline passed; the message names what the call waited for.
+        Return False if they will not become local (no space, disk fault): the caller reads them by ranges. Raises
+        StoreError if the source failed, or the deadline passed.
         """
 
     def close(self) -> None:
@@ -406,16 +375,15 @@ class LocalStore(Protocol):
     """A store that can provide its objects as local files: a local folder, or the cache of any other store."""
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """Return a lease on the local copy of key, which may still have to be fetched. Raises NotFound.
+        """Return a lease on the local copy of key, which may still be fetched; None: read by ranges. Raises NotFound.
 
-        Return None if there is no local copy and there will be none: the caller reads by ranges. identity: Identity of
-        the object according to the manifest; a copy that does not match counts as a miss.
+        identity: Of the object according to the manifest; a copy that does not match counts as a miss.
         """
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Check the local copy of key, in which a reader found wrong bytes, and remove it if it is corrupt.
+        """Check the local copy of key, in which a reader found wrong bytes. Return whether it is removed.
 
-        Return whether it is removed: the caller opens the object again. False: it is right, or it is the object itself.
+        False: it is right, or it is the object itself.
         """
 
 
@@ -459,10 +427,9 @@ class StoreFile(io.RawIOBase):
 
 
 class ProcessLocal(Generic[T]):
-    """A value that each process creates at first use. It has no lock, because a fork could leave a lock held.
+    """A value that each process creates at first use, without a lock, which a fork could leave held.
 
-    A child keeps a value of its parent but never uses or disposes of it: disposing of clients whose runtime threads do
-    not exist any more may hang.
+    A child never uses or disposes of its parent's value: clients whose threads do not exist any more may hang.
     """
 
     def __init__(self, make: Callable[[], T], dispose: Callable[[T], object]) -> None:
@@ -498,9 +465,8 @@ def covering_ranges(
 ) -> list[ByteRange]:
     """Return the fewest ranges that read all wanted ranges, and between them only gaps of at most max_gap_bytes.
 
-    The wanted ranges come in any order, and may overlap, touch or be empty. The result is in ascending order, without
-    overlap, of 1 to max_bytes bytes each. A wanted range longer than max_bytes that has no near neighbours is split
-    into nearly equal parts.
+    The wanted ranges come in any order, and may overlap or be empty. The result is in ascending order, without overlap,
+    of 1 to max_bytes bytes each. A single longer range is split into nearly equal parts.
     """
     result: list[ByteRange] = []
     cluster: list[ByteRange] = []
@@ -572,10 +538,9 @@ class Request:
 def plan_requests(
     spans: Sequence[Span], max_gap_bytes: int = MAX_GAP_BYTES, max_bytes: int = MAX_REQUEST_BYTES
 ) -> tuple[Request, ...]:
-    """Return the fewest requests for the spans. Each byte of each span is in exactly one target of one request.
+    """Return the fewest requests for the spans, which come in any order. Each byte of each span has one target.
 
-    Spans may overlap and come in any order; the overlap is read more than once, so that the targets of a request do not
-    overlap. An empty span needs no request.
+    Where spans overlap, bytes are read more than once, so that the targets of a request do not overlap.
     """
     layers: list[list[Span]] = []  # each without overlap; there is only one unless spans overlap
     for span, buffer in sorted((item for item in spans if item[0].n_bytes), key=lambda item: item[0].start):

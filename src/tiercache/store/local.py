@@ -107,8 +107,8 @@ _READ_BYTES = 32 << 20
 class LocalFolder(Store):
     """The files below a folder. It has no state except the root: safe for threads, fork-safe and picklable.
 
-    A file appears complete and durable: the writer syncs the file and its folder. Symbolic links below the root are
-    never followed. Folders are created as keys need them; a root that does not exist is an empty store.
+    A file appears complete and durable. Symbolic links below the root are never followed. A missing root is an empty
+    store.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -174,7 +174,7 @@ class LocalFolder(Store):
     def create(self, key: str, *, attributes: Sequence[FileAttributes] | None = None) -> Upload:
         """Start an upload that writes its parts to the disk as they come.
 
-        attributes: See attributes(); folders that exist then keep their times. None: a new file of this process.
+        attributes: See attributes(); folders that exist then keep their times.
         """
         folders, name = _split(key)
         with (
@@ -185,10 +185,7 @@ class LocalFolder(Store):
             return FileUpload(file, name, key, self.url_of(key), self.counters)
 
     def attributes(self, key: str) -> list[FileAttributes]:
-        """Return the attributes of the folders that contain a file, from the outermost one below root on, and its own.
-
-        Raises NotFound.
-        """
+        """Return the attributes of the folders that contain a file, from the outermost below root on, and its own."""
         steps = check_key(key).split("/")
         with self._errors(key, "attributes"):
             paths = [self.root.joinpath(*steps[: number + 1]) for number in range(len(steps))]
@@ -269,10 +266,7 @@ class LocalFolder(Store):
             found.clear()
 
     def remove_empty(self, folder: str) -> None:
-        """Remove a folder and its subfolders as far as they contain nothing else. A missing folder is not an error.
-
-        Folders are not objects here, but other programs list them. A folder into which another process writes stays.
-        """
+        """Remove a folder and its subfolders as far as they contain nothing else: other programs list them."""
         *above, name = check_key(folder).split("/")
         gone = suppress(FileNotFoundError, NotADirectoryError)
         with self._errors(folder, "remove_empty"), gone, open_folder(self.root, above) as folder_fd:
@@ -408,9 +402,8 @@ def os_errors(doing: str, url: str) -> Iterator[None]:
 def file_info(key: str, status: os.stat_result) -> ObjectInfo:
     """Return the description of a file. The ETag holds the inode number, mtime, size and ctime.
 
-    Any program may restore a file's mtime (rsync -t, cp -p, utime); only the kernel sets its ctime, so a file with
-    other bytes has another ETag. The ETag omits the inode's generation, because reading it needs an open file
-    (FS_IOC_GETVERSION) and a listing opens none; a reused inode number has a new ctime anyway.
+    Any program may restore a mtime (rsync -t, utime); only the kernel sets the ctime, so a file with other bytes, or a
+    reused inode number, has another ETag.
     """
     etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ctime_ns:x}"'
     return ObjectInfo(key, status.st_size, etag=etag, modified_s=status.st_mtime)
@@ -420,8 +413,7 @@ def file_info(key: str, status: os.stat_result) -> ObjectInfo:
 class FileAttributes:
     """Attributes of a file or a folder that a copy keeps, as far as the file system and the process's rights allow.
 
-    Times are in nanoseconds since the epoch. mode: Permission bits; of a folder also the set-group-ID and sticky bits;
-    None: the umask decides. owner: User (kept by root only) and group; None: the process's own.
+    mode: None: the umask decides. owner: User (kept by root only) and group; None: the process's own.
     """
 
     accessed_ns: int
@@ -481,8 +473,8 @@ def open_folder(
 ) -> Iterator[int]:
     """Yield a descriptor of a folder below root, opened step by step without following links below root.
 
-    make: Create missing folders, root included, and sync the entry of each. attributes: Those of each folder that is
-    created below root; folders that exist keep their times.
+    make: Create missing folders, root included, and sync the entry of each. attributes: Of each folder that is created;
+    folders that exist keep their times.
     """
     if make:
         _make_root(root)
@@ -692,13 +684,10 @@ _UNABLE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EFAULT, errno.ENO
 
 
 class DirectWriter:
-    """A second descriptor (O_DIRECT) of a file that is being written.
+    """A second descriptor (O_DIRECT) of a file that is being written, which stays open until close(). Safe for threads.
 
-    The page cache copies all written bytes into pages that must be allocated first, in a virtual machine often by the
-    host: 512 MB in parts of 8 MiB took 1.3 to 3.7 s with the page cache, and 0.3 to 0.5 s without. Direct writes also
-    leave other programs' pages in the page cache.
-
-    Safe for threads. The file's own descriptor must stay open until close().
+    The page cache copies all bytes into pages that must be allocated first, in a virtual machine often by the host: 512
+    MB in parts of 8 MiB took 1.3 to 3.7 s with it, and 0.3 to 0.5 s without.
     """
 
     def __init__(self, fd: int) -> None:

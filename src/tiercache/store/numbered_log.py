@@ -34,8 +34,8 @@ _MAX_GAP = 40
 class NumberedLog:
     """The objects `prefix` + 20 digits + `suffix` of a store. Stateless and thread-safe. Methods raise StoreError.
 
-    hides_missing says that "forbidden" means that an object is missing: so answers a bucket that may not be listed.
-    most_bytes is the number of bytes that get() returns, from the end of the object; None: all.
+    hides_missing: "Forbidden" means missing: so answers a bucket that may not be listed. most_bytes: That get()
+    returns, from the end of the object; None: all.
     """
 
     store: Store
@@ -117,8 +117,7 @@ class NumberedLog:
     def put(self, number: int, data: bytes) -> bool:
         """Put an object if its number is free. Return False if another writer has the number.
 
-        Raises StoreError on a store without conditional puts (Store.require_conditional_put). If an answer is lost, the
-        object is read back: a refusal may mean that the first attempt of a back end that retries has written it. An
+        If an answer is lost, the object is read back: a refusal may mean that the first attempt has written it. An
         error with .maybe_done says that even this did not tell.
         """
         self.store.require_conditional_put()

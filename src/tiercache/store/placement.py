@@ -3,21 +3,15 @@
 A moved object of a home is found without a notification::
 
     1. If the known placement has a row for the key, that location is read; otherwise the home is read.
-    2. If the store answers that the object is missing (404), a different one (412) or archived (403), the placement is
-       read again, and the location it names is asked by one HEAD; then the home, where a copy stays during the grace
-       period.
+    2. If the object is missing there (404), a different one (412) or archived (403), the placement is read again, and
+       the location it names is asked by one HEAD; then the home, where a copy stays during the grace period.
     3. If the size and, where both are known, the checksum are as expected, the read continues there.
 
-Any other path is found so, a file by HEAD requests and a folder by listings::
+Any other path is looked up in all tiers of this machine's rule file, from the fastest to the coldest: this needs no
+placement, and finds copies in tiers of this machine alone. A path that is in no such tier is looked up in the
+placement of a home above it, or of the home to which the marker of a tier above it leads.
 
-    1. If the rule file of this machine has a tier that contains the path, the same path is looked up in all its tiers,
-       from the fastest to the coldest. This needs no placement, and finds copies in tiers of this machine alone.
-    2. Otherwise a home is searched in the folders above the path: the first that has a tracking marker, or that is a
-       tier whose marker leads to the home, and whose placement has a row for the path leads to the object. This works
-       without a rule file.
-
-The tiers of this machine's rule file are read here without the models that validate a rule file, because building these
-takes 50 ms in every process of a training job.
+The rule file is read without the models that validate it: building these takes 50 ms in every process of a job.
 """
 
 from __future__ import annotations
@@ -73,7 +67,7 @@ class TierUrl:
 def tiers_of_rules(rules: Path | None = None) -> tuple[TierUrl, ...]:
     """Return the tiers of a rule file, from the fastest to the coldest; () if there is no readable one.
 
-    rules: Rule file; None: the tiercache.toml that applies to the working folder.
+    rules: None: the tiercache.toml that applies to the working folder.
     """
     with suppress(KeyError, ValueError, TypeError, AttributeError, OSError):
         file = config.find_file(Path.cwd()) if rules is None else rules.absolute()
@@ -125,13 +119,10 @@ def is_archived(error: StoreError) -> bool:
 class LocationResolver:
     """Resolves the locations of a home's objects. Thread-safe and fork-safe.
 
-    What is known is read without the lock, which guards the reading of the placement. The options of the home also
-    apply to locations of the same service, together with the options that a rule file of this machine has for their
-    tier.
-
-    Attributes:
-        known_placement: Newest placement known; None if none is known, or the home is not tracked.
-        has_remote: Whether it names a remote store, for which a cache pays off.
+    What is known is read without the lock, which guards the reading of the placement. Locations of the home's service
+    are opened with the home's options, and all with those that a rule file of this machine has for their tier.
+    known_placement: The newest one known; None: none is, or the home is not tracked. has_remote: Whether it names a
+    remote store, for which a cache pays off.
     """
 
     def __init__(self, home: Store, options: Mapping[str, Any]) -> None:
@@ -210,8 +201,8 @@ class LocationResolver:
     def follow(self, key: str, call: Callable[[ObjectLocation], T], if_match: str | None = None) -> T:
         """Return call(location) for the location of key. Call it once more if the object has moved since.
 
-        if_match: ETag of the object at opening; the new location's ETag is remembered for it. Raises ArchivedShards if
-        the object must be restored first, or the error of the call if the object is not found unchanged elsewhere.
+        if_match: ETag at opening, for which the new location's is remembered. Raises ArchivedShards if the object must
+        be restored first, or the error of the call if it is not found unchanged elsewhere.
         """
         row = None if key.startswith(OWN_FOLDER) else self.row(key)
         try:
@@ -274,10 +265,7 @@ class LocationResolver:
         return archived_error(store.url, [key], 0 if row is None else row.n_bytes, what, [self.home.url_of(key)])
 
     def can_be_read(self, row: PlacementRow) -> bool:
-        """Return whether an object that the placement calls archived can be read now, there or at home.
-
-        Its store is asked for one byte: a storage class alone does not tell whether an object was restored.
-        """
+        """Return whether an object that the placement calls archived can be read now, there or at home."""
         if not row.n_bytes:
             return True
         try:
@@ -349,18 +337,14 @@ Cached: TypeAlias = Callable[[Store], Store]
 def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached | None = None) -> RedirectingStore:
     """Return a store that follows the placement of a home: a LocalStore where the home is one.
 
-    options: Storage options of the home. cached: Wraps a store in the cache, for the remote objects of a local home.
+    cached: Wraps a store in the cache, for the remote objects of a local home.
     """
     resolver = LocationResolver(home, options)
     return RedirectingLocalStore(resolver, cached) if isinstance(home, LocalStore) else RedirectingStore(resolver)
 
 
 class RedirectingStore(WrapperStore):
-    """Store whose reads follow the placement; all other calls go to the home.
-
-    The placement is read when an object is missing. `counters` are those of the home; `figures()` includes the other
-    locations.
-    """
+    """Store whose reads follow the placement; all other calls, and `counters`, are those of the home."""
 
     def __init__(self, resolver: LocationResolver) -> None:
         super().__init__(resolver.home)
@@ -384,10 +368,9 @@ class RedirectingStore(WrapperStore):
         return False
 
     def figures(self) -> dict[str, float]:
-        """Return the counters, summed over the home and the other locations.
+        """Return the counters, summed over the home and the other locations, and their prices; 0 for unknown providers.
 
-        dollars is the price of the requests, and egress_dollars what the bytes cost if they leave the region; 0 for
-        unknown providers.
+        dollars: Of the requests. egress_dollars: Of the bytes, if they leave the region.
         """
         sums: dict[str, float] = {"dollars": 0.0, "egress_dollars": 0.0}
         for store in self.resolver.stores():
@@ -493,11 +476,10 @@ class RedirectingLocalStore(RedirectingStore):
 
 
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
-    """Raise ArchivedShards if some of these objects must be restored first; the error has all names.
+    """Raise ArchivedShards, with all names, if some of these objects must be restored first.
 
-    Uses the placement that was read when the data set was opened, or reads it now. For objects that the placement
-    calls archived, the store is asked for one byte each, because they may have been restored.
-    is_here: Whether object i is on this machine already.
+    Objects that the placement calls archived may have been restored: the store is asked for one byte each. is_here:
+    Whether object i is on this machine already.
     """
     placement = store.resolver.placement_once()
     needed = () if placement is None else _archived(store, placement, keys, is_here)
@@ -555,10 +537,10 @@ class FileLocation:
 
 @dataclass(frozen=True, slots=True)
 class FolderLocation:
-    """Locations of everything below a folder.
+    """Locations of everything below a folder. files: By path below it.
 
-    files: By path below the folder. whole_url: The folder in the first store that has all of it; None: it is spread.
-    is_archived: That copy must be restored before it can be read.
+    whole_url: The folder in the first store that has all of it; None: it is spread. is_archived: That copy must be
+    restored first.
     """
 
     files: Mapping[str, FileLocation]
@@ -570,9 +552,8 @@ class FolderLocation:
 class FolderTiers:
     """The tiers, other than a folder itself, in which objects of the folder may lie.
 
-    urls: Folder in each tier, by the name of the tier; by the URL if no rule file has it. placed: Folder that has an
-    object, by the object's key below the folder, as the placement states it. home: Folder in the home; None: no
-    placement.
+    urls: Folder in each tier, by the tier's name; by the URL if no rule file has it. placed: Folder that has an object,
+    by the key below the folder, as the placement states it. home: Folder in the home; None: no placement.
     """
 
     urls: Mapping[str, str]
@@ -583,14 +564,10 @@ class FolderTiers:
 class FileLocator:
     """Finds the present locations of files and folders. Thread-safe; the lock guards the opened stores.
 
-    Call close() at the end.
+    open_url: Opens the store of a tier or home; None: by the rule file. rules: None: that of the working folder.
     """
 
     def __init__(self, open_url: OpenUrl | None = None, *, rules: Path | None = None) -> None:
-        """Open nothing yet.
-
-        open_url: Opens the store of a tier or home; None: by the rule file. rules: None: that of the working folder.
-        """
         self._open_url = open_url or (lambda url: open_store(url, **options_of(url)))
         self._rules = rules
         self._lock = threading.Lock()
@@ -609,7 +586,7 @@ class FileLocator:
     def find_file(self, path: str) -> FileLocation | None:
         """Return the location of an object, by a path or URL under which it lay; None: it is nowhere.
 
-        Of several copies, the fastest one that can be read. Raises StoreError if no copy was found and a store failed.
+        Of several copies, the fastest that can be read. Raises StoreError if no copy was found and a store failed.
         """
         key = self.key_of(path)
         if key is not None:
@@ -634,8 +611,7 @@ class FileLocator:
     def find_tiers(self, path: str, *, follows_placement: bool = True) -> FolderTiers:
         """Return the tiers in which objects of a folder may lie, as the rule file and the placement state them.
 
-        follows_placement: Search the folders above the path for a home. Raises StoreError, CorruptShard,
-        UnsupportedFormat if a marker or the placement could not be read.
+        follows_placement: Search the folders above for a home. Raises as placement_log.read_placement().
         """
         key = self.key_of(path)
         urls = {} if key is None else {tier.name: _below(tier.url, key) for tier in self.tiers()}
@@ -742,10 +718,7 @@ class FileLocator:
                 yield self.store(found[0]), found[1], below
 
     def _home_at(self, url: str) -> tuple[str, placement_log.Placement] | None:
-        """Return the URL of the home at a folder, or to which its marker leads, and its placement; None: no marker.
-
-        Raises as placement_log.read_placement().
-        """
+        """Return the URL of the home at a folder, or to which its marker leads, and its placement; None: no marker."""
         if self._no_homes.get(url, -_NO_HOME_S) + _NO_HOME_S > time.monotonic():
             return None
         found, home = placement_log.follow_marker(self.store(url)), url

@@ -6,13 +6,9 @@
                                                other tiers of a rule file: the URL of the home, which has the placement
     _tiercache/placement/<20 digits>.arrow     a complete placement each: one row for each object that is away from home
 
-An untracked data set costs its readers one small GET. The placements are a numbered log (store/numbered_log.py): a
-writer changes the placement by putting the next number, which one of several racing writers wins; the others merge
-their changes into the new placement and try again. Only the newest placements are kept. The marker's number is where
-readers begin to look; it may be behind.
-
-The codec writes one Arrow IPC file of one batch per placement. At most MOST_BYTES of one are read, and pyarrow
-validates them completely. PrefixStore views a folder of a tier as a store.
+A writer changes the placement by putting the next number (numbered_log.py), which one of several racing writers wins;
+the others merge their changes into the new placement and try again. Only the newest placements are kept. Readers begin
+at the marker's number, which may be behind. PrefixStore views a folder of a tier as a store.
 """
 
 from __future__ import annotations
@@ -88,8 +84,8 @@ _SCHEMA = pa.schema(
 class PlacementRow:
     """Location of an object that is away from home: `url + "/" + key`, without credentials.
 
-    storage_class: Class there; None: the store's default. state: "here": readable; "archived": to be restored first,
-    unless the store says that it was restored since. crc32c: Of the whole object; None: unknown.
+    storage_class: None: the store's default. state: "archived": to be restored first, unless it was restored since.
+    crc32c: Of the whole object; None: unknown.
     """
 
     key: str
@@ -101,12 +97,10 @@ class PlacementRow:
 
 
 class Placement:
-    """The objects that are away from home, as one numbered object lists them. Immutable and thread-safe.
+    """The objects that are away from home. Immutable and thread-safe.
 
-    Attributes:
-        number: Number of the placement; 0 if nothing was ever placed.
-        rows: Table with the columns of `PlacementRow`, sorted by key; each key once.
-        nonce: Random text that identifies the writer's attempt.
+    number: 0 if nothing was ever placed. rows: Table with the columns of `PlacementRow`, sorted by key; each key once.
+    nonce: Random text that identifies the writer's attempt.
     """
 
     def __init__(self, number: int, rows: pa.Table, nonce: str = "") -> None:
@@ -175,10 +169,7 @@ def encode_placement(placement: Placement) -> bytes:
 
 
 def decode_placement(data: bytes, number: int, *, url: str) -> Placement:
-    """Return the placement in a file that was read from placement_key(number). url: URL of the file, for errors.
-
-    Raises CorruptShard if the file is not what was written or exceeds the limits, UnsupportedFormat if it is newer.
-    """
+    """Return the placement in the file of this number. Raises CorruptShard, or UnsupportedFormat if it is newer."""
     try:
         reader = pa.ipc.open_file(pa.py_buffer(data))
         facts: dict[str, Any] = json.loads((reader.schema.metadata or {})[_META])
@@ -367,11 +358,8 @@ def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -
     """Change the location of objects (None: at home), in one atomic step, and return the new placement.
 
     Changes that the placement has already make no new one, so a commit may be repeated after a crash at any instant.
-
-    Raises:
-        CommitConflict: Other writers won the race too often.
-        CorruptShard, UnsupportedFormat: The current placement cannot be read.
-        StoreError: The store failed; with .maybe_done the commit may have happened: repeat it.
+    Raises CommitConflict if others won the race too often, CorruptShard, UnsupportedFormat, or StoreError; with
+    .maybe_done the commit may have happened: repeat it.
     """
     start_tracking(store)  # first: a reader that sees no marker reads no placement
     placements, current = _log_of(store), find_newest_placement(store)

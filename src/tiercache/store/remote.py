@@ -1,10 +1,9 @@
 """A store that is reached by requests, their repetition, and their time limits.
 
-RemoteStore's calls are single requests of an ObjectClient (obstore.py, fsspec.py). `RequestRunner.run()` executes the
-requests of one call. A thread of the pool sends a request, and sends it again after a retryable error. The caller's
-thread waits, and looks at the running attempts: a late one gets another attempt beside it (a hedge). The attempt that
-is answered first ends the request, and the answers of the others are dropped. No client library can interrupt a
-request, so a thread whose request hangs stays with it until the client's own time limit.
+`RequestRunner.run()` executes the requests of one call. A thread of the pool sends a request, and sends it again after
+a retryable error. The caller's thread waits, and gives a late request another attempt beside it (a hedge). The attempt
+that is answered first ends the request. No client library can interrupt a request, so a thread whose request hangs
+stays with it until the client's own time limit.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ _thread_state = threading.local()
 class RetryPolicy:
     """Number of attempts, and the pauses between them: exponential backoff with full jitter.
 
-    A pause is drawn uniformly between 0 and first_s, 2 first_s, 4 first_s, ..., at most longest_s; after progress, it
-    starts again with first_s. By default the number of attempts has no limit: the CallLimit of a call ends its retries.
+    A pause is drawn between 0 and first_s, 2 first_s, 4 first_s, ..., at most longest_s; progress begins anew. By
+    default only the CallLimit of a call ends its retries.
     """
 
     n_attempts: float = math.inf
@@ -87,7 +86,7 @@ class RetryPolicy:
 def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
     """Stop retries of this thread's calls once `unwanted` is set. A first attempt is still made.
 
-    Prefetch threads use it: a data set may be closed while a thread is about to call a server that does not answer.
+    For prefetch threads: a data set may be closed while one is about to call a server that does not answer.
     """
     before, _thread_state.unwanted = getattr(_thread_state, "unwanted", None), unwanted
     try:
@@ -104,13 +103,9 @@ def is_unwanted() -> bool:
 class CallLimit:
     """The time limits of one call: its deadline, its cancellation, and timeout_s since its last progress.
 
-    The call makes progress when it starts and at each progressed(), that is when new bytes arrive. Failed attempts and
-    pauses are not progress. Time in which all requests of the call wait for their turn does not count. Safe for
-    threads.
-
-    deadline_s is the number of seconds from now within which the whole call must end. endpoint() returns the name of
-    what the call waits for now: the server, or the source of its keys. Setting `stop` ends pauses and retries.
-    counters count "retries", and "throttled": refusals because of too many requests.
+    New bytes are progress; failed attempts and pauses are none. Time in which all requests of the call wait for their
+    turn does not count. Setting `stop` ends pauses and retries. endpoint() names what the call waits for now: the
+    server, or the source of its keys. counters count "retries" and "throttled". Safe for threads.
     """
 
     def __init__(
@@ -184,7 +179,7 @@ class CallLimit:
 def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit) -> T:
     """Return the result of attempt, retrying while its StoreError is retryable and policy and limit allow it.
 
-    Raises the last error. An error with .maybe_done is raised at once, because the attempt may have taken effect.
+    An error with .maybe_done is raised at once, because the attempt may have taken effect.
     """
     n_failed, has_renewed = 0, False
     while True:
@@ -237,9 +232,9 @@ _FIRST_STALL_S = 5.0
 class RequestTimes:
     """The longest silences of recent requests to one store, from which follows when a request gets another attempt.
 
-    A request is late when it has brought no new byte for longer than 95 % of the recent ones ever were silent. It gets
-    another attempt beside it at once if at most 5 % of all requests have had one, and otherwise after 8 times that
-    long, at least 2 s; each further attempt waits twice as long, so that a slow store is not asked more and more often.
+    A request is late when it was silent for longer than 95 % of the recent ones ever were. It gets another attempt at
+    once if at most 5 % of all requests have had one, and otherwise after 8 times that long, at least 2 s; each further
+    attempt waits twice as long, so that a slow store is not asked more and more often.
     """
 
     def __init__(self) -> None:
@@ -317,10 +312,10 @@ class _Task:
 
 
 class RequestRunner:
-    """Executes at most n_requests requests at once in the threads of one process. Safe for threads.
+    """Executes at most n_requests requests at once in the threads of one process. Safe for threads. Counts "hedges".
 
-    A request has its turn from its first attempt to its answer; a hanging one gives it to the next request when another
-    attempt was answered. The lock guards the request times, the pool and the running calls. The runner counts "hedges".
+    A request has its turn from its first attempt to its answer. The lock guards the request times, the pool and the
+    calls.
     """
 
     def __init__(
@@ -357,17 +352,9 @@ class RequestRunner:
     ) -> list[Any]:
         """Execute requests in parallel and return their results, in order.
 
-        After the call has returned or raised, Attempt.is_over is true for attempts that still run.
-
-        Args:
-            requests: Functions that send a request.
-            limit: Time limits of the call.
-            is_write: A running attempt is awaited although the time is over, because its effect would be unknown.
-            hedges: A request may run twice at the same time. A write never does.
-            policy: Retries of a request; None: those of the runner.
-
-        Raises:
-            StoreError: The first error of a request that was not worth repeating, or the error of the limit.
+        After the call, Attempt.is_over is true for attempts that still run. is_write: A running attempt is awaited
+        although the time is over, because its effect would be unknown; it is never hedged. policy: None: that of the
+        runner. Raises the first StoreError of a request that was not worth repeating, or that of the limit.
         """
         limit.check()
         with self._lock:
@@ -523,12 +510,11 @@ _GIL_DROP_BYTES = 32 << 10
 
 
 class Landing:
-    """Destination of the bytes of one request, for all attempts of the request. Safe for threads.
+    """Destination of the bytes of one request, for all its attempts. Safe for threads.
 
-    Each byte is stored once, by the attempt that brings it first, and in order. The lock is held while bytes are
-    stored, so that none are after close() has returned. receive() gets the bytes in pieces; None: they are copied into
-    the buffers of the request. n_bytes are stored from its start on. error: What receive() raised; the request is over
-    then.
+    Each byte is stored once and in order, by the attempt that brings it first, and none after close() has returned: the
+    lock is held meanwhile. receive: Gets them in pieces; None: they are copied into the buffers of the request. error:
+    What receive() raised; the request is over then.
     """
 
     def __init__(self, request: Request, receive: Receive | None = None) -> None:
@@ -540,10 +526,7 @@ class Landing:
         self._is_closed = False
 
     def add(self, offset: int, data: memoryview) -> bool:
-        """Store the bytes from this offset of the request on, as far as they are new; return whether any were.
-
-        The offset is at most n_bytes. An error of receive() is kept, not raised: it is none of the store's own errors.
-        """
+        """Store the new ones of the bytes from this offset (at most n_bytes) on; return whether there were any."""
         with self._lock:
             n_known = self.n_bytes - offset
             if self._is_closed or n_known >= data.nbytes:
@@ -612,9 +595,9 @@ class ObjectWriter(Protocol):
 class ObjectClient(ABC):
     """Single requests to a store by one client library, not retried. Safe for threads.
 
-    The methods raise the library's own errors. errors() converts them to StoreError, with .status, .code and details:
-    "sent" is False if the request was never sent, and "exists" says that a conditional write was refused because the
-    key exists. checks_etag: range() enforces if_match; otherwise the store compares descriptions before and after.
+    The methods raise the library's own errors, which errors() converts to StoreError. Its details: "sent" is False if
+    the request was never sent; "exists": a conditional write was refused because the key exists. checks_etag: range()
+    enforces if_match; otherwise descriptions before and after are compared.
     """
 
     url: str
@@ -693,10 +676,9 @@ N_REQUESTS = 32
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """How a store reads. n_requests run at once, unless the storage option `concurrency` says another number.
+    """How a store reads. n_requests: Unless the storage option `concurrency` says another number.
 
-    max_gap_bytes, max_bytes: Most bytes of a gap that is read, and of a request. hedges: Late requests get a second
-    attempt beside them.
+    max_gap_bytes, max_bytes: Most bytes of a gap that is read, and of a request.
     """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
@@ -710,11 +692,7 @@ class ReadSettings:
 class RemoteStore(Store):
     """Objects that an ObjectClient reads and writes. Each process creates its client and threads at first use.
 
-    Safe for threads. A subclass opens the client. If the user promises that one process writes at a time, conditional
-    puts are a look at the key and a put.
-
-    Attributes:
-        knows_conditional_put: Whether the kind of the store alone says that it has conditional puts.
+    knows_conditional_put: Whether the kind of the store alone says that it has conditional puts.
     """
 
     knows_conditional_put = False
@@ -772,10 +750,10 @@ class RemoteStore(Store):
         return result
 
     def _write(self, key: str, doing: str, request: Callable[[ObjectClient], T], *, is_conditional: bool = False) -> T:
-        """Return the result of a write request.
+        """Return the result of a write request, whose last attempt is awaited: its effect would be unknown otherwise.
 
-        Its last attempt is always awaited, because its effect would be unknown otherwise. A conditional write is not
-        repeated after a lost answer, because it would find its own object: it raises StoreError with .maybe_done.
+        A conditional write is not repeated after a lost answer, because it would find its own object: the error has
+        .maybe_done.
         """
 
         def send(_attempt: Attempt) -> T:
@@ -986,7 +964,7 @@ class RemoteStore(Store):
 
 
 class _ObjectRead:
-    """One read_into: all its ranges must be of one version of the object, named by if_match or by the first answer.
+    """One read: all its ranges must be of one version of the object, named by if_match or by the first answer.
 
     The threads of the call share it; dict.setdefault is atomic.
     """
@@ -996,10 +974,7 @@ class _ObjectRead:
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
 
     def attempt(self, landing: Landing, attempt: Attempt) -> None:
-        """Send one request and store its bytes.
-
-        It continues after the bytes of earlier attempts, if the answer says that they are of the same version.
-        """
+        """Send one request, for what earlier attempts have not brought, and store its bytes."""
         client, byte_range = self._client, landing.request.range
         etag = self._seen.get("etag")
         condition = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match

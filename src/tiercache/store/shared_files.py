@@ -158,9 +158,9 @@ def pid_namespace() -> int:
 
 
 def start_time(pid: int) -> int | None:
-    """Return the start time of a process, in ticks since boot; None if there is no such process.
+    """Return the start time of a process, in ticks since boot: with the pid it identifies a process for ever.
 
-    The pid and the start time together identify a process for ever. A zombie counts as dead: it holds nothing any more.
+    None if there is no such process. A zombie counts as dead: it holds nothing any more.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
@@ -221,8 +221,7 @@ def max_shard_descriptors() -> int:
 def raise_limit_for(n_descriptors: int) -> None:
     """Raise the soft limit towards the hard limit if open shards may use fewer than n_descriptors.
 
-    Many systems set a soft limit of 1,024 because select(2) cannot use larger descriptors, and leave the hard limit
-    high for programs that do not use select(2). Child processes inherit the limit.
+    Many systems set a soft limit of 1,024 because select(2) cannot use larger descriptors. Child processes inherit it.
     """
     soft, highest = _limits()
     if n_descriptors > soft // 2:
@@ -285,10 +284,10 @@ _ERRNO = dict.fromkeys(_LOST, errno.EIO) | {
 class Database:
     """A connection to one SQLite file, opened on first use, and again if the file was replaced or damaged.
 
-    The file, and the files that SQLite puts beside it, have mode 0600 and are never opened through a link.
-
-    run() holds the lock for one transaction; all else is quick. No connection is open while the process forks: SQLite
-    keeps file locks per process, and a child would believe that it holds its parent's locks.
+    Its files have mode 0600 and are never opened through a link. run() holds the lock for one transaction. No
+    connection is open while the process forks: SQLite keeps file locks per process, and a child would believe that it
+    holds its parent's. wal: Write-ahead logging; otherwise a rollback journal. prepare: Makes and fills the tables of a
+    new file, inside one transaction. durable: Committed data survives a power failure.
     """
 
     def __init__(
@@ -300,11 +299,6 @@ class Database:
         prepare: Callable[[sqlite3.Connection], object],
         durable: bool = False,
     ) -> None:
-        """Store the arguments; the file is not opened yet.
-
-        wal: Write-ahead logging; otherwise a rollback journal. prepare: Makes and fills the tables of a new file,
-        inside one transaction. durable: Committed data survives a power failure.
-        """
         self.path = path
         self._wal, self._durable = wal, durable
         self._make_folder, self._prepare = make_folder, prepare
@@ -315,13 +309,9 @@ class Database:
         _databases.add(self)
 
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Return work(connection), run in one immediate transaction, which is rolled back if work raises.
+        """Return work(connection), run in one immediate transaction; again on a new file if this one is gone.
 
-        If the file is gone or damaged, work runs again on a new file.
-
-        Raises:
-            OSError: The file is busy for too long (EBUSY), the disk is full (ENOSPC), or the file cannot be read,
-                written or made (EIO, EROFS, EACCES, or the system's error).
+        Raises OSError if the file is busy for too long (EBUSY), the disk is full (ENOSPC), or the file cannot be used.
         """
         try:
             return self._run(work)
@@ -387,12 +377,9 @@ class Database:
     def _guard_files(self) -> None:
         """Make the file with its mode, before SQLite makes it with the umask's, and remove links under its names.
 
-        An empty file was emptied by somebody, or its maker was killed: the process that holds the lock file sees no
-        other kind. It is replaced, not filled: setting WAL mode would wait for a lock of any process that still has it
-        open.
-
-        An existing file is not opened here: closing it would release the POSIX locks that another connection of this
-        process holds on it. SQLite gives its other files the mode of the first.
+        An empty file was emptied, or its maker was killed. It is replaced, not filled: setting WAL mode would wait for
+        any process that still has it open. An existing file is not opened here: closing it would release the POSIX
+        locks that another connection of this process holds. SQLite gives its other files the mode of the first.
         """
         for suffix in _SUFFIXES:
             path = Path(f"{self.path}{suffix}")

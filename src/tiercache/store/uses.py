@@ -1,14 +1,11 @@
 """Uses of objects: reports beside data sets for their shards, and a log on this machine for all other objects.
 
-Each machine writes one small report of its use beside a data set, and the planner merges the reports.
+A machine's report on a data set is ``_tiercache/usage/<machine>.json``. It is written at the start of a run, once an
+hour, when the data set is closed and at process exit; and only if the data set is tracked. It costs one addition per
+opened shard. A data set whose store cannot be written is read without reports.
 
-A report is ``_tiercache/usage/<machine>.json``. It is written at the start of a run, once an hour during the run, when
-the data set is closed and at process exit; and only if the data set is tracked. It costs one addition per opened shard,
-nothing per record. A data set whose store cannot be written is read without reports.
-
-The log has the single objects that this machine reads through `Cache` or `tiercache::`. Opening an object appends a
-line, at most once a minute per process and object, whatever the spelling of its URL. This costs about 100 us, needs no
-lock, and survives a killed process.
+The log has the single objects that this machine reads through `Cache` or `tiercache::`. Opening one appends a line, at
+most once a minute per process and object. This costs about 100 us, needs no lock, and survives a killed process.
 """
 
 from __future__ import annotations
@@ -73,8 +70,7 @@ class ActiveReader:
 class UseReport:
     """Uses of one machine. Times are seconds since the epoch, by its own clock.
 
-    all_s: Last time that a run read every shard; 0: never. readers: By a name that identifies the process. shards: Name
-    -> last use.
+    all_s: Last time that a run read every shard; 0: never. readers: By a name that identifies the process.
     """
 
     machine: str
@@ -187,10 +183,9 @@ def machine_name() -> str:
 
 
 class UseRecorder:
-    """Notes which shards of one data set this process opens, and reports them.
+    """Notes which shards of one data set this process opens, and reports them. Thread-safe; a forked child starts anew.
 
-    Thread-safe; a forked child starts anew. The lock guards the notes. Reports are made outside it, one at a time per
-    machine. The resolver tells whether the data set is tracked.
+    The lock guards the notes. Reports are made outside it, one at a time per machine.
     """
 
     def __init__(
