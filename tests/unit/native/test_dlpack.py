@@ -104,20 +104,6 @@ def test_memory_is_reused_only_after_the_last_tensor_over_it_is_dropped(rows, ri
     assert np.array_equal(torch.cat(kept).numpy(), rows)
 
 
-def test_a_view_of_a_view_keeps_the_slot_alive(ring):
-    before = held_bytes()
-    slot = ring.take(10)
-    first, second = (from_dlpack(slot.tensor(UINT8, 0, slot.n_rows)) for _ in range(2))
-    del slot
-    view = first[2:4].view(-1)[5:]
-    del first, second
-    gc.collect()
-    assert held_bytes() > before
-    assert view.sum() > 0
-    del view
-    assert held_bytes() == before
-
-
 def test_an_unused_capsule_releases_the_slot(ring):
     before = held_bytes()
     slot = ring.take(10)
@@ -169,16 +155,6 @@ def test_the_slot_is_released_when_memory_for_a_capsule_is_missing(ring):
     del slot, tensor
     gc.collect()
     assert held_bytes() == before
-
-
-def test_a_tensor_outlives_its_ring(rows):
-    ring = ring_of(rows)
-    slot = ring.take(10)
-    tensor = from_dlpack(slot.tensor(UINT8, 0, slot.n_rows))
-    ring.close()
-    del slot, ring
-    gc.collect()
-    assert np.array_equal(tensor.numpy(), rows[:BATCH_ROWS])
 
 
 def test_any_thread_may_drop_a_tensor(rows):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -150,20 +148,3 @@ def test_invalid_arguments_raise_errors_and_nothing_is_written():
     values, offsets = np.frombuffer(b"\xff\xfe", np.uint8), np.array([0, 2], np.int64)
     with pytest.raises(UnicodeDecodeError):
         gather.gather_str(addresses((values, offsets)), two[:1], two[:1])
-
-
-def test_a_file_truncated_while_mapped_raises_an_error_each_time(tmp_path):
-    path = tmp_path / "mapped"
-    path.write_bytes(b"x" * 65536)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 65536, access=mmap.ACCESS_READ) as mapping:
-        view = np.frombuffer(mapping, np.uint8)
-        sources = np.array([[view.ctypes.data, 0, 0]], np.uint64)
-        zero, out = np.zeros(1, np.uint32), np.zeros(4096, np.uint8)
-        gather.gather(gather.FIXED, 4096, sources, zero, zero, out)
-        file.truncate(0)
-        for _ in range(3):
-            with pytest.raises(OSError, match="truncated"):
-                gather.gather(gather.FIXED, 4096, sources, zero, zero, out)
-            with pytest.raises(OSError, match="truncated"):
-                gather.offsets_ok(view.ctypes.data, 8, 0)
-        del view

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tiercache._native import gather
 from tiercache._native.checksum import crc32c
-from tiercache._native.ring import END, Plan, Ring
+from tiercache._native.ring import Plan
 
 PAGE = 65536
 N_BYTES = 3 * PAGE + 1000  # the last page is short
@@ -216,42 +216,6 @@ def test_a_file_truncated_before_its_first_check_raises_an_error(tmp_path):
                 gather.check_chunk(chunk.checks[0])
         assert chunk.checked.tolist() == [1, 0]
         del chunk
-
-
-def ring_of(chunk: Stored, rows, batch_rows: int) -> Ring:
-    ring = Ring(np.array([[gather.FIXED, 2048]], np.uint32), batch_rows=batch_rows, depth=4, n_threads=2)
-    block, row = places(rows)
-    sources = np.array([[[chunk.address(), 0, 0]]], np.uint64)
-    assert ring.push(Plan(sources, block, row, chunk, chunk.checks[None]))
-    ring.finish()
-    return ring
-
-
-def test_a_ring_serves_every_batch_before_the_one_with_a_corrupt_page():
-    chunk = random_chunk(8 * PAGE)
-    whole = chunk.data.copy().reshape(-1, 2048)
-    chunk.data[5 * PAGE + 9] ^= 16
-    ring = ring_of(chunk, range(8 * 32), 32)
-    for batch in range(5):
-        slot = ring.take(30)
-        assert np.array_equal(np.frombuffer(slot, np.uint8, 32 * 2048).reshape(-1, 2048), whole[32 * batch :][:32])
-        del slot
-    with pytest.raises(gather.CorruptError):
-        ring.take(30)
-    ring.close()
-
-
-def test_a_ring_serves_an_order_without_the_corrupt_page_to_its_end():
-    chunk = random_chunk(8 * PAGE)
-    chunk.data[5 * PAGE + 9] ^= 16
-    rows = [row for row in np.random.default_rng(1).permutation(8 * 32).tolist() if row // 32 != 5]
-    ring = ring_of(chunk, rows, 10)
-    n = 0
-    while not isinstance(slot := ring.take(30), int):
-        n += slot.n_rows
-    assert (slot, n) == (END, 7 * 32)
-    assert chunk.checked.tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
-    ring.close()
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 4)])

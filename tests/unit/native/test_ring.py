@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import mmap
 import os
 import threading
 import time
@@ -72,47 +71,6 @@ def test_rows_are_served_in_the_pushed_order_as_batches(sizes, batch_rows, depth
     expected = np.concatenate([p[o] for p, o in zip(parts, orders, strict=True)]) if sizes else np.zeros((0, WIDTH))
     assert [len(b) for b in found[:-1]] == [batch_rows] * (len(found) - 1)
     assert np.array_equal(np.concatenate(found) if found else np.zeros((0, WIDTH)), expected)
-
-
-def test_batches_that_span_windows_are_right_for_every_kind_of_stream():
-    rng = np.random.default_rng(3)
-    texts = [[bytes(rng.integers(97, 123, rng.integers(0, 9), dtype=np.uint8)) for _ in range(30)] for _ in range(3)]
-    labels = [rng.integers(-9, 9, 30) for _ in texts]
-    flags = [rng.integers(0, 2, 30, dtype=np.uint8) for _ in texts]
-    plans, held = [], []
-    for block, label, flag in zip(texts, labels, flags, strict=True):
-        values = np.frombuffer(b"".join(block), np.uint8)
-        offsets = np.cumsum([0, *map(len, block)], dtype=np.int64)
-        bits = np.packbits(flag, bitorder="little")
-        held.append((values, offsets, bits))
-        var = [[values.ctypes.data, offsets.ctypes.data, len(values)]]
-        addresses = np.array([var, var, [[label.ctypes.data, 0, 0]], [[bits.ctypes.data, 0, 0]]], np.uint64)
-        plans.append(Plan(addresses, np.zeros(30, np.uint32), np.arange(30, dtype=np.uint32), None))
-    streams = np.array([[REF, 1], [gather.VAR, 1], [gather.FIXED, 8], [gather.BITS, 0]], np.uint32)
-    ring = Ring(streams, batch_rows=13, depth=4, n_threads=2, slot_bytes=64)
-    for plan in plans:
-        ring.push(plan)
-    ring.finish()
-    found = {"ref": [], "var": [], "label": [], "flag": []}
-    n_bytes = 0
-    while not isinstance(slot := ring.take(10), int):
-        n, view = slot.n_rows, memoryview(slot)
-        found["ref"] += slot.bytes_list(0)
-        assert slot.str_list(1) == [b.decode() for b in slot.bytes_list(0)]
-        values_at, offsets_at, n_elements = slot.stream_position(1)
-        ends = np.frombuffer(view, np.int64, n + 1, offsets_at)
-        assert ends[-1] == n_elements
-        found["var"] += [bytes(view[values_at + a : values_at + b]) for a, b in itertools.pairwise(ends)]
-        found["label"] += np.frombuffer(view, np.int64, n, slot.stream_position(2)[0]).tolist()
-        found["flag"] += np.frombuffer(view, np.uint8, n, slot.stream_position(3)[0]).tolist()
-        n_bytes += slot.n_bytes
-        del view, ends
-    ring.close()
-    flat = [t for block in texts for t in block]
-    assert found["ref"] == found["var"] == flat
-    assert found["label"] == np.concatenate(labels).tolist()
-    assert found["flag"] == np.concatenate(flags).tolist()
-    assert n_bytes == 2 * sum(map(len, flat)) + 90 * 9
 
 
 def test_slots_in_use_are_not_overwritten_and_return_when_dropped():
@@ -306,24 +264,6 @@ def test_plans_are_kept_exactly_until_their_rows_are_retired():
     gc.collect()
     assert [r() is not None for r in references] == [False, False, False]
     ring.close()
-
-
-def test_a_file_truncated_under_a_running_ring_fails_its_batch(tmp_path):
-    path = tmp_path / "mapped"
-    path.write_bytes(b"x" * (64 << 10))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 64 << 10, access=mmap.ACCESS_READ) as mapping:
-        view = np.frombuffer(mapping, np.uint8).reshape(16, 4096)
-        ring = Ring(fixed_streams(4096), batch_rows=4, depth=1, n_threads=1)
-        ring.push(plan_of(view, np.arange(16)))
-        ring.finish()
-        first = ring.take(10)
-        assert first.n_rows == 4
-        file.truncate(4096)
-        with pytest.raises(OSError, match="truncated"):
-            [ring.take(10) for _ in range(3)]
-        ring.close()
-        del view, ring, first
-        gc.collect()
 
 
 def test_a_forked_child_sees_a_closed_ring_and_can_drop_everything():
