@@ -72,16 +72,9 @@ class Decoder:
         self._tables = colour_tables(options)
 
     def decode_into(self, data: Any, draws: Sequence[float], out: NDArray[Any]) -> None:
-        """Decode an image into out.
+        """Decode an image into out, C-contiguous, of options.memory_shape(*options.shape) and stored_dtype(options.dtype).
 
-        Args:
-            data: Encoded bytes, any contiguous buffer; no reference is kept.
-            draws: Random numbers, see plan_crop and plan_colours.
-            out: C-contiguous array of the shape options.memory_shape(*options.shape) and the dtype
-                `stored_dtype(options.dtype)`, owned by the caller.
-
-        Raises:
-            DecodeError: The image cannot be decoded; the contents of out are then undefined.
+        If it raises DecodeError, the contents of out are undefined.
         """
         picture, plan, size = self._picture(data, draws)
         self._render(picture, plan, size, out, draws)
@@ -122,7 +115,6 @@ class Decoder:
         return picture, plan_crop(*size, self._options, draws), size
 
     def _turned(self, picture: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-        """Return the image as its EXIF orientation says."""
         if orientation > 4:
             picture = self._cv2.transpose(picture)
         code = _FLIP_CODES.get(orientation)
@@ -168,7 +160,6 @@ class Decoder:
         out: NDArray[Any],
         draws: Sequence[float],
     ) -> None:
-        """Crop, resize, mirror, adjust the colours, and convert to out's layout and dtype."""
         top, bottom, left, right = plan.pixels(size, (picture.shape[0], picture.shape[1]))
         options = self._options
         is_direct = options.layout != "CHW" and options.dtype == "uint8"
@@ -207,7 +198,6 @@ class Decoder:
         self._cv2.resize(box, (width, height), out, interpolation=how)
 
     def _convert(self, shown: NDArray[np.uint8], out: NDArray[Any], steps: Sequence[tuple[int, float]]) -> None:
-        """Adjust the colours of uint8[h, w, 3], and convert it to out's layout and dtype."""
         cv2, tables, to_planar, source = self._cv2, self._tables, self._options.layout == "CHW", shown
         is_planar = bool(steps) or to_planar
         if is_planar:
@@ -226,11 +216,7 @@ class Decoder:
 
 
 def load_libraries() -> tuple[Any, Any, Any]:
-    """Return the modules simplejpeg, cv2 and PIL.Image.
-
-    Raises:
-        ModuleNotFoundError: A library is missing; the message says how to install it.
-    """
+    """Return the modules simplejpeg, cv2 and PIL.Image."""
     found = []
     for module, distribution in _LIBRARIES.items():
         try:
@@ -323,14 +309,9 @@ Explain = Callable[[str, int, str], Exception]
 def decode_columns(
     columns: Sequence[ColumnValues], decode: Mapping[str, DecodeImage], explain: Explain
 ) -> list[ColumnValues]:
-    """Return the columns, with the image columns decoded.
+    """Return the columns, with the image columns decoded: arrays [n, ...], zero for a null, or lists if sizes differ.
 
-    A decoded column is an array [n, ...], zero for a null, or a list if sizes differ. Random numbers come from torch's
-    generator if torch is imported, else from numpy's global one.
-
-    Raises:
-        Exception: The result of explain, for an image that cannot be decoded.
-        SchemaError: dtype is bfloat16 and torch is not imported.
+    Random numbers come from torch's generator if torch is imported, else from numpy's global one.
     """
     n = len(columns[0].values) if columns else 0
     draws: Sequence[Sequence[float]] = [()] * n
@@ -367,7 +348,6 @@ def _decoded(
 
 
 def _typed(stored: Any, options: DecodeImage, column: str) -> Any:
-    """Return images as they lie in memory in the dtype and the layout of the options."""
     if options.dtype != "bfloat16":
         return in_layout(stored, options)
     tensor = bfloat16_tensor(stored)

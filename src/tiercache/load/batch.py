@@ -135,8 +135,6 @@ def aligned(n_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PinnedSlot:
-    """A part of pinned memory that holds one batch. start, end: addresses; memory: uint8 tensor over [start, end)."""
-
     start: int
     end: int
     memory: torch.Tensor
@@ -146,14 +144,9 @@ class PinnedMemory(BatchMemory):
     """Lends pinned memory and finds the slot of an address. See BatchMemory; all methods may be called from any thread.
 
     The memory of a ring is allocated once and kept from epoch to epoch; an iterator that overlaps another gets memory
-    of its own. When a batch outgrew its slot, the next ring gets larger slots.
-
-    Memory may return in any thread and at any instant, because the garbage collector runs finalizers. So containers are
-    changed by single operations only, which need no lock.
-
-    Args:
-        pin: Function that returns uint8[n] of pinned memory.
-        n_held: Number of slots that the consumer's side of a ring holds at a time.
+    of its own. Memory may return in any thread and at any instant, because the garbage collector runs finalizers. So
+    containers are changed by single operations only, which need no lock. n_held: slots that the consumer's side of a
+    ring holds at a time.
     """
 
     def __init__(self, pin: Callable[[int], torch.Tensor], n_held: int) -> None:
@@ -165,7 +158,6 @@ class PinnedMemory(BatchMemory):
         self._largest_bytes = 0
 
     def slot_bytes(self, expected_bytes: int) -> int:
-        """Return the size of a ring's slots, if a batch has about expected_bytes."""
         return aligned(max(expected_bytes + 1, self._largest_bytes))
 
     def note_largest(self, n_bytes: int) -> None:
@@ -203,7 +195,6 @@ class PinnedMemory(BatchMemory):
             self._forget(free.popleft())
 
     def find_slot(self, address: int) -> PinnedSlot | None:
-        """Return the slot that contains an address; None if it is not in pinned memory of this object."""
         for start, (memory, slot_bytes) in list(self._blocks.items()):
             if start <= address < start + memory.numel():
                 first = (address - start) // slot_bytes * slot_bytes
@@ -222,7 +213,6 @@ class PinnedMemory(BatchMemory):
 
 
 def numpy_dtype(dtype: str, column: str | None = None) -> np.dtype[Any]:
-    """Return NumPy's dtype of a name. Raises SchemaError: bfloat16, and ml_dtypes is not installed."""
     if dtype != "bfloat16":
         return np.dtype(dtype)
     try:
@@ -247,13 +237,8 @@ class _Held:
 class ArrayLibrary:
     """What batches consist of: NumPy's arrays, or those of a subclass. Stateless and picklable.
 
-    A dtype is named as in a schema ("uint8", "bfloat16", "bool").
-
-    Attributes:
-        profiler: Object whose `_is_profiler_enabled` says whether `record_function(name)` must be entered for a batch.
-        from_dlpack: Function that makes an array of a DLPack capsule. None: rows_over() makes all arrays, because an
-            array that NumPy makes of a capsule is read-only.
-        nested: Function that makes the jagged nested array of (values end to end, offsets). None: there are none.
+    from_dlpack: None if rows_over() makes all arrays, because an array that NumPy makes of a capsule is read-only;
+    nested: function that makes the jagged nested array of (values end to end, offsets).
     """
 
     profiler: Any = SimpleNamespace(_is_profiler_enabled=False)
@@ -261,7 +246,6 @@ class ArrayLibrary:
     nested: Callable[[Any, Any], Any] | None = None
 
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:  # noqa: ARG002
-        """Return the type of rows that from_dlpack() takes; None: rows_over() makes such arrays."""
         return None
 
     def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:
@@ -336,7 +320,6 @@ def _values_kind(column: Column, output_spec: OutputSpec) -> int | None:
 
 
 def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
-    """Return the bytes of a batch's streams that are known in advance (only the offsets for varying lengths)."""
     widths = {gather.FIXED: 0, gather.BITS: 1, gather.VAR: 8, gather.REF: 16, PADDED: 16, packing.PACKED: 0}
     sizes = []
     for kind, width in streams.tolist():
@@ -349,9 +332,8 @@ def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
 def layout_table(schema: Schema, output_spec: OutputSpec) -> NDArray[np.uint64] | None:
     """Return the table of column layouts and fill values, as Plan takes it; None if no stream needs it.
 
-    Returns:
-        uint64[n]: a struct tc_output_layout for each stream, followed by the data that they point to, in the same
-        array. So the array must not be copied or moved.
+    A struct tc_output_layout for each stream, followed by the data that they point to, in the same array: it must not
+    be copied or moved.
     """
     tail = bytearray()
     rows: list[list[int]] = []
@@ -369,7 +351,6 @@ def layout_table(schema: Schema, output_spec: OutputSpec) -> NDArray[np.uint64] 
 
 
 def _column_rows(column: Column, output_spec: OutputSpec, first: int, tail: bytearray) -> list[list[int]]:
-    """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
     column = output_spec.column(column)  # fill values have the served dtype; a cast column has the same streams
     streams, layout = column.streams(0), output_spec.layout(column)
     rows = [[0, _NO_STREAM, 0, 0, _NO_STREAM, 0, 0, 0, 0, 1, _NO_LIMIT, 0] for _ in streams]
@@ -396,7 +377,6 @@ def _column_rows(column: Column, output_spec: OutputSpec, first: int, tail: byte
 
 
 def _put(tail: bytearray, data: Any) -> int:
-    """Append data to the tail at a multiple of 8 bytes; return its offset."""
     start = len(tail)
     tail += data
     tail += bytes(-len(tail) % 8)
@@ -420,12 +400,7 @@ class Assembler:
     """Builds batches from slots. It holds nothing of a slot or an epoch, so pipelines in any threads share one.
 
     One native call builds all tensors over the slot and all buffers, 0.35 us per tensor here; each other value takes a
-    call.
-
-    Attributes:
-        bytes_streams: Numbers of the streams that are served as lists of bytes.
-        object_columns: (name, number) of the ARROW columns.
-        is_native: Whether a batch consists only of such tensors and buffers.
+    call. is_native: whether a batch consists only of such tensors and buffers.
     """
 
     def __init__(self, schema: Schema, served: OutputSpec, library: ArrayLibrary) -> None:
@@ -458,27 +433,18 @@ class Assembler:
         self.is_native = self.entries.is_native and not self.object_columns
 
     def batch(self, slot: Slot) -> Batch:
-        """Return the batch in a slot, without ARROW columns.
-
-        Small columns have memory of their own (csrc/slot.c); the tensors of the others share the ownership of the slot.
-
-        Raises:
-            OSError: A mapped source could not be read (EIO).
-            InvalidValueError: Text is not UTF-8, or a JSON value cannot be parsed.
-        """
+        """Return the batch in a slot, without ARROW columns. OSError: a mapped source could not be read (EIO)."""
         try:
             return self.entries.build(slot)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InvalidValueError(f"a value cannot be read: {error}") from error
 
     def filled(self, name: str, values: list[Any]) -> list[Any]:
-        """Return an ARROW column's objects with nulls replaced by its fill value, if it has one."""
         make = self._object_fills.get(name)
         return values if make is None else [make() if value is None else value for value in values]
 
 
 def _entries(column: Column, output_spec: OutputSpec, first: int, library: ArrayLibrary) -> list[tuple[str, Entry]]:
-    """Return a column's entries in a batch; its streams begin with number `first`. ARROW columns have none."""
     if column.kind is Kind.ARROW:
         return []
     valid = first + len(column.streams(0)) - 1 if output_spec.has_mask(column) else None
@@ -644,9 +610,6 @@ class PipelineSetup:
 
     Computing them takes 0.3 ms after batches have evicted the code from the processor's caches (0.03 ms if they have
     not).
-
-    Attributes:
-        varies, pads: Whether records differ in length, and whether some are padded to one length.
     """
 
     def __init__(self, source: Records, output_spec: OutputSpec, library: ArrayLibrary) -> None:

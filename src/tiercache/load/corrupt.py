@@ -59,7 +59,6 @@ class CorruptionMap:
         return len(self.shards) > 0
 
     def rows(self, shard: int, block: int) -> Rows:
-        """Return the rows of a block that cannot be read; None: all of them."""
         return None if shard in self._shards else self._blocks.get((shard, block), _NO_ROWS)
 
     def is_bad(self, location: RecordLocation) -> bool:
@@ -83,11 +82,7 @@ class CorruptionMap:
         self._add(shard, block, None if row is None else np.array([row], np.int64))
 
     def note_corruption(self, location: CorruptLocation, error: CorruptShard) -> None:
-        """Note corruption that a reader found; check the whole shard once, and warn about it once.
-
-        Raises:
-            StoreError: The shard cannot be checked.
-        """
+        """Note corruption that a reader found; check the whole shard once, and warn about it once."""
         shard = location[0]
         if shard not in self._surveyed:
             self._surveyed.add(shard)
@@ -120,7 +115,6 @@ class CorruptionMap:
             self.shards = np.union1d(self.shards, [shard])
 
     def _read_block_sizes(self, shard: int) -> BlockSizes:
-        """Return the block sizes of a shard; if its footer is unreadable, of one corrupt block that stands in."""
         try:
             return self.source.block_sizes([shard])[0]
         except CorruptShard as error:
@@ -158,7 +152,6 @@ class CorruptionMap:
 
 
 def corruption_map_for(source: Records, options: LoaderOptions) -> CorruptionMap | None:
-    """Return the record of corruption of a run; None if corrupt data is an error."""
     if options.on_corrupt == "previous" and source.is_packed:
         raise ValueError(
             "on_corrupt='previous' replaces a record, and here records are packed rows of many documents: remove "
@@ -168,7 +161,6 @@ def corruption_map_for(source: Records, options: LoaderOptions) -> CorruptionMap
 
 
 def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
-    """Return the corrupt rows of the single loaded block; None if all of it is unreadable."""
     blocks.reset_checks()  # the file may have been corrupted since
     checks, n_rows = blocks.pending_checks, int(blocks.n_rows[0])
     corrupt_rows: set[int] = set()
@@ -188,11 +180,6 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
 
 
 def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
-    """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
-
-    Raises:
-        CorruptShard: No record of the rank can be read.
-    """
     replacer, n_rows = _RecordReplacer(corruption, walk), 0
     for piece in pieces:
         yield replacer.repair(piece, n_rows) if corruption else piece
@@ -201,10 +188,7 @@ def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk:
 
 @dataclass(slots=True)
 class _RecordReplacer:
-    """Replaces records piece by piece, and keeps state between the pieces.
-
-    last: the last good record up to the end of the last piece, if that piece had corruption; None: ask `walk`.
-    """
+    """Replaces records piece by piece. last: the last good record after a piece with corruption; None: ask `walk`."""
 
     corruption: CorruptionMap
     walk: RecordWalk
@@ -277,7 +261,6 @@ class _RecordReplacer:
         return location
 
     def _window_of(self, location: RecordLocation) -> AnyWindow:
-        """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = location
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.corruption.block_sizes([shard])[0].raw_bytes[block : block + 1]
@@ -288,10 +271,7 @@ class _RecordReplacer:
 
 @dataclass(frozen=True, slots=True)
 class RecordWalk:
-    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `rank_plan`.
-
-    Locations have the order's row numbers.
-    """
+    """A rank's records one by one, in the order's row numbers, counted from the start of its pieces."""
 
     order: Order
     rank_plan: RankPlan

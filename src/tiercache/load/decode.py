@@ -68,10 +68,7 @@ class DecodedPipeline(StagePipeline):
 
 @dataclass(slots=True)
 class _Pictures:
-    """One column of one batch: encoded images (None: null, or decoded), crop numbers and outputs.
-
-    out: array [n, ...], or a list if images differ in size.
-    """
+    """One column of one batch: encoded images (None: null, or decoded), crop numbers and outputs."""
 
     name: str
     options: DecodeImage
@@ -111,11 +108,7 @@ class _Job(StageJob):
 
 
 class _DecodeQueue(StageQueue[_Job]):
-    """The queue of batches whose images the threads decode.
-
-    Args:
-        goes_on: Whether images are decoded after one that cannot be, so that all such images are found at once.
-    """
+    """Batches whose images the threads decode. goes_on: also after a bad image, so that all are found at once."""
 
     def __init__(self, ahead: int, *, goes_on: bool = False) -> None:
         super().__init__(ahead)
@@ -199,7 +192,6 @@ class _Opener:
         return job
 
     def error_of(self, job: _Job, task: int, decode_error: DecodeError) -> Exception:
-        """Return the consumer's error for an image that cannot be decoded."""
         column, index = divmod(task, job.n_rows)
         location = job.replaced.get(index)
         if location is None:
@@ -214,7 +206,6 @@ class _Opener:
         return error
 
     def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
-        """Return (the batch's value, a writable view of it)."""
         n_bytes = _picture_bytes(options)
         lent = self.inputs.memory.lend(n_rows * n_bytes, self.inputs.batch_rows * n_bytes) if n_bytes else None
         return _room_in(lent, 0, options, n_rows, self.inputs.setup.library)
@@ -245,24 +236,18 @@ class _Opener:
         return rooms, copies
 
     def _block_bytes(self) -> int:
-        """Return the bytes of a batch's block of pinned memory."""
         decode = self.inputs.output_spec.decode.values()
         image_bytes = sum(aligned(_picture_bytes(options) * self.inputs.batch_rows) for options in decode)
         return max(image_bytes + self.small_bytes, aligned(1))
 
 
 def _picture_bytes(options: DecodeImage) -> int:
-    """Return the bytes of a decoded image; 0 if images differ in size."""
     return 0 if options.size is None else int(np.prod(options.batch_shape)) * options.itemsize
 
 
 def _room_in(
     memory: Bytes | None, start: int, options: DecodeImage, n_rows: int, library: ArrayLibrary
 ) -> tuple[Any, Any]:
-    """Return (a column's value, a writable view of it) in memory from byte `start` on.
-
-    Both are a list if images differ in size.
-    """
     if memory is None or options.size is None:
         pictures: list[Any] = [None] * n_rows
         return pictures, pictures

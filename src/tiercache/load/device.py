@@ -49,7 +49,6 @@ class Backend:
         self._is_generic = hasattr(torch.Stream, "__enter__")
 
     def pin(self, n_bytes: int) -> torch.Tensor:
-        """Return uint8[n_bytes] of host memory from which a copy to the device runs beside other work."""
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
@@ -63,7 +62,6 @@ class Backend:
         return (torch.Stream if self._is_generic else torch.cuda.Stream)(device=self.device)
 
     def record(self, stream: DeviceStream, *, timed: bool = False) -> Event:
-        """Return an event after the present work of a stream. timed: whether elapsed_time() will be asked for."""
         make: Any = torch.Event if self._is_generic else torch.cuda.Event  # torch's stubs know neither's arguments
         event = make(self.device, enable_timing=timed) if self._is_generic else make(enable_timing=timed)
         event.record(stream)
@@ -83,11 +81,7 @@ BACKENDS: dict[str, Callable[[torch.device], Backend]] = {}
 
 
 def find_device(wanted: Any) -> torch.device | None:
-    """Return the device that `LoaderOptions.device` names; None for the CPU, which takes the plain path.
-
-    Raises:
-        ValueError: torch does not know the device, this machine does not have it, or it has no streams.
-    """
+    """Return the device that `LoaderOptions.device` names; None for the CPU, which takes the plain path."""
     if wanted is None:
         return None
     try:
@@ -123,7 +117,6 @@ def _index(device: Any) -> int | None:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Return the device with its number: that of the current device if it has none."""
     if _index(device) is not None or device.type in BACKENDS:
         return device
     module: Any = getattr(torch, "accelerator", None)
@@ -133,13 +126,8 @@ def _with_index(device: torch.device) -> torch.device:
 class BatchDevice:
     """The device of a loader's batches, and what its pipelines share from epoch to epoch.
 
-    The consumer's thread uses it; any thread may call exposed_waits().
-
-    Attributes:
-        max_issued: Maximum number of batches whose copies are issued ahead, including the one that is handed out next.
-        is_fixed: Whether every batch is served at the same addresses.
-        fixed: Device memory of the fixed batch, once the first batch was served, and what describes it.
-        fixed_stream: Stream on which `fixed` was used last.
+    The consumer's thread uses it; any thread may call exposed_waits(). max_issued: batches whose copies are issued
+    ahead, including the one that is handed out next; fixed: device memory of the fixed batch.
     """
 
     def __init__(self, backend: Backend, max_issued: int, *, is_fixed: bool) -> None:
@@ -191,7 +179,6 @@ class BatchDevice:
 
 
 def make_batch_device(device: torch.device, options: LoaderOptions, existing: BatchDevice | None) -> BatchDevice:
-    """Return what the pipelines of a loader share, made anew if the current device has changed."""
     device = _with_index(device)
     if existing is not None and existing.backend.device == device:
         return existing
@@ -219,12 +206,10 @@ def _is_jagged(value: Any) -> bool:
 
 
 def _has_tensors(value: Any) -> bool:
-    """Whether a list or a tuple may contain tensors; lists of bytes or str stay on the host as they are."""
     return any(isinstance(item, torch.Tensor | Buffer | Mapping | list | tuple) for item in value)
 
 
 def _map_tensors(value: Any, column: str, replaced: Callable[[str, torch.Tensor], Any]) -> Any:
-    """Return a batch with each tensor replaced by what a function of its column's name and of the tensor returns."""
     if isinstance(value, torch.Tensor):
         return replaced(column, value)
     if isinstance(value, Buffer):
@@ -242,7 +227,6 @@ def _map_tensors(value: Any, column: str, replaced: Callable[[str, torch.Tensor]
 
 
 def _tensors_of(batch: Any) -> list[tuple[str, torch.Tensor]]:
-    """Return each tensor of a batch with the name of its column; two of a jagged one: values and offsets."""
     found: list[tuple[str, Any]] = []
 
     def note(column: str, tensor: Any) -> Any:
@@ -255,7 +239,6 @@ def _tensors_of(batch: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def _with_tensors(batch: Any, tensors: Iterable[torch.Tensor]) -> Any:
-    """Return a batch with its tensors replaced, in the order of _tensors_of()."""
     rest = iter(tensors)
 
     def next_of(_: str, tensor: torch.Tensor) -> Any:
@@ -277,7 +260,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _span_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes from a tensor's first to its last element; 0 if it has none."""
     if tensor.is_contiguous():
         return tensor.nbytes
     if tensor.numel() == 0:
@@ -311,7 +293,6 @@ class _TensorLayout:
 
 
 def _tensors_over(blocks: Iterable[torch.Tensor], layouts: Iterable[_TensorLayout]) -> list[torch.Tensor]:
-    """Return the tensors of a batch over the blocks that hold their bytes."""
     memory = [(block.untyped_storage(), int(block.storage_offset())) for block in blocks]
     return [layout.over(*memory[layout.block]) for layout in layouts]
 
@@ -332,7 +313,6 @@ class _HostBatch:
 
     @staticmethod
     def of(value: Any, pinned: PinnedMemory) -> _HostBatch:
-        """Return a batch's tensors, those outside pinned memory copied into it."""
         layouts = [_TensorLayout(column, tensor) for column, tensor in _tensors_of(value)]
         batch = _HostBatch(layouts, [], 0, [])
         outside = batch._take_slot(pinned)
@@ -352,7 +332,6 @@ class _HostBatch:
         yield from zip(blocks[1:], self.own, strict=True)
 
     def allocate(self, backend: Backend) -> list[torch.Tensor]:
-        """Return the blocks of the batch on the device."""
         return [backend.allocate(n_bytes) for n_bytes in (self.n_bytes, *(memory.numel() for memory in self.own))]
 
     def _set_small_apart(self) -> None:
@@ -434,11 +413,7 @@ class _Copy:
 
 @dataclass(slots=True)
 class _Entry:
-    """A batch between the stage before and the consumer.
-
-    value: the batch on the host; None: `error` takes its place, or the epoch ends. counted: its part of the counters
-    _COUNTED.
-    """
+    """A batch between the stage before and the consumer. value: None if `error` takes its place, or the epoch ends."""
 
     value: Any
     counted: tuple[float, ...] = ()
@@ -475,12 +450,6 @@ class DevicePipeline(LaterStage):
         self._register()
 
     def take(self, timeout_s: float = -1.0) -> Any | None:
-        """Return the next batch, on the device; None at the end of the epoch. Raises as Pipeline.take().
-
-        Raises:
-            ValueError: With fixed buffers, a batch has another layout than the first one.
-            RuntimeError: torch's error if the device has no memory left; the batch is not lost.
-        """
         self._check_not_forked()
         with self._taking:
             return self._take(timeout_s)
@@ -490,7 +459,6 @@ class DevicePipeline(LaterStage):
         return self._before.n_taken - sum(entry.value is not None for entry in self._queue)
 
     def figures(self) -> dict[str, float]:
-        """Return the figures of the stage before, with the counts of the batches that were handed out."""
         return {**self._before.figures(), **dict(zip(_COUNTED, self._handed_out, strict=True))}
 
     def close(self) -> None:
@@ -601,7 +569,6 @@ class DevicePipeline(LaterStage):
             self._copying[0][0].synchronize()
 
     def _on_device(self, value: Any, copy: _Copy) -> Any:
-        """Return a batch whose copy was issued. Further work of the consumer's stream finds its values."""
         copy.stream.wait_event(copy.event)
         if self._device.is_fixed:
             copy.event.synchronize()  # no graph that is captured from now on depends on another stream
@@ -611,7 +578,6 @@ class DevicePipeline(LaterStage):
         return _with_tensors(value, tensors)
 
     def _into_fixed(self, copy: _Copy) -> list[torch.Tensor]:
-        """Copy a batch to the fixed addresses, on the consumer's stream, and return the tensors there."""
         device, host, blocks, stream = self._device, copy.host, copy.blocks, copy.stream
         signature = [(layout.column, layout.tensor.dtype, layout.tensor.shape) for layout in host.layouts]
         offsets = [(layout.block, layout.offset) for layout in host.layouts]
@@ -643,7 +609,6 @@ class DevicePipeline(LaterStage):
 def _check_signature(
     expected: list[tuple[str, torch.dtype, torch.Size]], got: list[tuple[str, torch.dtype, torch.Size]]
 ) -> None:
-    """Raise ValueError, naming the column, if a batch differs from the first one."""
     for one, other in zip(expected, got, strict=False):
         if one != other:
             name = other[0] if one[0] == other[0] else f"{one[0]!r} and then {other[0]}"

@@ -334,7 +334,11 @@ class Engine(ABC):
         transforms, workers, pinned = self.transforms, None, None
         stages: list[Stage] = []
         if transforms is not None:
-            workers = self._start_workers(transforms, share.seed) if transforms.n_workers else None
+            if transforms.n_workers:
+                if self._workers is None or not self._workers.is_reusable:
+                    self._workers = transforms.start_workers(share.seed)
+                workers = self._workers
+                workers.is_used = True
             stages.append(transforms.stage(workers))
         if self._arguments.batch_device is not None:
             self._device = self._arguments.batch_device(self._device)
@@ -361,12 +365,6 @@ class Engine(ABC):
         )
         resources, timeout_s = self._resources(), self._arguments.timeout_s
         return NativeIterator(position, inputs, resources, timeout_s, pin, stages, transforms, workers)
-
-    def _start_workers(self, transforms: TransformSettings, seed: int) -> WorkerPool:
-        if self._workers is None or not self._workers.is_reusable:
-            self._workers = transforms.start_workers(seed)
-        self._workers.is_used = True
-        return self._workers
 
 
 # Options of the shuffled order: the attribute of LoaderOptions and of RunState.

@@ -420,7 +420,7 @@ def make_reading_plan(
         new_shards = later_uses.shards[next_read[later_uses.shards] == NEVER]
         next_read[new_shards] = elapsed + later_uses.clock.at(later_uses.begins[new_shards])
         elapsed += later_uses.clock.total
-        cost += cost_of(share, n_shards)
+        cost += n_shards + _SHARDS_A_STREAM * len(share.rank_plan.streams)
         n_quiet = n_quiet + 1 if not len(new_shards) and (next_read[uses.shards] != NEVER).all() else 0
         if n_quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(next_read != NEVER) == n_filled:
             break
@@ -433,10 +433,6 @@ def make_reading_plan(
         for positions in (uses.begins, uses.ends)
     )
     return ReadingPlan(owner, shards, first, last, next_read[shards])
-
-
-def cost_of(share: OrderShare, n_shards: int) -> int:
-    return n_shards + _SHARDS_A_STREAM * len(share.rank_plan.streams)
 
 
 logger = logging.getLogger("tiercache")

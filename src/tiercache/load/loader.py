@@ -469,7 +469,6 @@ def _pin_function() -> Callable[[Any], Any] | None:
 def _reason_for_torch(
     dataset: object, access: NativeAccess | None, batch_size: int | None, sampler: Any, batch_sampler: Any
 ) -> str:
-    """Return the reason why a loader takes torch's path; "": it takes the native path."""
     if access is None:
         return f"the data set is a {type(dataset).__name__}, not a tiercache.Dataset"
     if batch_size is None and batch_sampler is None:

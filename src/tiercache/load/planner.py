@@ -48,14 +48,8 @@ from tiercache.stats import Counters, WaitHistogram
 class PipelineInputs:
     """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
 
-    Attributes:
-        counters, waits: Counters of the loader, and its consumer's waiting times.
-        first_batch: First batch of the share that is served.
-        memory: Reused memory of decoded batches; the engine keeps it from epoch to epoch.
-        warned: Keys of the warnings that the run has given.
-        corruption: Corrupt records that are replaced. None: corrupt data is an error.
-        publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
-        pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
+    memory: reused memory of decoded batches; warned: keys of the warnings that the run has given; publisher: None if a
+    sampler decides the order; pinned: pinned memory in which this stage leaves its batches.
     """
 
     setup: PipelineSetup
@@ -92,10 +86,7 @@ _SHARDS_A_STEP = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EpochStart:
-    """The prepared start of an epoch, for one pipeline.
-
-    pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
-    """
+    """The prepared start of an epoch, for one pipeline. loading: windows of the first piece."""
 
     pieces: Iterator[AnyPiece]
     loading: tuple[WindowLoad, ...]
@@ -149,10 +140,6 @@ class NextEpoch:
             self._share = self._make_share(self._state)
         return self._share
 
-    def shards_ahead(self, n_bytes: int) -> list[int]:
-        """Return the first shards of the epoch, about n_bytes (stored) of them."""
-        return self.share.shards_ahead(0, 0, n_bytes)
-
     def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
         """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
 
@@ -175,10 +162,9 @@ class NextEpoch:
             ready.set_result(epoch_start)
 
     def take(self, source: Records, state: RunState) -> ClaimedEpoch | None:
-        """Return the epoch, once, if the loader continues there: its share, prepared start and publisher.
+        """Return the epoch, once, if the loader continues there; None if elsewhere, or in a forked child.
 
-        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
-        one's.
+        The caller's publisher must then follow this one's.
         """
         if self._pid != os.getpid():  # another thread may have held the lock at the fork
             return None
@@ -243,10 +229,10 @@ class NextEpoch:
             for shard, blocks in itertools.chain.from_iterable(blocks_by_shard(*pair) for pair in pairs):
                 with self._a_step():
                     self._source.storage.prefetch_blocks(shard, blocks)
-        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.storage.can_prefetch else []
-        for start in range(0, len(near), _SHARDS_A_STEP):
-            with self._a_step():
-                self._source.storage.prefetch_shards(near[start : start + _SHARDS_A_STEP])
+            near = [*dict.fromkeys([*shards, *self.share.shards_ahead(0, 0, ahead_bytes)])]
+            for start in range(0, len(near), _SHARDS_A_STEP):
+                with self._a_step():
+                    self._source.storage.prefetch_shards(near[start : start + _SHARDS_A_STEP])
         with self._a_step():
             if not pressure.fits(first) or not (self._is_expected or all(map(self._source.storage.is_local, shards))):
                 return EpochStart(pieces, ())
@@ -265,7 +251,6 @@ class NextEpoch:
 
     @contextlib.contextmanager
     def _a_step(self) -> Iterator[None]:
-        """Context of one step of the preparation. Raises CancelledError after drop_preparation()."""
         with self._step:
             if self._unwanted.is_set():
                 raise CancelledError
@@ -310,7 +295,6 @@ class PushedRows:
         return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
 
     def as_plan(self, layouts: NDArray[np.uint64] | None) -> Plan:
-        """Return the rows in the form that the ring takes."""
         joined, checks = self.joined, self.joined.checks_for(self.n_rows)
         if isinstance(self.rows, RowRun):
             return Plan.from_finder(joined.addresses, self.rows, joined, checks, layouts)
@@ -321,10 +305,8 @@ class PushedRows:
 class PlannerState:
     """State shared by the planner and the consumer.
 
-    Attributes:
-        pushed: Pushed rows, oldest first, with the row of the sequence after their last one.
-        replaced_pieces: Pieces with replaced records, with the row of the sequence before their first one.
-        stop: Future that is done when the planner must end, so that it can be waited for together with a window.
+    pushed: rows, oldest first, with the row of the sequence after their last one; replaced_pieces: with the row before
+    their first one; stop: done when the planner must end, so that it can be waited for together with a window.
     """
 
     pushed: deque[tuple[int, PushedRows]] = field(default_factory=deque)
@@ -335,7 +317,6 @@ class PlannerState:
 
 
 def run_planner(inputs: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
-    """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
         if inputs.publisher is not None:
@@ -393,7 +374,6 @@ class Lookahead:
         return found
 
     def _plan(self) -> list[WindowBlocks] | None:
-        """Plan the next piece; return the windows that begin with it, or None at the end of the epoch or an error."""
         if self._error is not None:
             return None
         try:
@@ -410,10 +390,7 @@ class Lookahead:
 
 
 class _Planner:
-    """The planner of one epoch: the windows that it holds, and the rows that it has pushed.
-
-    ahead_bytes: stored bytes of shards to prefetch ahead of the windows.
-    """
+    """The planner of one epoch. ahead_bytes: stored bytes of shards to prefetch ahead of the windows."""
 
     def __init__(self, inputs: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
         self._inputs = inputs
@@ -437,7 +414,6 @@ class _Planner:
         self.pressure = MemoryPressure(inputs.source.storage.is_mapped, threads.limit_bytes)
 
     def push_all(self) -> None:
-        """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         lookahead = Lookahead(self._pieces())
         try:
             for piece in lookahead:
@@ -469,7 +445,6 @@ class _Planner:
                 warnings.warn(self.pressure.explain(self._source.url), RuntimeWarning, stacklevel=2)
 
     def _is_remote(self, piece: AnyPiece) -> bool:
-        """Return whether blocks of a piece must be fetched from a store."""
         is_local = self._source.storage.is_local
         pairs = zip(piece.windows, piece.needed, strict=True)
         return not all(is_local(shard) for window, needed in pairs for shard in shards_of(window, needed))
@@ -499,7 +474,6 @@ class _Planner:
             start_s = time.perf_counter()
 
     def _push(self, piece: AnyPiece, lookahead: Lookahead) -> None:
-        """Load the windows that a piece, or a slice of one, needs and that are missing, and push its rows."""
         missing = self._drop_other_windows(piece)
         rows = None
         if not self._must_load(missing):  # computed while the piece before is served; else while windows are decoded
@@ -582,7 +556,6 @@ class _Planner:
         return loading
 
     def _load_ahead(self, lookahead: Lookahead) -> None:
-        """Begin to load the next windows, after those that are awaited now."""
         limit_bytes = min(LOAD_AHEAD_BYTES, self.pressure.spare_bytes)
         for window, needed in lookahead.extend(limit_bytes):
             if int(window.block_bytes[needed].sum()) <= limit_bytes:
@@ -611,7 +584,6 @@ class _Planner:
         self._request_shards()
 
     def _request_shards(self) -> None:
-        """Prefetch the shards of the windows that were requested, and the shards after them."""
         windows, self._requested_by_blocks, inputs = self._requested_by_blocks, [], self._inputs
         if not windows or not inputs.source.storage.can_prefetch:
             return
@@ -619,7 +591,7 @@ class _Planner:
         ahead = inputs.share.shards_ahead(inputs.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
         if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
-            ahead += inputs.next_epoch.shards_ahead(self.ahead_bytes)
+            ahead += inputs.next_epoch.share.shards_ahead(0, 0, self.ahead_bytes)
         inputs.source.storage.prefetch_shards([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:

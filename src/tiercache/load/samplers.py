@@ -57,11 +57,7 @@ def is_known_batch_sampler(batch_sampler: Any) -> bool:
 
 
 def draw_indices(sampler: Any) -> NDArray[np.int64]:
-    """Return the indices of a known sampler, int64[n]: what its iterator returns, in a hundredth of the time.
-
-    Raises:
-        TypeError: A sequence does not consist of integers.
-    """
+    """Return the indices of a known sampler, int64[n]: what its iterator returns, in a hundredth of the time."""
     kind = type(sampler)
     if kind in _PLAIN:
         numbers = np.asarray(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
@@ -86,7 +82,6 @@ def draw_indices(sampler: Any) -> NDArray[np.int64]:
 
 
 def set_sampler_epoch(index_sampler: Any, epoch: int) -> None:
-    """Call set_epoch() of a batch sampler and of its sampler, if they have it."""
     for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
         set_epoch = getattr(sampler, "set_epoch", None)
         if set_epoch is not None:
@@ -94,7 +89,6 @@ def set_sampler_epoch(index_sampler: Any, epoch: int) -> None:
 
 
 def get_sampler_epoch(index_sampler: Any) -> int | None:
-    """Return the epoch that was set in a batch sampler or in its sampler; None: neither has set_epoch()."""
     for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
         epoch = getattr(sampler, "epoch", None)
         if isinstance(epoch, int) and hasattr(sampler, "set_epoch"):
@@ -110,11 +104,8 @@ _KEYS = {_EPOCH, _BATCHES, _SEED, _SAMPLER_EPOCH, _GENERATOR}
 class SamplerPass(Position):
     """One pass over a known sampler: the loader's position, and what its state consists of.
 
-    As in torch's loader, the indices are drawn when the first batch is requested: until then set_epoch() may be called,
-    as Lightning does to resume.
-
-    Attributes:
-        rank_plan: The batches of the pass from where it was resumed; None: its indices are not drawn yet.
+    As in torch's loader, the indices are drawn when the first batch is requested: until then set_epoch() may be
+    called, as Lightning does to resume.
     """
 
     def __init__(self, batch_sampler: Any, epoch: int, seed: int, saved: Mapping[str, Any] | None) -> None:
@@ -139,7 +130,6 @@ class SamplerPass(Position):
         return indices
 
     def state(self) -> dict[str, Any]:
-        """Return the state after the batches handed out; after the end, that of the next pass."""
         generator = getattr(self._batch_sampler.sampler, "generator", None)
         is_new = self.finished or (self.rank_plan is None and self._generator_state is None)
         return {
@@ -152,10 +142,7 @@ class SamplerPass(Position):
 
 
 class SampledIterator(Iterator[Any]):
-    """The batches that a known sampler selects; made anew by each iter(). It closes itself when dropped.
-
-    begin: Function that draws the sampler's indices and starts the pipeline.
-    """
+    """The batches that a known sampler selects; made anew by each iter(). It closes itself when dropped."""
 
     def __init__(self, begin: Callable[[], NativeIterator], n_batches: int) -> None:
         self._begin = begin
@@ -203,11 +190,9 @@ class SamplerEngine(Engine):
 
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
-        """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._arguments, self._saved if self._pass is None else self.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state. Raises ValueError: the state is not one of a loader with a sampler."""
         if set(state) != _KEYS:
             raise ValueError(
                 f"not a state of a loader with a sampler over a tiercache.Dataset: it has the keys {sorted(state)}"
@@ -353,7 +338,6 @@ class OrderIterator(Iterator[int]):
         return number
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values: the epoch's order, and how many numbers were returned."""
         state, requested = self._epoch_state, self._sampler.requested_epoch
         if state is None:
             state = self._engine.next_state()
@@ -361,7 +345,6 @@ class OrderIterator(Iterator[int]):
         return {_YIELDED: self._n_yielded, _ORDER: state.to_dict(), _N_RANKS: self._engine.rank().world_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue in the epoch of a state. Raises ValueError: it was saved with another number of ranks."""
         n_ranks = self._engine.rank().world_size
         if state[_N_RANKS] != n_ranks:
             raise ValueError(

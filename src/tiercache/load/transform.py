@@ -134,7 +134,6 @@ class BatchFunction:
 
 
 def _values(column: Column, gathered: Batch, output_spec: OutputSpec) -> Iterable[Any]:
-    """Return a gathered column's values as in a record of the data set, over the same memory; None for a null."""
     values, name = gathered[column.name], column.name
     if isinstance(values, torch.Tensor):
         values = _array(values)
@@ -153,7 +152,6 @@ def _array(values: torch.Tensor) -> Any:
 
 
 def _cut(column: Column, buffer: Buffer) -> list[Any]:
-    """Return the values of a buffer: bytes, or arrays over its memory."""
     values, bounds = _array(buffer.values), buffer.offsets.tolist()
     if column.kind is not Kind.RAGGED:
         memory = memoryview(values)
@@ -396,7 +394,6 @@ class _BatchMixing(ABC):
         return batch[name]
 
     def _probabilities(self, labels: Any) -> torch.Tensor:
-        """Return the labels as probabilities of classes, [n, n_classes]."""
         if not isinstance(labels, torch.Tensor) or labels.ndim not in (1, 2):
             raise TypeError(f"{type(self).__name__} needs labels as a tensor [n] or [n, n_classes] in {self.label!r}")
         if labels.ndim == 2:
@@ -474,7 +471,6 @@ class CutMix(_BatchMixing):
 
 
 def _blend(image: torch.Tensor, other: torch.Tensor, share: float) -> None:
-    """Set image to share * image + (1 - share) * other."""
     if image.is_floating_point():
         image.mul_(share).add_(other, alpha=1.0 - share)
     else:

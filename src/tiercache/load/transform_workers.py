@@ -75,11 +75,7 @@ class StoredObject:
 
 
 class SharedBlock:
-    """A block of shared memory, mapped in this process. It grows and never shrinks. For use by one thread at a time.
-
-    Args:
-        fd: Descriptor of the block, which this object owns from now on.
-    """
+    """A block of shared memory, mapped in this process. It grows and never shrinks. For use by one thread at a time."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -89,7 +85,6 @@ class SharedBlock:
 
     @classmethod
     def create(cls) -> SharedBlock:
-        """Return a new block without any memory."""
         return cls(os.memfd_create("tiercache-transform", os.MFD_CLOEXEC))
 
     def close(self) -> None:
@@ -102,10 +97,7 @@ class SharedBlock:
         self._n_reserved = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-        """Return a tensor over memory of the block for an object that write() then stores without a copy.
-
-        None: it does not fit into the block's present size, or has no elements.
-        """
+        """Return a tensor over memory of the block for an object that write() stores without a copy; None: no room."""
         numel = math.prod(shape)
         start, end = self._n_reserved, self._n_reserved + numel * dtype.itemsize
         if end > self.memory.size or not numel:
@@ -114,11 +106,7 @@ class SharedBlock:
         return torch.frombuffer(self.memory, dtype=dtype, count=numel, offset=start).view(tuple(shape))
 
     def write(self, value: Any) -> StoredObject:
-        """Store an object. Its tensors must be on the CPU, otherwise they are pickled.
-
-        Raises:
-            Exception: Any error of pickling the object.
-        """
+        """Store an object. Its tensors must be on the CPU, otherwise they are pickled."""
         buffers: list[pickle.PickleBuffer] = []
         structure = io.BytesIO()
 
@@ -170,12 +158,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def read(memory: Bytes | ColumnMemory, stored: StoredObject) -> Any:
-    """Return the object that lies in memory.
-
-    Its small arrays and tensors are copied; the others are over `memory` and keep it alive.
-
-    memory: uint8[n] that begins as the block does.
-    """
+    """Return the object that lies in memory. Small arrays and tensors are copied; others keep `memory` alive."""
     # NumPy's views refer to the array at the bottom of their chain, not to `memory`; views of a memoryview refer to it.
     view = memoryview(memory)  # type: ignore[arg-type]  # NumPy's stubs do not say that an array is a buffer
     start, n_bytes = stored.structure
@@ -202,7 +185,7 @@ class _Pickler(pickle.Pickler):
         if value.layout is torch.sparse_coo:
             parts = value.detach().coalesce()
             return _sparse_over, (parts.indices(), parts.values(), tuple(value.shape))
-        if value.layout is not torch.strided or value.is_quantized or _is_wrapper(value):
+        if value.layout is not torch.strided or value.is_quantized or is_traceable_wrapper_subclass(value):
             return NotImplemented
         if type(value) is not torch.Tensor:
             plain = value.detach().as_subclass(torch.Tensor)
@@ -215,10 +198,6 @@ class _Pickler(pickle.Pickler):
         flat = plain.as_strided((plain.numel(),), (1,))
         data = pickle.PickleBuffer(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in read()
         return _tensor_over, (data, plain.dtype, tuple(plain.shape), plain.stride(), value.requires_grad)
-
-
-def _is_wrapper(value: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(value))
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -314,8 +293,6 @@ def _jobs(inputs: PipelineInputs, gathered: ClosingPipeline) -> Iterator[Job]:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A batch for a worker: which blocks it uses, and where the gathered batch lies in its block."""
-
     job: int
     input: int
     stored: StoredObject
@@ -374,7 +351,6 @@ class _Worker:
         self.pipe.send(request)
 
     def finish(self, answer: _Answer) -> JobQueue:
-        """Give the batch of an answer to its queue, or the error in its place; return the queue."""
         request, queue, job = self.requests.pop(answer.job)
         self.free_inputs.append(request.input)
         batch: Any = None
@@ -403,14 +379,7 @@ class _Worker:
 
 @dataclass(frozen=True, slots=True)
 class TransformSettings:
-    """The user's functions of a loader, and the worker processes that run them.
-
-    Attributes:
-        n_workers: Number of worker processes; 0: the consumer's thread calls the functions.
-        context: multiprocessing's context that starts the processes; None: the default one.
-        prefetch_factor: Number of batches that are in a worker process at a time.
-        keeps_workers: Whether the processes live from one epoch to the next.
-    """
+    """The user's functions of a loader, and the worker processes that run them."""
 
     function: BatchFunction
     n_workers: int = 0
@@ -420,7 +389,6 @@ class TransformSettings:
     keeps_workers: bool = False
 
     def stage(self, pool: WorkerPool | None) -> Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]:
-        """Return the function that makes the stage of these functions. pool: Processes that call them, if any."""
         if pool is None:
             return partial(TransformedPipeline, self.function)
         return partial(WorkerPipeline, pool)
@@ -430,11 +398,7 @@ class TransformSettings:
 
 
 class WorkerPipeline(StagePipeline):
-    """The batches that worker processes make of those of a native pipeline, in order, with the same guarantees.
-
-    All methods may be called from any thread. An error of a user's function is raised in place of its batch, and closes
-    the pipeline.
-    """
+    """The batches that worker processes make of those of a native pipeline, in order, with the same guarantees."""
 
     def __init__(self, pool: WorkerPool, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
         self._pool = pool
@@ -479,7 +443,6 @@ class WorkerPool(SelfClosing):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether another pipeline may use the pool."""
         return not (self.is_used or self._is_closed or self._is_broken or self.is_forked_copy)
 
     def release(self) -> None:
@@ -494,7 +457,6 @@ class WorkerPool(SelfClosing):
             self._wake_writer.send_bytes(b"w")
 
     def send_all(self, queue: JobQueue, jobs: Iterator[Job]) -> None:
-        """Send the batches of a pipeline to the workers, each to the one with the fewest; run as a thread."""
         with self._sending:
             while queue.wait_for_room(lambda: any(worker.has_room for worker in self._workers)):
                 job = next(jobs)
@@ -510,7 +472,6 @@ class WorkerPool(SelfClosing):
                 del job  # a waiting thread must not hold a batch
 
     def receive_all(self, queue: JobQueue) -> None:
-        """Receive the workers' answers until the pipeline is closed, or a worker dies; run as a thread."""
         try:
             with self._receiving:
                 self._receive_until_closed(queue)
@@ -552,7 +513,6 @@ class WorkerPool(SelfClosing):
                     return
 
     def _receive(self, worker: _Worker, queue: JobQueue) -> bool:
-        """Receive one answer; return False if the worker has died."""
         try:
             if not worker.pipe.poll():  # only the sentinel was ready
                 raise EOFError
