@@ -72,7 +72,7 @@ class Decoder:
         self._tables = colour_tables(options)
 
     def decode_into(self, data: Any, draws: Sequence[float], out: NDArray[Any]) -> None:
-        """Decode an image into out, C-contiguous, of options.memory_shape(*options.shape) and stored_dtype(options.dtype).
+        """Decode an image into out, C-contiguous: options.memory_shape(*options.shape) and stored_dtype(options.dtype).
 
         If it raises DecodeError, the contents of out are undefined.
         """
