@@ -185,7 +185,7 @@ class _Pickler(pickle.Pickler):
         if value.layout is torch.sparse_coo:
             parts = value.detach().coalesce()
             return _sparse_over, (parts.indices(), parts.values(), tuple(value.shape))
-        if value.layout is not torch.strided or value.is_quantized or is_traceable_wrapper_subclass(value):
+        if value.layout is not torch.strided or value.is_quantized or _is_wrapper(value):
             return NotImplemented
         if type(value) is not torch.Tensor:
             plain = value.detach().as_subclass(torch.Tensor)
@@ -198,6 +198,10 @@ class _Pickler(pickle.Pickler):
         flat = plain.as_strided((plain.numel(),), (1,))
         data = pickle.PickleBuffer(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in read()
         return _tensor_over, (data, plain.dtype, tuple(plain.shape), plain.stride(), value.requires_grad)
+
+
+def _is_wrapper(value: Any) -> bool:  # mypy believes that no tensor can be one
+    return bool(is_traceable_wrapper_subclass(value))
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
