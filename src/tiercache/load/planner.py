@@ -140,6 +140,9 @@ class NextEpoch:
             self._share = self._make_share(self._state)
         return self._share
 
+    def shards_ahead(self, n_bytes: int) -> list[int]:
+        return self.share.shards_ahead(0, 0, n_bytes)
+
     def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
         """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
 
@@ -229,7 +232,7 @@ class NextEpoch:
             for shard, blocks in itertools.chain.from_iterable(blocks_by_shard(*pair) for pair in pairs):
                 with self._a_step():
                     self._source.storage.prefetch_blocks(shard, blocks)
-            near = [*dict.fromkeys([*shards, *self.share.shards_ahead(0, 0, ahead_bytes)])]
+            near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])]
             for start in range(0, len(near), _SHARDS_A_STEP):
                 with self._a_step():
                     self._source.storage.prefetch_shards(near[start : start + _SHARDS_A_STEP])
@@ -591,7 +594,7 @@ class _Planner:
         ahead = inputs.share.shards_ahead(inputs.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
         if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
-            ahead += inputs.next_epoch.share.shards_ahead(0, 0, self.ahead_bytes)
+            ahead += inputs.next_epoch.shards_ahead(self.ahead_bytes)
         inputs.source.storage.prefetch_shards([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
