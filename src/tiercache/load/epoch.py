@@ -68,7 +68,7 @@ class RunState:
 
     @staticmethod
     def from_dict(state: Any) -> RunState:
-        if not isinstance(state, Mapping) or not isinstance(state.get("format"), int):
+        if not isinstance(state, Mapping) or not _is_count(state.get("format")):
             found = f"it has the keys {sorted(state)}" if isinstance(state, Mapping) else f"it is {state!r}"
             raise ValueError(f"not a state of tiercache.DataLoader over a tiercache.Dataset: {found}")
         if state["format"] != STATE_FORMAT:
@@ -83,10 +83,50 @@ class RunState:
             raise ValueError(
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
             )
+        for name, (fits, expected) in _CHECKS.items():
+            if not fits(state[name]):
+                raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
         return RunState(**{**state, "parts": tuple(SourcePart(*part) for part in state["parts"])})
 
 
 _NAMES = tuple(field.name for field in fields(RunState))
+
+
+def _is_integer(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value, 0)
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or _is_integer(value, 1)
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        return False
+    dataset_id, version, fingerprint, selection = value
+    texts = [dataset_id, fingerprint, "" if selection is None else selection]
+    return _is_count(version) and all(isinstance(text, str) for text in texts)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epoch": (_is_count, "an integer of 0 or more"),
+    "offset": (_is_count, "an integer of 0 or more"),
+    "streams": (lambda value: _is_integer(value, 1), "an integer of 1 or more"),
+    "seed": (_is_integer, "an integer"),
+    "shuffle": (lambda value: isinstance(value, bool), "true or false"),
+    "drop_last": (lambda value: isinstance(value, bool), "true or false"),
+    "group_bytes": (_is_size, "null or an integer of 1 or more"),
+    "window_bytes": (_is_size, "null or an integer of 1 or more"),
+    "placement": (lambda value: value in ("sticky", "global"), "'sticky' or 'global'"),
+    "parts": (
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_part, value)),
+        "a list of [data set, version, fingerprint, selection]",
+    ),
+}
 
 
 def reopen(source: Records, state: RunState) -> Records:
