@@ -45,19 +45,6 @@ def native(dataset, **options):
     return list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, batch_size=8, **options))))
 
 
-def test_concatenated_data_sets_are_read_in_turn(parts):
-    joined = tc.concat(parts)
-    assert len(joined) == 112
-    assert [int(r["id"]) for r in joined] == A + B + C
-    assert check_batch(joined[[0, 60, 111, -8, 59]]) == [0, 1000, 2006, 1044, 59]
-    assert pa.Table.from_batches(list(joined.to_arrow(50)))["id"].to_pylist() == A + B + C
-    assert joined.to_pandas()["id"].tolist() == A + B + C
-    assert native(joined) == A + B + C
-    assert sorted(native(joined, shuffle=True)) == A + B + C
-    assert check_batch(pickle.loads(pickle.dumps(joined))[:]) == A + B + C
-    assert "and 2 more" in repr(joined)
-
-
 def test_plus_concatenates_and_sums_are_flat(parts):
     a, b, c = parts
     assert [int(r["id"]) for r in a + b] == A + B
@@ -248,17 +235,6 @@ def test_a_mixture_with_changing_weights_resumes_at_every_batch_on_other_ranks(p
         found = [sorted({i for ids in step for i in ids}) for step in steps]
         assert found[: len(batches) - n - 1] == batches[n:-1]
         assert set(batches[-1]) <= set(found[-1])
-
-
-def test_a_state_of_other_weights_is_refused(parts):
-    a, b, _ = parts
-    schedule = [(0, [3, 1]), (20, [1, 9])]
-    state = tc.DataLoader(tc.mix([a, b], schedule), shuffle=True).state_dict()
-    assert state["mixture"] == {"weights": [[0, [3, 1]], [20, [1, 9]]], "stop": "first"}
-    tc.DataLoader(tc.mix([a, b], schedule), shuffle=True).load_state_dict(json.loads(json.dumps(state)))
-    for weights in ([3, 1], [(0, [3, 1]), (21, [1, 9])]):
-        with pytest.raises(ValueError, match=r"mixture=.* differs from the state's"):
-            tc.DataLoader(tc.mix([a, b], weights), shuffle=True).load_state_dict(state)
 
 
 def test_a_mixture_ignores_explicit_orders_of_its_parts(parts):

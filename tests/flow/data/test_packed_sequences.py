@@ -365,20 +365,6 @@ def test_nulls_and_empty_documents_are_empty(tmp_path, compression):
     dataset.close()
 
 
-def test_compressed_documents_and_rows_longer_than_a_shard_are_packed(tmp_path):
-    lengths = np.random.default_rng(3).integers(0, 90, 200)
-    documents = write(tmp_path / "data", lengths, shard_size="2KiB", block_size="512B", compression="zstd")
-    dataset = tc.Dataset(tmp_path / "data")
-    n_shards = len(dataset._source.shard_records)
-    assert n_shards > 5
-    for mode in MODES:
-        rows = packed(dataset, 4096, mode=mode)
-        assert tokens_of(batches(rows, shuffle=True)) == list(itertools.chain(*documents))
-        assert mode == "separate" or len(rows) == n_shards, "no row goes from shard to shard"
-    join_loading()
-    dataset.close()
-
-
 def objects_of(folder: Path) -> dict[str, bytes]:
     files = [file for file in (folder / "data").rglob("*") if file.is_file()]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
@@ -398,32 +384,6 @@ def test_only_lengths_are_fetched_to_pack_a_remote_data_set(tmp_path, is_cached)
         join_loading()
         rows.close()
         dataset.close()
-
-
-def test_packed_rows_come_through_the_cache_once_and_a_corrupt_copy_is_fetched_again(tmp_path):
-    documents = write(tmp_path / "data", [9] * 3000, shard_size="64MiB", compression="none")
-    objects = objects_of(tmp_path)
-    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        first = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(packed(first, mode="best_fit"), batch_size=32, shuffle=True)
-        for _ in range(2):
-            assert tokens_of(loader) == list(itertools.chain(*documents))
-        assert first._source.storage.figures()["bytes_fetched"] < 2 * sum(map(len, objects.values()))
-        join_loading()
-        first.close()
-        stored = max(objects.values(), key=len)
-        copy = next(p for p in (tmp_path / "cache").rglob("*") if p.is_file() and stored[:64] in p.read_bytes()[:64])
-        copy.chmod(0o600)
-        at = stored.index(np.arange(4000, 4008, dtype=np.uint32).tobytes())
-        with copy.open("r+b") as file:
-            file.seek(at)
-            file.write(b"wrong")
-        second = tc.Dataset(f"{server.url}/data", cache=cache)
-        rows = packed(second)
-        assert tokens_of(batches(rows)) == list(itertools.chain(*documents))
-        join_loading()
-        rows.close()
-        second.close()
 
 
 def test_a_file_that_is_damaged_or_truncated_while_rows_are_served_is_an_error(tmp_path):

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
-from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.data import scan
 from tiercache.data.records import Selection
 from tiercache.order.explicit import PermutedOrder
 
@@ -38,28 +34,6 @@ def test_it_holds_each_record_once_in_an_order_of_its_own_for_each_seed_and_the_
     assert len({tuple(order) for order in orders}) == 4
     assert len({tc.Dataset(path).shuffle(seed).fingerprint for seed in (0, 1, 2)}) == 3
     assert {seed: ids_of(tc.Dataset(path).take(10).shuffle(seed)) for seed in GOLDEN} == GOLDEN
-
-
-def test_every_way_of_reading_serves_the_order(path):
-    view = tc.Dataset(path).shuffle(1)
-    order = ids_of(view)
-    assert view[:]["id"].tolist() == order
-    assert [int(view[i]["id"]) for i in (0, -1, 17)] == [order[0], order[-1], order[17]]
-    assert pa.Table.from_batches(list(view.to_arrow()))["id"].to_pylist() == order
-    for loader in (tc.DataLoader(view, 32), tc.NumpyLoader(view, 32), TorchLoader(view, 32, collate_fn=tc.collate)):
-        assert np.concatenate([np.asarray(batch["id"]) for batch in loader]).tolist() == order
-    ranks = [
-        [i for b in tc.NumpyLoader(view, 10, options=tc.LoaderOptions(rank=r, world_size=3)) for i in b["id"].tolist()]
-        for r in range(3)
-    ]
-    assert set().union(*ranks) == set(order)
-
-
-def test_a_filter_of_a_large_shuffled_view_reads_its_order_piece_by_piece(path, monkeypatch):
-    monkeypatch.setattr(scan, "ORDER_RECORDS", 7)
-    shuffled = tc.Dataset(path).shuffle(1)
-    expected = [i for i in ids_of(shuffled) if i < 200]
-    assert ids_of(shuffled.filter(pc.field("label") < 5)) == expected
 
 
 def test_the_order_of_a_hundred_million_records_takes_no_memory():

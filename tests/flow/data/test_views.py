@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache._native.permute import permute_one
-from tiercache.data import opened_version, records
+from tiercache.data import opened_version, records, scan
 from tiercache.data.opened_version import OpenedVersion
 from tiercache.order.epoch_order import derive_key
 from tiercache.shard.reader import ShardReader
@@ -98,9 +98,10 @@ def apply(step: tuple, dataset: tc.Dataset, ids: list[int]) -> tuple[tc.Dataset,
 @given(steps=st.lists(STEP, min_size=1, max_size=4), data=st.data())
 def test_every_way_of_reading_nested_views_gives_the_same_records(dataset, monkeypatch, steps, data):
     view, ids = dataset, list(range(N))
+    monkeypatch.setattr(records, "LAID_OUT_ROWS", data.draw(st.sampled_from([3, 1 << 18])))
+    monkeypatch.setattr(scan, "ORDER_RECORDS", data.draw(st.sampled_from([7, scan.ORDER_RECORDS])))
     for step in steps:
         view, ids = apply(step, view, ids)
-    monkeypatch.setattr(records, "LAID_OUT_ROWS", data.draw(st.sampled_from([3, 1 << 18])))
     assert len(view) == len(ids)
     assert ids_of(view) == ids
     assert check_batch(view[:]) == ids

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tests.support.faults import Fault, FaultKind, FaultStore
 
@@ -109,12 +108,6 @@ class TestSchemas:
             writer.write({"x": 1, "tokens": np.zeros(4, np.uint16)})
         assert str(writer.schema) == "Schema(x: int64, tokens: uint16[4])"
 
-    def test_the_schema_is_inferred_from_the_first_batch(self, url: str) -> None:
-        with Writer(url) as writer:
-            writer.write_batch(pa.table({"x": [1, 2]}))
-        assert writer.version is not None
-        assert (writer.version.schema.names, writer.version.n_records) == (("x",), 2)
-
     def test_a_rejected_first_record_does_not_fix_the_schema(self, url: str) -> None:
         with Writer(url) as writer:
             for bad in ({"x": object()}, {}):
@@ -125,16 +118,6 @@ class TestSchemas:
             writer.write({"z": True})
         assert writer.version is not None
         assert writer.version.schema.names == ("z",)
-
-    def test_a_writer_is_usable_after_a_value_that_does_not_fit(self, url: str, store: MemoryStore) -> None:
-        with Writer(url, schema=SCHEMA) as writer:
-            writer.write({"x": 1, "text": "a"})
-            with pytest.raises(SchemaError, match="column 'x', record 1"):
-                writer.write({"x": "one", "text": "a"})
-            with pytest.raises(SchemaError, match="column 'text', record 2"):
-                writer.write_batch({"x": [1, 2], "text": ["a", 7]})
-            writer.write({"x": 2, "text": "b"})
-        assert manifest.latest(store).n_records == 2
 
     def test_a_writer_with_a_schema_and_no_records_creates_an_empty_data_set(
         self, url: str, store: MemoryStore

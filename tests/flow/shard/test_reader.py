@@ -373,15 +373,6 @@ def test_a_footer_that_is_damaged_in_transit_is_fetched_again(remote, verb, time
     assert len(faulty.faulted_calls) == min(times, 1 + READS_AGAIN)
 
 
-def test_a_footer_of_a_local_file_that_is_damaged_is_not_read_again(folder):
-    store, info = folder
-    flip(Path(store.root) / info.name, info.footer_offset + 5)
-    before = store.counters.snapshot()["requests"]
-    with pytest.raises(CorruptShard, match="footer"):
-        ShardReader(store, info.name, info=info)
-    assert store.counters.snapshot()["requests"] == before + 1  # the opening
-
-
 def test_chunks_that_are_damaged_in_transit_are_read_again_alone(remote):
     store, info = remote
     columns = range(len(SCHEMA))

@@ -1,8 +1,6 @@
-"""Uploads in the background: order, bounded memory, errors, Ctrl-C, forks and abandoned writers."""
+"""Uploads in the background: order, bounded memory, forks and abandoned writers."""
 
 import gc
-import os
-import signal
 import threading
 from collections.abc import Iterator
 
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 from tests.support.forks import in_a_fork
 
-from tiercache.errors import StoreError
 from tiercache.shard import shard_file as shard_file
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
@@ -32,15 +29,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Gated(MemoryStore):
-    """Its uploads stop before each part until the gate is open; it may fail, or have a signal sent, at one of them."""
+    """Its uploads stop before each part until the gate is open."""
 
     min_part_bytes = PART_BYTES
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.gate, self.reached, self.failed = threading.Event(), threading.Event(), threading.Event()
+        self.gate, self.reached = threading.Event(), threading.Event()
         self.gate.set()
-        self.fail_at = self.interrupt_at = -1
         self.n_parts = 0
 
     def create(self, key: str) -> Upload:
@@ -51,11 +47,6 @@ class Gated(MemoryStore):
             self.reached.set()
             assert self.gate.wait(DEADLINE_S)
             self.n_parts += 1
-            if self.n_parts == self.fail_at:
-                self.failed.set()
-                raise StoreError("the disk is full", url=self.url)
-            if self.n_parts == self.interrupt_at:
-                os.kill(os.getpid(), signal.SIGINT)
             put_part(number, data)
 
         upload.put_part = put  # type: ignore[method-assign]
@@ -112,33 +103,6 @@ def test_the_queue_holds_one_part_in_transit_and_two_waiting(store: Gated) -> No
     uploads.abort()
 
 
-@pytest.mark.parametrize("one_by_one", [True, False])
-def test_a_store_error_is_raised_by_the_next_call_and_then_only_abort_is_allowed(
-    store: Gated, one_by_one: bool
-) -> None:
-    store.fail_at = 1
-    writer = ShardWriter(store, SCHEMA, options())
-    writer.write_batch({"x": np.arange(600)})  # 4800 bytes: one part
-    assert store.failed.wait(DEADLINE_S)
-    threads = upload_threads()
-
-    def write_on() -> None:
-        while True:  # the thread has the error, and says so in a moment
-            if one_by_one:
-                writer.write({"x": 1})
-            else:
-                writer.write_batch({"x": [1]})
-
-    with pytest.raises(StoreError, match="the disk is full"):
-        write_on()
-    for call in (lambda: writer.write({"x": 1}), lambda: writer.write_batch({"x": [1]}), writer.finish):
-        with pytest.raises(ValueError, match="only abort"):
-            call()
-    writer.abort()
-    assert list(store.list()) == []
-    assert not any(thread.is_alive() for thread in threads)
-
-
 def test_abort_discards_waiting_parts_and_shards(store: Gated) -> None:
     writer = ShardWriter(store, SCHEMA, options(shard_bytes=3000))
     writer.write_batch({"x": np.arange(2000)})
@@ -150,19 +114,6 @@ def test_abort_discards_waiting_parts_and_shards(store: Gated) -> None:
     opener.join()
     assert list(store.list()) == []
     writer.abort()
-
-
-def test_ctrl_c_during_an_upload_leaves_no_object(store: Gated) -> None:
-    store.interrupt_at = 3
-
-    def write_for_ever() -> None:
-        with ShardWriter(store, SCHEMA, options(shard_bytes=3000)) as writer:
-            while True:
-                writer.write_batch({"x": np.arange(2000)})
-
-    with pytest.raises(KeyboardInterrupt):
-        write_for_ever()
-    assert list(store.list()) == []
 
 
 def test_an_abandoned_writer_ends_its_thread(store: Gated) -> None:
@@ -195,20 +146,6 @@ def test_a_forked_child_cannot_continue_the_writer_or_delete_its_parents_shards(
     infos = writer.finish()
     assert sum(info.n_records for info in infos) == 2500
     assert {info.key for info in store.list()} == {info.name for info in infos}
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_new_writer_can_be_used_in_a_forked_child(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    store = LocalFolder(tmp_path)
-    writer = ShardWriter(store, SCHEMA, options(), writer_id="w")
-
-    def child() -> int:
-        with writer:
-            writer.write({"x": 7})
-        return 0
-
-    assert in_a_fork(child) == 0
-    assert ShardReader(store, "shards/w-000000.tcs").take([0], [0])[0].values.tolist() == [7]
 
 
 def test_a_chunk_that_is_longer_than_a_part_is_sent_in_parts(store: Gated) -> None:

@@ -84,20 +84,6 @@ def test_a_newer_head_or_tail_is_unsupported_and_a_damaged_one_corrupt():
         Tail.parse(large.pack(), large.file_bytes, "u")
 
 
-def test_a_footer_reads_back_equal(shard):
-    _, footer, _ = shard
-    stored, raw_bytes = footer.pack()
-    again = Footer.parse(
-        stored, Tail(int(footer.chunks["offset"].max()) + 10**6, len(stored), raw_bytes, crc32c(stored)), "u"
-    )
-    assert (again.schema, again.shard_id, again.n_records) == (footer.schema, footer.shard_id, footer.n_records)
-    for name in ("block_first", "chunks", "nodes", "buffers", "pages"):
-        assert np.array_equal(getattr(again, name), getattr(footer, name))
-        assert not getattr(again, name).flags.writeable
-    assert again.block_records.sum() == footer.n_records
-    assert again.block_raw_bytes.tolist() == footer.chunks["raw"].sum(axis=1).tolist()
-
-
 EXTREME = st.sampled_from(
     [0, 1, 2, 63, 64, 65, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1]
 )

@@ -132,7 +132,6 @@ def test_text_and_bytes_are_accepted_in_any_container(store, kind, data):
 
 BAD = [
     ("int8", [1, 2, 300], 2, "300"),
-    ("int8", np.array([1, -129]), 1, "-129"),
     ("uint8", [0, -1], 1, "-1"),
     ("uint64", [2**64], 0, str(2**64)),
     ("int64", np.array([0, 2**63], np.uint64), 1, str(2**63)),
@@ -149,10 +148,7 @@ BAD = [
     (Tensor("bool", (2,)), pa.array([[0, 1]], pa.list_(pa.uint8(), 2)), 0, "uint8"),
     ("int32", pa.DictionaryArray.from_arrays([0, 1], pa.array([1, None])), 1, "null"),
     ("float32", [1.0, 1e39], 1, r"1e\+39"),
-    ("float32", [2**24 + 1], 0, str(2**24 + 1)),
-    ("float64", [1, 2**53 + 1], 1, str(2**53 + 1)),
     ("float16", np.array([1.0, 7e4]), 1, "70000.0"),
-    ("bfloat16", [257], 0, "257"),
     ("float32", np.array([True]), 0, "bool"),
     ("float32", [1 + 2j], 0, "complex"),
     ("bool", [True, 1], 1, "int"),

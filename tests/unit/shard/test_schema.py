@@ -12,7 +12,7 @@ import torch
 
 from tiercache.errors import SchemaError
 from tiercache.shard.conversion import infer_batch, infer_record
-from tiercache.shard.schema import BITS, FIXED, VAR, Column, Image, Ragged, Schema, Stream, Tensor
+from tiercache.shard.schema import Column, Image, Ragged, Schema, Tensor
 
 EVERYTHING = {
     "i": "int64?",
@@ -59,22 +59,6 @@ def test_schemas_of_other_types_names_or_order_differ():
     others = ({"b": "str", "a": "int8"}, {"a": "int8?", "b": "str"}, {"a": "uint8", "b": "str"})
     for other in (*others, {"a": "int8", "b": "json"}):
         assert Schema.of(other) != schema
-
-
-def test_streams_name_the_buffers_that_the_gather_reads():
-    schema = Schema.of(EVERYTHING)
-    streams = {c.name: c.streams(n) for n, c in enumerate(schema.columns)}
-    assert streams["i"] == (Stream(0, "values", FIXED, 8, 1), Stream(0, "valid", BITS, 0, 0))
-    assert streams["h"] == (Stream(2, "values", FIXED, 2, 1),)
-    assert streams["b"] == (Stream(3, "values", BITS, 0, 1),)
-    assert streams["m"] == (Stream(5, "values", FIXED, 4, 2),)
-    assert streams["r"] == (
-        Stream(6, "values", VAR, 4, 4, 2),
-        Stream(6, "shape", FIXED, 8, 7),
-        Stream(6, "valid", BITS, 0, 0),
-    )
-    assert streams["p"] == (Stream(10, "values", VAR, 1, 2, 1),)
-    assert streams["l"] == ()
 
 
 @pytest.mark.parametrize(

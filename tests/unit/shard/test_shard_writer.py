@@ -7,9 +7,8 @@ import torch  # noqa: F401 -- values of bfloat16 are its own
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import SchemaError
-from tiercache.shard.codec import RAW, ZSTD
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.schema import Image, Schema, Tensor
+from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.values import as_batch
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
@@ -60,29 +59,6 @@ def test_shards_roll_over_at_about_shard_bytes_and_keep_the_order(store):
     assert sum(info.n_records for info in infos) == 300
     read = [ShardReader(store, info.name).take(range(info.n_records), [0])[0].values for info in infos]
     assert np.array_equal(np.concatenate(read), values)
-
-
-def test_auto_compresses_only_columns_that_shrink(store):
-    noise = np.random.default_rng(2).integers(0, 256, (4000, 32), np.uint8)
-    labels = np.arange(16000).reshape(4000, 4) % 10
-    batch = {"noise": noise, "label": labels, "picture": [b"\xff\xd8" + bytes(40)] * 4000}
-    schema = {"noise": Tensor("uint8", (32,)), "label": Tensor("int64", (4,)), "picture": Image("jpeg")}
-    with ShardWriter(store, Schema.of(schema), ShardOptions(block_bytes=1 << 20)) as writer:
-        writer.write_batch(batch)
-    (info,) = writer.finish()
-    codecs = ShardReader(store, info.name).footer.chunks["codec"]
-    assert set(codecs[:, 0].tolist()) == {RAW}
-    assert set(codecs[:, 1].tolist()) == {ZSTD}
-    assert set(codecs[:, 2].tolist()) == {RAW}  # encoded pictures are not measured
-
-
-def test_a_named_compression_is_forced(store):
-    for compression, codec in (("none", RAW), ("zstd", ZSTD), ("zstd:19", ZSTD)):
-        options = ShardOptions(compression={"b": compression, "z": "none"})
-        with ShardWriter(store, Schema.of({"b": "bytes", "z": "int8"}), options) as writer:
-            writer.write_batch({"b": [np.random.default_rng(3).bytes(1000)], "z": [0]})
-        (info,) = writer.finish()
-        assert ShardReader(store, info.name).footer.chunks["codec"][0].tolist() == [codec, RAW]
 
 
 def test_invalid_options_are_errors(store):
