@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from tiercache.data.output_spec import Buffer, image_decode_error, record_number
 from tiercache.images.decode_image import DecodeImage, ImageDraws
 from tiercache.images.decoder import DecodeError, Decoder, in_layout, load_libraries, stored_dtype
-from tiercache.load.batch import ArrayLibrary, Batch, Bytes, PinnedMemory, aligned, slot_bytes
+from tiercache.load.batch import ArrayLibrary, Bytes, aligned
 from tiercache.load.loader_options import Resources
 from tiercache.load.pieces import RecordLocation
 from tiercache.load.pipeline import Pipeline, StageJob, StagePipeline, StageQueue
@@ -38,9 +38,6 @@ HELD_BY_CONSUMER = 2
 # Decoding threads per gather thread: gathering an image of 53 KB takes 11 us, decoding it 800 us.
 DECODING_A_GATHERER = 16
 
-# Copying this part (1/8) of a batch costs less than a hundredth of decoding the rest.
-SMALL_PART = 8
-
 
 class DecodedPipeline(StagePipeline):
     """A `Pipeline` whose images are decoded, with the same guarantees. All methods may be called from any thread."""
@@ -56,13 +53,10 @@ class DecodedPipeline(StagePipeline):
             replace(resources, n_threads=n_gatherers, memory_bytes=0),
         )
         super().__init__("decode", inputs, gathered, queue)
-        if inputs.pinned is None:
-            inputs.memory.keep = (ahead + HELD_BY_CONSUMER) * len(inputs.output_spec.decode)
-        else:
-            inputs.pinned.keep = ahead + inputs.pinned.n_held
+        inputs.memory.keep = ahead + (HELD_BY_CONSUMER if inputs.pinned is None else inputs.pinned.n_held)
         opener = _Opener(inputs, gathered)
         if inputs.pinned is not None:
-            opener.reserve(inputs.pinned.keep)
+            opener.reserve(inputs.memory.keep)
         self._begin([partial(_decode, queue, opener)] * resources.n_threads)
 
 
@@ -152,17 +146,18 @@ class _Opener:
         self.inputs, self.gathered = inputs, gathered
         self.draws = ImageDraws(inputs.share.seed, inputs.share.epoch, inputs.output_spec.decode.values())
         self.number = inputs.first_batch
-        self.small_bytes = 0  # room for small columns in a block of pinned memory
+        # of the images of a batch, which lie in one block, column after column
+        decode = inputs.output_spec.decode.values()
+        self.block_bytes = sum(aligned(_picture_bytes(options) * inputs.batch_rows) for options in decode)
 
     def reserve(self, n_blocks: int) -> None:
         """Allocate the pinned memory of n_blocks batches, in the caller's thread.
 
         An allocation by a decoding thread would break a CUDA graph that the training loop captures at that moment.
         """
-        self.small_bytes = slot_bytes(self.inputs.setup.assembler.streams, self.inputs.batch_rows)
-        n_bytes = self._block_bytes()
-        blocks = [self.inputs.memory.lend(n_bytes, n_bytes) for _ in range(n_blocks)]
-        blocks.clear()  # they return to be lent again
+        if self.block_bytes:
+            blocks = [self.inputs.memory.lend(self.block_bytes, self.block_bytes) for _ in range(n_blocks)]
+            blocks.clear()  # they return to be lent again
 
     def open(self) -> _Job:
         before = self.gathered.figures()["bytes_served"]
@@ -174,18 +169,13 @@ class _Opener:
         n_rows = len(positions)
         draws = self.draws.of(positions)
         n_bytes = self.gathered.figures()["bytes_served"] - before
-        library = self.inputs.setup.library
-        if self.inputs.pinned is None:
-            rooms = {name: self._room(options, n_rows) for name, options in decode.items()}
-        else:
-            small = _small_columns(batch, decode.keys(), int(n_bytes))
-            rooms, small = self._pinned_rooms(self.inputs.pinned, small, n_rows)
-            batch.update(small)
-        columns = []
+        lent = self.inputs.memory.lend(self.block_bytes, self.block_bytes) if self.block_bytes else None
+        columns, end, library = [], 0, self.inputs.setup.library
         for name, options in decode.items():
             encoded = _encoded(batch[name], batch.get(f"{name}.valid"))
-            batch[name], out = rooms[name]
+            batch[name], out = _room_in(lent, end, options, n_rows, library)
             columns.append(_Pictures(name, options, encoded, draws, out, library))
+            end += aligned(_picture_bytes(options) * n_rows)
         replaced = self.gathered.replaced
         job = _Job(batch, self.number, n_rows, int(n_bytes), len(replaced), columns=columns, replaced=replaced)
         self.number += 1
@@ -204,41 +194,6 @@ class _Opener:
             error.location = stored = corruption.stored(location)
             corruption.add(stored)  # so that later images are replaced without starting a new pipeline for each
         return error
-
-    def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
-        n_bytes = _picture_bytes(options)
-        lent = self.inputs.memory.lend(n_rows * n_bytes, self.inputs.batch_rows * n_bytes) if n_bytes else None
-        return _room_in(lent, 0, options, n_rows, self.inputs.setup.library)
-
-    def _pinned_rooms(
-        self, pinned: PinnedMemory, small: Mapping[str, Any], n_rows: int
-    ) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
-        """Return what _room() returns for each column, and copies of the small columns, all in one block.
-
-        So one copy moves the batch to a device.
-        """
-        small = {name: value for name, value in small.items() if value.nbytes}
-        small_bytes = sum(aligned(value.nbytes) for value in small.values())
-        if small_bytes > self.small_bytes:  # with a reserve, so that columns of varying length need few sizes
-            self.small_bytes = aligned(small_bytes + small_bytes // 4)
-        size_bytes = self._block_bytes()
-        lent = pinned.lend(size_bytes, size_bytes)
-        rooms: dict[str, tuple[Any, Any]] = {}
-        end, library = 0, self.inputs.setup.library
-        for name, options in self.inputs.output_spec.decode.items():
-            rooms[name] = _room_in(lent, end, options, n_rows, library)
-            end += aligned(_picture_bytes(options) * n_rows)
-        copies = {}
-        for name, value in small.items():
-            copies[name] = library.over(lent, str(value.dtype).removeprefix("torch."), tuple(value.shape), end)
-            copies[name][...] = value
-            end += aligned(value.nbytes)
-        return rooms, copies
-
-    def _block_bytes(self) -> int:
-        decode = self.inputs.output_spec.decode.values()
-        image_bytes = sum(aligned(_picture_bytes(options) * self.inputs.batch_rows) for options in decode)
-        return max(image_bytes + self.small_bytes, aligned(1))
 
 
 def _picture_bytes(options: DecodeImage) -> int:
@@ -289,17 +244,8 @@ def _encoded(gathered: Buffer, valid: Any) -> list[Any]:
     return parts if valid is None else [part if ok else None for part, ok in zip(parts, valid.tolist(), strict=True)]
 
 
-def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int) -> dict[str, Any]:
-    """Return the other tensors that are to be copied beside the images: all, if they are a small part of the batch."""
-    beside = {name: value for name, value in batch.items() if name not in decoded and hasattr(value, "nbytes")}
-    if sum(value.nbytes for value in beside.values()) > batch_bytes // SMALL_PART:
-        return {}
-    return {name: value for name, value in beside.items() if not value.is_nested}
-
-
 def _ahead(inputs: PipelineInputs, resources: Resources) -> int:
     n_rows = inputs.batch_rows
-    sized = [options for options in inputs.output_spec.decode.values() if options.size is not None]
-    batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
+    batch_bytes = n_rows * sum(map(_picture_bytes, inputs.output_spec.decode.values()))
     needed = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
     return max(MIN_AHEAD, min(needed, resources.memory_bytes // max(batch_bytes, 1)))

@@ -165,7 +165,7 @@ class Pipeline(ClosingPipeline):
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
-            target=run_planner, args=(inputs, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
+            target=run_planner, args=(inputs, [self._ring], self._shared, threads), name="tiercache-plan", daemon=True
         )
         self._register()
         self._planner.start()

@@ -158,8 +158,7 @@ class NextEpoch:
             publisher = self.publisher
         epoch_start = None
         try:
-            # The error is raised when the epoch itself is read.
-            with contextlib.suppress(TierCacheError, CancelledError):
+            with contextlib.suppress(Exception):  # it is raised when the epoch itself is read
                 epoch_start = self._begin(threads, pressure, ahead_bytes, publisher)
         finally:
             ready.set_result(epoch_start)
@@ -319,28 +318,31 @@ class PlannerState:
     ended: bool = False
 
 
-def run_planner(inputs: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
-    is_planned = False
+def run_planner(inputs: PipelineInputs, rings: list[Ring], shared: PlannerState, threads: LoadThreads) -> None:
+    """Run the planner's thread. rings: The ring, in a list: a thread refers to its arguments as long as it runs."""
+    ring, next_epoch = rings.pop(), None
     try:
         if inputs.publisher is not None:
             inputs.publisher.begin(inputs.share, inputs.first_batch)
         planner = _Planner(inputs, ring, shared, threads)
         planner.push_all()
         ring.finish()
-        is_planned = True  # Later errors concern the next epoch, which raises them itself.
-        if inputs.next_epoch is not None and planner.has_room():
-            planner.drop_windows()
-            inputs.next_epoch.prepare(threads, planner.pressure, planner.ahead_bytes)
+        next_epoch = inputs.next_epoch if planner.has_room() else None
+        pressure, ahead_bytes = planner.pressure, planner.ahead_bytes
     except CancelledError:  # close() was called while a window was loaded.
         ring.finish(failed=True)
     except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place in the order
-        if not is_planned and not shared.stop.done():
+        if not shared.stop.done():
             shared.error = error
         ring.finish(failed=True)
     finally:
         # The pipeline was closed before it used the prepared start, which may not be ready yet.
         if inputs.epoch_start is not None:
             cancel_loads(inputs.epoch_start)
+    if next_epoch is not None:
+        # The consumer may end meanwhile: the ring's memory is the next ring's, and windows are held by the ring.
+        del planner, ring
+        next_epoch.prepare(threads, pressure, ahead_bytes)
 
 
 class Lookahead:
@@ -457,11 +459,6 @@ class _Planner:
         has_room = self._ring.wait_room(1)
         self._advance()
         return (has_room or self._shared.ended) and (self._shared.ended or not self._shared.stop.done())
-
-    def drop_windows(self) -> None:
-        """Drop all windows: the ring holds those whose rows are not served yet."""
-        self._windows.clear()
-        self._joined = None
 
     def _pieces(self) -> Iterator[AnyPiece]:
         start_s = time.perf_counter()

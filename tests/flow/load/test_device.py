@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ import tiercache as tc
 from tiercache.data.output_spec import Buffer
 from tiercache.load import device as device_module
 from tiercache.load.device import BACKENDS, BatchDevice, DevicePipeline
+from tiercache.load.planner import NextEpoch
 from tiercache.stats import WaitHistogram
 
 FAKE = "privateuseone"
@@ -96,11 +98,15 @@ def batch_of(number: int) -> dict[str, Any]:
     return {"x": torch.full((4,), number), "name": [f"batch {number}"]}
 
 
-def test_a_batch_takes_one_copy_from_memory_that_is_pinned_once(make_dataset, eager):
+def test_a_batch_takes_one_copy_from_memory_that_is_pinned_once(make_dataset, eager, monkeypatch):
+    go_on, prepare = threading.Event(), NextEpoch.prepare
+    # The memory is free for the next epoch although the planner of the epoch before still runs.
+    monkeypatch.setattr(NextEpoch, "prepare", lambda self, *given: (go_on.wait(30), prepare(self, *given)))
     loader = loader_of(fixed_columns(make_dataset(N)))
     for _ in range(3):
         for _ in loader:
             pass
+    go_on.set()
     [device] = eager
     assert device.n_copies == 3 * len(loader)
     assert len(device.pinned_bytes) == 1
