@@ -49,13 +49,6 @@ def test_a_prepared_loader_serves_what_the_loader_would(dataset, accelerator):
     assert prepared.stats()["samples"] == 202
 
 
-def test_a_prepared_loader_goes_on_where_the_loader_stands(dataset, accelerator):
-    loader = tc.DataLoader(dataset, batch_size=8, shuffle=True)
-    batches = iter(loader)
-    next(batches)
-    assert ids_of(prepare(loader, accelerator)) == ids_of(batches)
-
-
 def test_accelerate_hands_a_prepared_loader_on_as_it_is(dataset, accelerator):
     prepared = prepare(tc.DataLoader(dataset, batch_size=8), accelerator)
     _, again = accelerator.prepare(torch.nn.Linear(2, 2), prepared)
@@ -63,25 +56,6 @@ def test_accelerate_hands_a_prepared_loader_on_as_it_is(dataset, accelerator):
     assert isinstance(again, torch.utils.data.DataLoader)
     assert again.total_batch_size == 8
     assert again.total_dataset_length == 101
-
-
-def test_the_state_counts_batches_handed_out(dataset, accelerator):
-    loader = prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True), accelerator)
-    seen, states = [], []
-    for batch in loader:
-        seen.append(batch["id"].tolist())
-        states.append(loader.state_dict())
-    for number, state in enumerate(states, start=1):
-        again = prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True), accelerator)
-        again.load_state_dict(state)
-        assert ids_of(again) == seen[number:]
-
-
-def test_the_last_batch_is_known_as_such(dataset, accelerator):
-    loader = prepare(tc.DataLoader(dataset, batch_size=8), accelerator)
-    ends = [accelerator.gradient_state.end_of_dataloader for _ in loader]
-    assert ends == [False] * 12 + [True]
-    assert not accelerator.gradient_state.in_dataloader
 
 
 def test_a_loop_that_is_left_leaves_no_loader_behind(dataset, accelerator):
@@ -225,16 +199,11 @@ def test_without_even_batches_no_record_is_repeated(job):
     assert sorted(served.elements()) == list(range(101))
 
 
-def test_accelerates_own_prepare_splits_our_data_set_among_ranks(job):
-    served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job["plain"]))
+@pytest.mark.parametrize("way", ["plain", "bare"])
+def test_skipping_the_first_batches_leaves_the_rest_of_each_ranks_epoch(job, way):
+    served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job[way]))
     assert sorted(set(served)) == list(range(101))
-    assert all(found["skipped"] == found["batches"][2:] for found in job["plain"])
-
-
-def test_skipping_the_first_batches_of_a_loader_that_splits_itself_leaves_the_rest_of_each_ranks_epoch(job):
-    served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job["bare"]))
-    assert sorted(set(served)) == list(range(101))
-    assert all(found["skipped"] == found["batches"][2:] for found in job["bare"])
+    assert all(found["skipped"] == found["batches"][2:] for found in job[way])
 
 
 def test_save_state_keeps_the_place_of_every_rank(job):

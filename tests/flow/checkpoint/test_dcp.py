@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from threading import current_thread
 
 import numpy as np
 import pytest
@@ -212,14 +211,9 @@ def dropping():
     DroppingFileSystem.store.clear()
 
 
-@pytest.mark.parametrize("save", ["plain", "dcp"])
-def test_a_store_that_drops_unflushed_data_commits_nothing(dropping, save):
+def test_a_store_that_drops_unflushed_data_commits_nothing(dropping):
     def write(checkpoints, step):
-        state = {"weights": torch.full((9000,), step)}
-        if save == "plain":
-            checkpoints.save(step, state).wait()
-        else:
-            dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+        dcp.save({"weights": torch.full((9000,), step)}, storage_writer=checkpoints.dcp_writer(step))
 
     store = FsspecStore("/run", "dropping://run", {}, CallOptions(is_single_writer=True), dropping)
     checkpoints = tc.Checkpoints(store)
@@ -231,37 +225,6 @@ def test_a_store_that_drops_unflushed_data_commits_nothing(dropping, save):
     assert steps(checkpoints) == [0]
     assert checkpoints.load()["weights"].tolist() == [0] * 9000
     checkpoints.join()
-
-
-class CountingStore(WrapperStore):
-    """A store that notes the verb and the first key of each call, and the thread that made it."""
-
-    def __init__(self, inner):
-        super().__init__(inner)
-        self.calls = []
-
-    def around(self, method, key, call):
-        self.calls.append((method, key, current_thread().name))
-        return call()
-
-
-def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path):
-    store = CountingStore(LocalFolder(tmp_path))
-    n_requests = []
-    with tc.Checkpoints(store, keep=[tc.Keep(last=2)]) as checkpoints:
-        for step in range(6):
-            before = len(store.calls)
-            dcp.save({"weights": torch.full((1000,), step)}, storage_writer=checkpoints.dcp_writer(step))
-            n_requests.append(sum(thread == "MainThread" for *_, thread in store.calls[before:]))
-            checkpoints.join()
-    # The first save also lists the checkpoints of the run.
-    assert len(set(n_requests[1:])) == 1, "a save that deletes others makes more requests itself"
-    deletes = [call for call in store.calls if call[0] == "delete"]
-    assert deletes
-    assert {thread for *_, thread in deletes} == {"tiercache-checkpoint-housekeeping"}
-    assert steps(checkpoints) == [4, 5]
-    kept = {path.parent.name for path in tmp_path.glob("step-*/*")}
-    assert kept == {info.name for info in checkpoints.list()}
 
 
 def test_retention_after_another_save_leaves_the_local_files_of_a_save_alone(tmp_path):

@@ -9,7 +9,7 @@ from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.format import MANIFEST_NAME, checkpoint_objects, list_names, manifest_key, metrics_key
+from tiercache.checkpoint.format import MANIFEST_NAME, checkpoint_objects, list_names, metrics_key
 from tiercache.checkpoint.housekeeping import Retention, plan_retention
 from tiercache.checkpoint.run_stores import RunStores
 from tiercache.errors import NotFound, StoreError
@@ -185,18 +185,23 @@ def test_list_says_which_rules_keep_a_checkpoint_in_each_tier(remote, local):
 # -- tiers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_rule_of_one_tier_leaves_the_other_tier_alone(remote, local):
-    for store in (local, remote):
-        hours(store, 1, 2, 3)
-    assert retained(remote, Keep(last=1, tier="local"), local=local) == [1, 2, 3]
-    assert steps_of(local) == [3]
-
-
-def test_a_local_checkpoint_that_is_not_uploaded_yet_stays(remote, local):
-    hours(local, 1, 2, 3)
-    hours(remote, 1)
-    retained(remote, Keep(last=1, tier="local"), local=local)
-    assert steps_of(local) == [2, 3]
+def test_which_local_and_remote_checkpoints_stay(tmp_path):
+    """Steps 1, 2, ... of each tier, one each hour; a step has one name in both."""
+    rows = (
+        # what is shown, local, remote, rules, left in each
+        ("a rule of one tier", (1, 2, 3), (1, 2, 3), [Keep(last=1, tier="local")], [3], [1, 2, 3]),
+        ("not uploaded yet", (1, 2, 3), (1,), [Keep(last=1, tier="local")], [2, 3], [1]),
+        ("the store would not keep it", (1, 2, 3), (3,), [Keep(last=1)], [3], [3]),
+        ("the last one of the store until the next one", (3,), (1, 2), [Keep(every_steps=1000)], [3], [1, 2]),
+        ("the next one has come", (3,), (1, 2, 3), [Keep(every_steps=1000)], [3], [1, 3]),
+        ("waiting ones displace no uploaded one", (3, 4), (1, 2), [Keep(last=2, tier="remote")], [3, 4], [1, 2]),
+    )
+    for number, (text, on_local, on_remote, keeps, *left) in enumerate(rows):
+        local, remote = LocalFolder(tmp_path / f"local{number}"), Dated(LocalFolder(tmp_path / f"remote{number}"))
+        for store, steps in ((local, on_local), (remote, on_remote)):
+            for step in steps:
+                hours(store, step, at=step)
+        assert [retained(remote, *keeps, local=local), steps_of(local)] == left[::-1], text
 
 
 def test_a_local_checkpoint_that_was_moved_away_from_the_store_stays_only_if_a_rule_keeps_it(remote, local):
@@ -207,33 +212,12 @@ def test_a_local_checkpoint_that_was_moved_away_from_the_store_stays_only_if_a_r
     assert steps_of(local) == [3]
 
 
-def test_a_local_checkpoint_that_the_store_would_not_keep_need_not_be_uploaded(remote, local):
-    hours(local, 1, 2, 3)
-    hours(remote, 3)
-    retained(remote, Keep(last=1), local=local)
-    assert steps_of(local) == [3]
-
-
 def test_a_local_checkpoint_stays_while_it_is_uploaded_whatever_the_rules_say(remote, local):
     _, uploading, _ = hours(local, 1, 2, 3)
     hours(remote, 3)
     tiers = {"local": local, "remote": remote}
     Retention(RunStores(tiers), [Keep(last=1)], unfinished=lambda: {uploading}, now=lambda: START_S).run()
     assert steps_of(local) == [2, 3]
-
-
-def test_the_store_keeps_the_last_checkpoint_that_it_has_until_the_next_one_is_uploaded(remote, local):
-    hours(remote, 1, 2)
-    hours(local, 3, at=5)
-    assert retained(remote, Keep(every_steps=1000), local=local) == [1, 2]
-    hours(remote, 3, at=5)
-    assert retained(remote, Keep(every_steps=1000), local=local) == [1, 3]
-
-
-def test_checkpoints_that_wait_for_their_upload_do_not_displace_uploaded_ones(remote, local):
-    hours(remote, 1, 2)
-    hours(local, 3, 4, at=5)
-    assert retained(remote, Keep(last=2, tier="remote"), local=local) == [1, 2]
 
 
 def test_files_of_the_ranks_of_one_machine_are_kept_as_long_as_a_local_copy(remote, local):
@@ -295,6 +279,8 @@ def test_the_manifest_goes_first_so_that_no_reader_sees_a_part_of_a_checkpoint(r
     assert list_names(remote) == names[1:]
     checkpoints = Checkpoints(remote)
     assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "incomplete"), (2, "complete")]
+    Retention(RunStores({"remote": remote}), now=lambda: START_S + DAY_S).collect()
+    assert {info.key.split("/")[0] for info in remote.list()} == {names[1]}, "the rest goes after a day"
 
 
 def test_a_save_of_this_process_is_not_deleted(remote):
@@ -340,13 +326,6 @@ def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):
     now_s = local.head(next(iter(local.list())).key).modified_s + DAY_S + 1
     Retention(RunStores({"local": local}), now=lambda: now_s).collect()
     assert list(local.list()) == []
-
-
-def test_the_rest_of_a_deletion_that_was_killed_is_removed_after_a_day(remote):
-    names = hours(remote, 1, 2)
-    remote.delete([manifest_key(names[0])])
-    Retention(RunStores({"remote": remote}), now=lambda: START_S + DAY_S).collect()
-    assert {info.key.split("/")[0] for info in remote.list()} == {names[1]}
 
 
 # -- plans and reports ---------------------------------------------------------------------------------------------

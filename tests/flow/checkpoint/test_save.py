@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support import ROOT
-from tests.support.checkpoint_reader import leftovers, newest, read_checkpoint, same
+from tests.support.checkpoint_reader import leftovers, read_checkpoint, same
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.forks import in_child
 from tests.support.guide_session import blocks
@@ -53,17 +53,6 @@ def test_a_checkpoint_is_the_same_in_the_local_folder_and_at_the_store(tmp_path)
             assert json.loads(store.get(f"{saved.name}/metrics.json")) == {"loss": 1.5, "n": 3}
 
 
-def test_a_checkpoint_without_a_local_folder_goes_to_the_store_directly(memory_store):
-    with opened(memory_store) as checkpoints:
-        saved = checkpoints.save(1, a_state())
-        assert saved.wait(timeout_s=WAIT_S)
-        assert same(read_checkpoint(memory_store, saved.name)[1], a_state())
-        with pytest.raises(ValueError, match="there is no local= folder"):
-            saved.wait("local")
-        with pytest.raises(ValueError, match="'remote', got 'local'"):
-            checkpoints.wait("local")
-
-
 @pytest.mark.s3
 def test_a_checkpoint_in_s3_reads_back_and_only_whole_objects_are_there(s3_server, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PART_BYTES", 5 << 20)
@@ -77,27 +66,6 @@ def test_a_checkpoint_in_s3_reads_back_and_only_whole_objects_are_there(s3_serve
             checkpoints.close()
     assert leftovers(store) == {}
     store.close()
-
-
-def test_the_position_of_our_loader_is_saved(tmp_path):
-    with tc.Writer(tmp_path / "data", schema={"x": "int64"}) as rows:
-        rows.write_batch({"x": np.arange(40)})
-
-    def loader():
-        return tc.DataLoader(
-            tc.Dataset(tmp_path / "data"), batch_size=4, shuffle=True, options=tc.LoaderOptions(seed=1)
-        )
-
-    whole = [batch["x"].tolist() for batch in loader()]
-    running, resumed = loader(), loader()
-    batches = iter(running)
-    seen = [next(batches)["x"].tolist() for _ in range(3)]
-    with opened(tmp_path / "run") as checkpoints:
-        saved = checkpoints.save(3, {"loader": running})
-        assert saved.wait(timeout_s=WAIT_S)
-        resumed.load_state_dict(read_checkpoint(checkpoints.remote_store, saved.name)[1]["loader"])
-    del batches
-    assert seen + [batch["x"].tolist() for batch in resumed] == whole
 
 
 def test_a_state_may_change_when_save_has_returned(tmp_path):
@@ -127,16 +95,6 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert torch.equal(state["head"], weight)
 
 
-def test_the_newest_checkpoint_is_the_one_written_last_whatever_its_step_and_the_clock(tmp_path, monkeypatch):
-    with opened(tmp_path) as checkpoints:
-        first = checkpoints.save(100, {"x": 1})
-        monkeypatch.setattr("tiercache.checkpoint.housekeeping.time.time", lambda: 5.0)
-        second = checkpoints.save(3, {"x": 2})
-        checkpoints.wait(timeout_s=WAIT_S)
-        assert list_names(checkpoints.remote_store) == [first.name, second.name]
-        assert newest(checkpoints.remote_store) == second.name
-
-
 def test_a_wrong_argument_is_refused_at_once_and_nothing_is_written(tmp_path):
     for wrong in ({"pending": 0}, {"writers": 0}):
         with pytest.raises(ValueError, match="at least 1"):
@@ -154,7 +112,12 @@ def test_a_wrong_argument_is_refused_at_once_and_nothing_is_written(tmp_path):
         with pytest.raises((TypeError, ValueError)):
             checkpoints.save(1, {}, **wrong)
     with checkpoints:
-        assert checkpoints.save(1, {"x": 1}).wait(timeout_s=WAIT_S), "the next save works"
+        saved = checkpoints.save(1, {"x": 1})
+        assert saved.wait(timeout_s=WAIT_S), "the next save works"
+        with pytest.raises(ValueError, match="there is no local= folder"):
+            saved.wait("local")
+        with pytest.raises(ValueError, match="'remote', got 'local'"):
+            checkpoints.wait("local")
     names = sorted(info.key.rpartition("/")[2] for info in checkpoints.remote_store.list())
     assert [name for name in names if "step-" not in name] == ["checkpoint.json", "state.json"]
 
@@ -219,24 +182,6 @@ def test_a_local_file_that_has_changed_is_not_uploaded(tmp_path, memory_store):
 
 
 # -- the manifest -----------------------------------------------------------------------------------------------------
-
-
-def test_the_manifest_comes_after_every_file(memory_store):
-    written = []
-
-    class Watching(WrapperStore):
-        def around(self, method, key, call):
-            if method in ("complete", "put", "put_if_absent", "head", "read_into"):
-                written.append((method, key.rpartition("/")[2]))
-            return call()
-
-    with opened(Watching(memory_store)) as checkpoints:
-        saved = checkpoints.save(1, a_state(), metrics={"loss": 1})
-        assert saved.wait(timeout_s=WAIT_S)
-    assert written[-1] == ("put_if_absent", "checkpoint.json")
-    files = {file.path for file in read_checkpoint(memory_store, saved.name)[0].files}
-    assert {key for method, key in written if method == "complete"} == files
-    assert {key for method, key in written if method in ("head", "read_into")} == files
 
 
 def test_a_lost_answer_of_the_manifest_s_put_does_not_matter_and_a_put_without_effect_is_repeated(memory_store):
@@ -353,28 +298,9 @@ def test_a_run_that_restarts_where_the_clock_is_behind_keeps_what_it_saves(tmp_p
         assert checkpoints.load()["n"] == 220
 
 
-def test_a_run_that_restarts_at_a_lower_step_saves_the_same_steps_again_beside_the_first_ones(tmp_path):
-    names = []
-    for attempt, steps in enumerate(((100, 200), (100,))):
-        with Checkpoints(tmp_path / "store", local=tmp_path / "local") as checkpoints:
-            for step in steps:
-                saved = checkpoints.save(step, {"attempt": attempt, "step": step}, metrics={"loss": 1.0 / step})
-                assert saved.wait("remote", WAIT_S)
-                names.append(saved.name)
-    with Checkpoints(tmp_path / "store", local=tmp_path / "local") as checkpoints:
-        assert [one.name for one in checkpoints.list()] == names
-        assert checkpoints.load("latest") == {"attempt": 1, "step": 100}
-        assert checkpoints.load(100) == {"attempt": 1, "step": 100}
-        assert checkpoints.load(names[0]) == {"attempt": 0, "step": 100}
-        assert all(checkpoints.verify(name).is_right for name in names)
-
-
-def test_a_local_folder_that_is_the_folder_of_the_checkpoints_is_refused(tmp_path):
+def test_a_local_folder_serves_one_run(tmp_path):
     with pytest.raises(ValueError, match="local= is the folder of the checkpoints itself"):
         Checkpoints(tmp_path, local=tmp_path / ".")
-
-
-def test_a_local_folder_serves_one_run(tmp_path):
     with Checkpoints(tmp_path / "a", local=tmp_path / "local") as checkpoints:
         checkpoints.save(1, {"n": 1}).wait()
     with pytest.raises(
@@ -473,16 +399,7 @@ def test_the_first_save_does_not_wait_long_for_a_store_that_does_not_answer(tmp_
         assert saved.wait("remote", WAIT_S)
 
 
-def test_a_save_that_failed_can_be_deleted(tmp_path, memory_store):
-    with opened(FaultStore(memory_store, [Fault("put_part", retryable=False)]), local=tmp_path) as checkpoints:
-        saved = checkpoints.save(1, a_state())
-        with pytest.raises(StoreError):
-            checkpoints.wait("remote", WAIT_S)
-        checkpoints.delete(saved.name)
-        assert list_names(LocalFolder(tmp_path)) == []
-
-
-def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store):
+def test_an_upload_that_fails_leaves_the_local_checkpoint_which_can_be_deleted(tmp_path, memory_store):
     store = FaultStore(memory_store, [Fault("put_part", nth=2, retryable=False)])
     with opened(store, local=tmp_path) as checkpoints:
         saved = checkpoints.save(1, a_state())
@@ -490,7 +407,8 @@ def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store
             saved.wait("remote", WAIT_S)
         assert saved.wait("local", WAIT_S)
         assert same(read_checkpoint(checkpoints.local_store, saved.name)[1], a_state())
-    assert list_names(memory_store) == []
+        checkpoints.delete(saved.name)
+        assert list_names(LocalFolder(tmp_path)) == list_names(memory_store) == []
 
 
 def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_path, memory_store, monkeypatch):
@@ -525,23 +443,6 @@ def test_a_state_that_cannot_be_copied_is_no_checkpoint_and_the_next_save_works(
         assert leftovers(checkpoints.remote_store) == {}
 
 
-def test_a_store_that_does_not_answer_is_asked_for_the_id_of_the_run_once(tmp_path):
-    """Each call waits for the limit of time, and close() waits for all of them."""
-    calls = []
-
-    class Down(WrapperStore):
-        def around(self, method, key, call):
-            calls.append((method, key))
-            raise StoreError("scripted: cannot be reached", url=key)
-
-    LocalFolder(tmp_path / "local").put("run.json", b'{"id": "0123"}')
-    with opened(Down(LocalFolder(tmp_path / "remote")), local=tmp_path / "local") as checkpoints:
-        calls.clear()
-        checkpoints._house.new_name(1)
-        checkpoints.join()
-    assert [method for method, key in calls if key == "run.json"] == ["get"]
-
-
 # -- back-pressure ----------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +455,9 @@ def test_a_save_waits_for_an_unfinished_one(tmp_path):
         other = threading.Thread(target=lambda: seen.append(checkpoints.save(2, a_state(2))))
         other.start()
         assert not first.done()
+        for wait in (first.wait, checkpoints.wait):
+            with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
+                wait(timeout_s=0.01)
         gate.gate.set()
         other.join(WAIT_S)
         assert first.done(), "the second save was not begun before the first had ended"
@@ -570,27 +474,16 @@ def test_a_waiting_save_raises_the_failure_for_which_it_waited(memory_store):
             checkpoints.save(2, a_state(2))
 
 
-def test_as_many_saves_as_allowed_are_unfinished(tmp_path):
-    gate = GateStore(LocalFolder(tmp_path))
-    with opened(gate, pending=3) as checkpoints:
+def test_as_many_states_as_allowed_are_written_while_an_earlier_one_is_uploaded(tmp_path, memory_store):
+    gate = GateStore(memory_store)
+    with opened(gate, local=tmp_path, pending=3) as checkpoints:
         saves = [checkpoints.save(step, a_state(step)) for step in range(3)]
         assert gate.arrived.wait(WAIT_S)
-        assert not any(save.done() for save in saves)
-        gate.gate.set()
-        assert all(save.wait(timeout_s=WAIT_S) for save in saves)
-    assert len(list_names(gate.inner)) == 3
-
-
-def test_a_state_is_written_while_an_earlier_one_is_uploaded(tmp_path, memory_store):
-    gate = GateStore(memory_store)
-    with opened(gate, local=tmp_path, pending=2) as checkpoints:
-        first = checkpoints.save(1, a_state(1))
-        assert gate.arrived.wait(WAIT_S)
-        second = checkpoints.save(2, a_state(2))
-        assert second.wait("local", WAIT_S)
-        assert not first.done("remote")
+        assert all(saved.wait("local", WAIT_S) for saved in saves)
+        assert not any(saved.done("remote") for saved in saves)
         gate.gate.set()
         checkpoints.wait(timeout_s=WAIT_S)
+    assert len(list_names(memory_store)) == 3
 
 
 def test_a_delete_that_takes_for_ever_holds_up_no_save(tmp_path):
@@ -601,16 +494,6 @@ def test_a_delete_that_takes_for_ever_holds_up_no_save(tmp_path):
         assert gate.arrived.wait(WAIT_S), "the first one is deleted"
         assert checkpoints.save(4, a_state(4)).wait(timeout_s=WAIT_S)
         assert not gate.gate.is_set()
-
-
-def test_waiting_ends_when_the_time_is_over(tmp_path):
-    gate = GateStore(LocalFolder(tmp_path))
-    with opened(gate) as checkpoints:
-        saved = checkpoints.save(1, a_state())
-        with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
-            saved.wait(timeout_s=0.01)
-        with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
-            checkpoints.wait(timeout_s=0.01)
 
 
 def test_unfinished_uploads_are_looked_for_after_the_first_commit_and_then_once_a_day(memory_store, monkeypatch):

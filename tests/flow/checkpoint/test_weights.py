@@ -157,15 +157,6 @@ def test_a_tensor_that_is_written_to_changes_for_its_process_alone(tmp_path):
         assert second["w"].sum() == 0
 
 
-def test_a_module_loads_the_weights(tmp_path):
-    net = torch.nn.Linear(4, 4)
-    folder = model_folder(tmp_path, {f"net.{key}": value for key, value in net.state_dict().items()})
-    again = torch.nn.Linear(4, 4)
-    with open_weights(folder, prefix="net.") as weights:
-        again.load_state_dict(dict(weights), assign=True)
-    assert torch.equal(again(torch.ones(1, 4)), net(torch.ones(1, 4)))
-
-
 # -- through the cache ---------------------------------------------------------------------------------------------
 
 

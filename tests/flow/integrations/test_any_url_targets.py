@@ -1,15 +1,21 @@
-"""What can stand behind `tiercache::`, how it is named, and what may be shown of it."""
+"""What can stand behind `tiercache::`, how it is named, what may be shown of it, and a real server of S3."""
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from pathlib import Path
 
 import fsspec
 import pytest
 from tests.flow.integrations.conftest import DATA, CountedFileSystem
+from tests.support.forks import in_child
 from tests.support.http_server import HttpFaultServer
 
+import tiercache as tc
+from tiercache.integrations.fsspec import (
+    split_path,
+)
 from tiercache.store import open_store
 from tiercache.waiting import wait_for
 
@@ -90,7 +96,11 @@ SECRET = "hunter2hunter2"
 
 
 def test_no_repr_error_or_file_name_contains_a_secret(make, source, cache, path):
-    options = {"token": SECRET, "secret": SECRET, "client_kwargs": {"password": SECRET, "endpoint_url": "http://at:1"}}
+    options = {
+        "token": SECRET,
+        "secret": SECRET,
+        "client_kwargs": {"password": SECRET, "endpoint_url": f"http://me:{SECRET}@at:1/?sig={SECRET}"},
+    }
     fs = make(target_options=options)
     assert fs.cat_file(path) == DATA
     with fs.open(path) as file:
@@ -148,3 +158,96 @@ def test_names_are_those_of_the_target(fs, path):
     assert fs.isdir("/b")
     assert list(fs.walk("/"))
     assert fs.du("/b") == len(DATA)
+
+
+def test_split_path_returns_bucket_and_key():
+    for path, expected in [
+        ("bucket/a/b", ("bucket", "a/b")),
+        ("/tmp/a/b", ("/tmp", "a/b")),
+        ("name", ("", "name")),
+        ("https://host:8/a/b", ("https://host:8", "a/b")),
+        ("http://user:pw@host/a", ("http://user:pw@host", "a")),
+        ("https://host/a?sig=x", None),
+        ("https://host/a#token=x", None),  # never sent: it is one object whatever it says, and may be a secret
+        ("bucket/a#b", ("bucket", "a#b")),
+        ("bucket/a?versionId=1", None),
+        ("arn:aws:s3:eu:1:accesspoint/a/b", None),
+        ("bucket/a//b", None),
+        ("bucket/../b", None),
+        ("/name", None),  # a store of "/" would look for it in the working directory
+        ("bucket/a\\b", None),
+        ("", None),
+    ]:
+        assert split_path(path) == expected, path
+
+
+# -- a real server: conditions, forks, errors --------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3_fs(make, s3_server, s3_of):
+    return make("s3", target_options=s3_of(s3_server))
+
+
+@pytest.fixture
+def s3_path(s3_server):
+    """An object that was written past everything under test."""
+    key = f"any-url/{uuid.uuid4().hex[:8]}"
+    s3_server.store().put(key, DATA)
+    return f"{s3_server.bucket}/{key}"
+
+
+@pytest.fixture
+def behind(s3_server, s3_path):
+    """Writes the object behind the cache's back."""
+    return lambda data: s3_server.store().put(s3_path.partition("/")[2], data)
+
+
+@pytest.mark.s3
+def test_uncached_bytes_of_a_replaced_s3_object_are_an_error_and_it_is_read_again(s3_fs, s3_path, behind):
+    assert s3_fs.info(s3_path)["size"] == len(DATA)
+    with s3_fs.open(s3_path) as file:
+        assert file.read(10) == DATA[:10]
+        behind(DATA[:999_999])
+        file.seek(900_000)
+        with pytest.raises(tc.ObjectChanged):
+            file.read(10)
+        file.seek(0)
+        assert file.read(10) == DATA[:10]
+    assert s3_fs.cat_file(s3_path) == DATA[:999_999]
+
+
+@pytest.mark.s3
+def test_options_of_a_chained_url_are_given_by_protocol(cache, s3_path, s3_server, s3_of):
+    with fsspec.open(f"tiercache::s3://{s3_path}", s3=s3_of(s3_server), cache=cache) as file:
+        assert file.read() == DATA
+    assert [entry.source for entry in cache.entries()] == [
+        f"s3://{s3_server.endpoint.removeprefix('http://')}/{s3_path}"
+    ]
+    kind = fsspec.get_filesystem_class("tiercache")
+    for made in list(kind._cache.values()):
+        made.close()
+    kind.clear_instance_cache()
+
+
+@pytest.mark.s3
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_lists_and_reads_with_connections_of_its_own(s3_fs, s3_path):
+    with s3_fs.open(s3_path) as opened:
+        assert opened.read(100_000) == DATA[:100_000]
+
+        def work():
+            assert s3_fs.info(s3_path)["size"] == len(DATA)
+            assert opened.read(500_000) == DATA[100_000:600_000]
+            assert s3_fs.cat_file(s3_path) == DATA
+
+        assert in_child(work)
+        assert opened.read(100) == DATA[100_000:100_100]
+
+
+@pytest.mark.s3
+def test_a_forbidden_object_raises_the_error_of_the_target(make, s3_server, s3_of, s3_path):
+    options = s3_of(s3_server) | {"secret": "wrong" * 8}
+    with pytest.raises(PermissionError) as caught:
+        make("s3", target_options=options).cat_file(s3_path)
+    assert "wrongwrong" not in str(caught.value)
