@@ -38,22 +38,11 @@ MAX_RECORDS = 1 << 42  # per stream: 2**20 positions times this fit 63 bits
 _CHUNK_PLACES = 1 << 20
 
 
-def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
-    """Return the shares of n records by weights, by the largest-remainder method; the shares add up to n.
-
-    Every share is its exact value rounded down or up. Therefore a part of n_k records gets at most n_k if n <= n_k /
-    share, and at least n_k if n >= n_k / share.
-    """
-    total = sum(weights)
-    shares = [n * weight // total for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda part: (-(n * weights[part] % total), part))
-    for part in by_remainder[: n - sum(shares)]:
-        shares[part] += 1
-    return tuple(shares)
-
-
-def apportion_next(n: int, weights: Sequence[int], owed: Sequence[Fraction]) -> tuple[int, ...]:
+def apportion(n: int, weights: Sequence[int], owed: Sequence[Fraction]) -> tuple[int, ...]:
     """Return the shares of the next n records by weights, after shares that were rounded; they add up to n.
+
+    It is the largest-remainder method. Without debts every share is its exact value rounded down or up: a part of n_k
+    records gets at most n_k if n <= n_k / share, and at least n_k if n >= n_k / share.
 
     owed: Records that each part was given too few before, below 0 if too many; they add up to 0. The parts make up for
     them if n is large enough.
@@ -688,12 +677,6 @@ def _shares_before_changes(
     schedule: Schedule, stop: Literal["first", "all"], part_records: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
     """Return the number of records of each part before each change within the epoch, and in the epoch."""
-    if len(schedule) == 1:
-        ((_, weights),) = schedule
-        total, of_parts = sum(weights), list(zip(part_records, weights, strict=True))
-        if stop == "first":
-            return (apportion(min(n * total // weight for n, weight in of_parts), weights),)
-        return (apportion(max(-(-n * total // weight) for n, weight in of_parts), weights),)
     limits, sign = list(part_records), 1 if stop == "first" else -1
     while True:
         found = _rounded_shares(schedule, _epoch_end(schedule, stop, limits))
@@ -737,7 +720,7 @@ def _rounded_shares(schedule: Schedule, n_records: int) -> tuple[tuple[int, ...]
         if n <= 0:
             break
         owed = [due - share for due, share in zip(exact, shares, strict=True)]
-        more = apportion_next(n, weights, owed)
+        more = apportion(n, weights, owed)
         shares = tuple(share + n_more for share, n_more in zip(shares, more, strict=True))
         exact = [due + n * Fraction(weight, sum(weights)) for due, weight in zip(exact, weights, strict=True)]
         found.append(shares)

@@ -777,7 +777,10 @@ def _arrow_array(column: Column, values: Sequence[Any]) -> pa.Array:
     for index, (value, stored) in enumerate(zip(values, array.to_pylist(), strict=True)):
         if not _holds(column.arrow.type, value, stored):
             got = f"{_type_name(value)}, {value!r}, which Arrow would store as {stored!r}"
-            raise ConversionError(str(column), got, index)
+            expected, zone = str(column), getattr(stored, "tzinfo", None)
+            if (getattr(value, "tzinfo", None) is None) != (zone is None):
+                expected += f" (write value.replace(tzinfo={'datetime.UTC' if zone else None}))"
+            raise ConversionError(expected, got, index)
     return array
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.mixture import StreamAllocation, apportion, apportion_next, exact_weight, interleave
+from tiercache.order.mixture import StreamAllocation, apportion, exact_weight, interleave
 
 
 def worst(sequence: list[int], shares: list[Fraction]) -> float:
@@ -30,7 +30,7 @@ def shares_of(weights: list) -> list[Fraction]:
 
 @given(st.integers(0, 10**13), st.lists(st.integers(1, 10**9), min_size=1, max_size=9))
 def test_shares_of_an_epoch_are_exact_to_one_record(n: int, weights: list[int]) -> None:
-    found = apportion(n, weights)
+    found = apportion(n, weights, [0] * len(weights))
     assert sum(found) == n
     for got, weight in zip(found, weights, strict=True):
         assert abs(got - Fraction(n * weight, sum(weights))) < 1
@@ -80,7 +80,7 @@ def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
 @example([700, 200, 100], 8, 1000)
 @example([1] * 8, 16, 1601)
 def test_in_any_range_a_part_deviates_by_a_few_records(weights: list[int], n_streams: int, n: int) -> None:
-    deal = StreamAllocation(apportion(n, weights), n_streams)
+    deal = StreamAllocation(apportion(n, weights, [0] * len(weights)), n_streams)
     sequence = sequence_of(deal)
     assert np.bincount(sequence, minlength=len(weights)).tolist() == list(deal.totals)
     assert worst(sequence.tolist(), shares_of(weights)) < 5 + (2 * math.sqrt(n_streams) if n_streams > 1 else 0)
@@ -106,7 +106,7 @@ def scheduled(schedule: list[tuple[int, tuple[int, ...]]], n_streams: int) -> St
     n_parts = len(schedule[0][1])
     shares, exact, steps = (0,) * n_parts, [Fraction(0)] * n_parts, []
     for n, weights in schedule:
-        more = apportion_next(n, weights, [due - share for due, share in zip(exact, shares, strict=True)])
+        more = apportion(n, weights, [due - share for due, share in zip(exact, shares, strict=True)])
         exact = [due + n * Fraction(weight, sum(weights)) for due, weight in zip(exact, weights, strict=True)]
         shares = tuple(share + n_more for share, n_more in zip(shares, more, strict=True))
         steps.append(shares)
@@ -132,11 +132,6 @@ def deviation(sequence: np.ndarray, schedule: list[tuple[int, tuple[int, ...]]])
 
 
 SCHEDULES = st.integers(1, 5).flatmap(schedules)
-
-
-@given(st.integers(0, 10**12), st.lists(st.integers(0, 10**6), min_size=1, max_size=7).filter(any))
-def test_the_first_shares_of_a_schedule_are_those_of_one_weight(n: int, weights: list[int]) -> None:
-    assert apportion_next(n, weights, [Fraction(0)] * len(weights)) == apportion(n, weights)
 
 
 @given(SCHEDULES)

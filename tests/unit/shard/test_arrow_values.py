@@ -35,6 +35,7 @@ CHANGED = [
     (pa.list_(pa.bool_()), [1]),
     (pa.list_(pa.string()), "ab"),
     (pa.timestamp("us"), NOON.replace(tzinfo=dt.UTC)),
+    (pa.timestamp("us", "UTC"), NOON),
     (pa.list_(pa.int32()), b"ab"),
     (pa.list_(pa.int32()), {1, 2}),
     (pa.list_(pa.int32()), np.zeros(())),
@@ -91,6 +92,8 @@ def test_a_value_that_arrow_would_change_is_refused_by_name_and_nothing_is_writt
             write()
         assert (caught.value.column, caught.value.record) == ("c", record)
         assert type(value).__name__ in caught.value.got
+        if value is NOON and pa.types.is_timestamp(arrow_type):
+            assert "write value.replace(tzinfo=datetime.UTC)" in caught.value.expected
     assert writer.n_records == 0
     assert writer.finish() == []
 
