@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -185,6 +185,10 @@ def decode_placement(data: bytes, number: int, *, url: str) -> Placement:
         raise CorruptShard(problem, url=url, part="placement")
     if any(a >= b for a, b in itertools.pairwise(table["key"].to_pylist())):
         raise CorruptShard("keys out of order", url=url, part="placement")
+    is_wrong = pc.or_(pc.less(table["n_bytes"], 0), pc.equal(table["url"], ""))
+    is_wrong = pc.or_(is_wrong, pc.invert(pc.is_in(table["state"], value_set=pa.array(get_args(PlacementState)))))
+    if pc.any(is_wrong).as_py():
+        raise CorruptShard("a row without a URL, with a negative size or an unknown state", url=url, part="placement")
     return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce)
 
 

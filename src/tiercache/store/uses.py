@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -52,6 +53,7 @@ LOCK_S = 5.0
 # A reader whose last report is newer than this reads now: one report may be late or lost.
 IN_USE_S = 2.5 * REPORT_S
 GONE_S = 7 * 86400.0  # a reader without a report for this time is gone
+_SKEW_S = 60.0  # duration of a write, and normal difference between clocks
 _numbers = itertools.count()
 _PID = re.compile(r"[0-9]{1,10}")
 _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
@@ -68,7 +70,7 @@ class ActiveReader:
 
 @dataclass(frozen=True, slots=True)
 class UseReport:
-    """Uses of one machine. Times are seconds since the epoch, by its own clock.
+    """Uses of one machine. Times are seconds since the epoch, by its own clock; read_reports() corrects a late clock.
 
     all_s: Last time that a run read every shard; 0: never. readers: By a name that identifies the process.
     """
@@ -102,8 +104,26 @@ def read_reports(store: Store) -> list[UseReport]:
     for info in store.list(USAGE_FOLDER):
         modified_s, machine = info.modified_s or 0.0, info.key.removeprefix(USAGE_FOLDER).removesuffix(".json")
         with suppress(NotFound):
-            found.append(decode(store.get(info.key), machine, modified_s))
+            found.append(_by_store_clock(decode(store.get(info.key), machine, modified_s), modified_s))
     return found
+
+
+def _by_store_clock(report: UseReport, modified_s: float) -> UseReport:
+    """Return a report with its times shifted later, if the machine's clock is behind.
+
+    The store knows the time of writing. Without the shift, a machine whose clock is a week behind would count as gone,
+    and its shards as idle. Times are never shifted earlier: for a clock that is ahead, or a file that was copied with
+    its date, a late time is the safe side.
+    """
+    behind_s = modified_s - max(report.reported_s, 0.0)
+    if behind_s <= _SKEW_S:
+        return report
+    readers = {
+        name: ActiveReader(one.since_s + behind_s, one.reported_s + behind_s, one.reads_all)
+        for name, one in report.readers.items()
+    }
+    shards = {name: last_s + behind_s for name, last_s in report.shards.items()}
+    return UseReport(report.machine, modified_s, report.all_s and report.all_s + behind_s, readers, shards)
 
 
 def merge_reports(reports: Sequence[UseReport], names: pa.Array | pa.ChunkedArray, *, now_s: float) -> ShardUse:
@@ -158,7 +178,11 @@ def decode(data: bytes, machine: str, modified_s: float = 0.0) -> UseReport:
             for name, one in body["readers"].items()
         }
         shards = {str(name): float(last_s) for name, last_s in body["shards"].items()}
-        return UseReport(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
+        report = UseReport(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
+        times = [one for reader in readers.values() for one in (reader.since_s, reader.reported_s)]
+        if not all(map(math.isfinite, [report.reported_s, report.all_s, *times, *shards.values()])):
+            raise ValueError("times that no machine has")
+        return report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         lost = ActiveReader(modified_s, modified_s - IN_USE_S, reads_all=True)
         return UseReport(machine, modified_s, readers={"unreadable": lost})

@@ -263,6 +263,19 @@ def test_a_truncated_or_misnumbered_placement_is_corrupt(store):
             placement_log.decode_placement(wrong, number, url="u")
 
 
+def test_a_placement_with_an_invalid_row_is_corrupt(store):
+    rows = placement_log.commit_placement(store, {"a": row("a")}).rows
+    wrong = {
+        "url": pa.array([""], pa.large_string()),
+        "state": pa.array(["gone"], pa.large_string()),
+        "n_bytes": pa.array([-1]),
+    }
+    for column, values in wrong.items():
+        bad = rows.set_column(rows.schema.get_field_index(column), rows.schema.field(column), values)
+        with pytest.raises(CorruptShard, match="a row without a URL"):
+            placement_log.decode_placement(placement_log.encode_placement(placement_log.Placement(1, bad)), 1, url="u")
+
+
 def file_of(rows, **options):
     """Return a placement file as another program might write it."""
     made = placement_log.decode_placement(placement_log.encode_placement(placement_log.Placement(1, rows)), 1, url="u")

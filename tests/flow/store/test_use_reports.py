@@ -278,12 +278,20 @@ def test_reports_are_written_without_a_state_folder(moved, monkeypatch):
 NAMES = pa.array(["a", "b", "c"])
 
 
+UNREADABLE = [
+    *(b"", b"{}", b'{"version": 2}', b"[1]", b'{"version": 1, "readers": 3}', b"[" * 200_000),
+    uses.encode(UseReport("m", math.nan)),
+    uses.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
+    uses.encode(UseReport("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
+]
+
+
 def test_an_unreadable_report_counts_as_overdue():
     store = MemoryStore("usage-unreadable")
-    for n, text in enumerate([b"", b"{}", b'{"version": 2}', b"[1]", b'{"version": 1, "readers": 3}']):
+    for n, text in enumerate(UNREADABLE):
         store.put(uses.usage_key(f"m{n}"), text)
     found = uses.read_reports(store)
-    assert len(found) == 5
+    assert len(found) == len(UNREADABLE)
     now_s = max(info.modified_s for info in store.list()) + 10
     for one in found:
         assert uses.merge_reports([one], NAMES, now_s=now_s).unreported
@@ -321,3 +329,16 @@ def test_merging_reports_equals_a_plain_loop(found):
 def test_a_report_is_decoded_as_it_was_encoded(one):
     assert uses.decode(uses.encode(one), "m") == one
     json.loads(uses.encode(one))
+
+
+@pytest.mark.parametrize("behind_s", [-DAY_S, 30, 8 * DAY_S, 5 * 365 * DAY_S])
+def test_shards_of_a_machine_with_a_late_clock_are_in_use(behind_s):
+    store = MemoryStore("usage-late-clock")
+    store.delete([info.key for info in store.list()])
+    machine_s = time.time() - behind_s
+    readers = {"r": ActiveReader(machine_s - 3600, machine_s)}
+    store.put(uses.usage_key("m"), uses.encode(UseReport("m", machine_s, 0.0, readers, {"a": machine_s - 60})))
+    (info,) = store.list()
+    said = uses.merge_reports(uses.read_reports(store), NAMES, now_s=info.modified_s)
+    assert said.in_use.tolist() == [True, False, False]
+    assert said.last_use_s[0] == pytest.approx((info.modified_s if behind_s > 60 else machine_s) - 60, abs=1e-3)
