@@ -709,8 +709,7 @@ class CopyLease:
         self.close()
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        # No _file: Ctrl-C came during construction. A closed lease is skipped: Python discards a Ctrl-C in here.
-        if not is_exiting() and hasattr(self, "_file") and (self._file is not None or self._is_user):
+        if not is_exiting():
             self.close()
 
     def _renew(self) -> None:

@@ -65,11 +65,7 @@ class _Group(TyperGroup):
         path = f"{name}" if ctx.parent is None else f"{ctx.info_name} {name}"
         if path not in VERBS:
             return name, command, rest
-        try:
-            return name, load_verb(path), rest
-        except KeyboardInterrupt:
-            typer.echo(f"{_NAME}: interrupted: the command had not begun", err=True)
-            raise typer.Exit(130) from None
+        return name, load_verb(path), rest
 
 
 def load_verb(path: str) -> Any:

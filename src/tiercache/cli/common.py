@@ -242,16 +242,14 @@ def verb(*, after_ctrl_c: str) -> Callable[[Callable[..., object]], Callable[...
 
     def decorate(function: Callable[..., object]) -> Callable[..., None]:
         def run(*, as_json: bool = False, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
-            is_done = False
             try:
                 with warnings.catch_warnings(), _shown_log(), fail_fast_if_unreachable():
                     warnings.showwarning = show_warning
-                    is_done = function(Output(as_json, quiet), **options) is None
+                    function(Output(as_json, quiet), **options)
             except BrokenPipeError:
                 raise  # the reader of the pipe closed it, e.g. head: typer ends without a message
             except KeyboardInterrupt as error:  # has a text only if our own code raised it: that advice is more precise
-                advice = "everything was already done" if is_done else after_ctrl_c
-                _print_line(f"interrupted: {_one_line(error) or advice}")
+                _print_line(f"interrupted: {_one_line(error) or after_ctrl_c}")
                 raise typer.Exit(INTERRUPTED) from None
             except (TierCacheError, ValueError, TypeError, OSError) as error:
                 if verbose:

@@ -137,18 +137,12 @@ def pack(
         processes = count(plan.n_processes, "process", "processes")
         output.summary(facts, f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, in {processes}")
         return
-    version = None
-    try:
-        with output.byte_progress("packing") as advance:
-            version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
-        facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
-        text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
-        text += f", {format_bytes(version.n_bytes)}"
-        output.summary({"url": target, **facts}, f"{target}: version {version.number} has {text}")
-    except KeyboardInterrupt as error:
-        if version is None:
-            raise
-        raise KeyboardInterrupt(f"version {version.number} is committed and complete") from error
+    with output.byte_progress("packing") as advance:
+        version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+    facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
+    text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
+    text += f", {format_bytes(version.n_bytes)}"
+    output.summary({"url": target, **facts}, f"{target}: version {version.number} has {text}")
 
 
 _MOST_SKIPPED = 20

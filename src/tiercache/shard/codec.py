@@ -77,7 +77,7 @@ class _Loan:
         }
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_allocation"):  # a KeyboardInterrupt in __init__ leaves no _allocation
+        if not is_exiting():
             self._pool.release(self._allocation)
 
 

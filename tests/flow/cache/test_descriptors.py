@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import gc
 import itertools
 import os
 
@@ -13,11 +12,9 @@ from tests.support.cache_world import open_below, write_units
 
 from tiercache.cache import copy_file, fetch
 from tiercache.cache.copy_file import continue_part, create_part, open_part
-from tiercache.cache.fetch import CopyLease
 from tiercache.cache.folder import Folder
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
-from tiercache.shard.codec import _Loan
 
 NAME, OTHER, UNIT = "0" * 40, "1" * 40, 4096
 N_BYTES = 3 * UNIT
@@ -115,9 +112,3 @@ def test_a_partial_copy_is_closed_if_neither_its_record_nor_its_removal_succeeds
     monkeypatch.setattr(Folder, "write_record", gone)
     monkeypatch.setattr(Folder, "unlink_part", refuse)
     fetch_in_vain(world)
-
-
-@pytest.mark.parametrize("cls", [CopyLease, _Loan])
-def test_an_object_interrupted_during_construction_is_finalized_quietly(cls):
-    cls.__new__(cls)  # an error in its end would be raised here: pytest makes one of it
-    gc.collect()

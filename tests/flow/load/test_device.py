@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.flow.load.test_on_corrupt import strike
 from tests.support.fake_device import FakeDevice, install
-from tests.support.interrupts import leaves_with
 from tests.support.records import check_batch, ids_of
 
 import tiercache as tc
 from tiercache.data.output_spec import Buffer
-from tiercache.load import device as device_module
 from tiercache.load.device import BACKENDS, BatchDevice, DevicePipeline
 from tiercache.load.planner import NextEpoch
 from tiercache.stats import WaitHistogram
@@ -546,62 +543,3 @@ def test_stats_tell_the_exposed_wait_and_the_slowest_rank(make_dataset, eager):
         assert exposed["slowest_rank"] == {"rank": 0, **{key: exposed[key] for key in ("total", "mean", "p99")}}
         words = ("store", "disk", "plan", "decode", "transform", "copy", "consumer")
         assert stats["bottleneck"].split()[0] in words
-
-
-class Tracer:
-    """Lists the lines of the stage that this thread executes, and raises KeyboardInterrupt before the n-th of them."""
-
-    def __init__(self, nth: int) -> None:
-        self.nth = nth
-        self.lines: list[int] = []
-
-    def __call__(self, frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_filename != device_module.__file__:
-            return None
-        if event == "line" and not leaves_with(frame.f_code, frame.f_lasti):
-            self.lines.append(frame.f_lineno)
-            if len(self.lines) == self.nth:
-                raise KeyboardInterrupt
-        return self
-
-
-def take_all(tracer: Tracer, *, is_fixed: bool, n: int = 3) -> list[int]:
-    """The numbers of the batches that are served by a loop that goes on after Ctrl-C."""
-    pipeline, device = pipeline_of([batch_of(i) for i in range(n)], is_fixed=is_fixed, is_eager=False)
-    device.choose = random.Random(tracer.nth).choice
-    served = []
-    while True:
-        before = sys.gettrace()  # of a measurement of coverage
-        sys.settrace(tracer)
-        try:
-            batch = pipeline.take()
-        except KeyboardInterrupt:
-            continue
-        finally:
-            sys.settrace(before)
-        if batch is None:
-            break
-        device.run_all()
-        number = int(batch["name"][0].removeprefix("batch "))
-        assert batch["x"].tolist() == [number] * 4
-        served.append(number)
-        assert pipeline.n_taken > number
-    assert pipeline.n_taken == n
-    assert pipeline.take() is None
-    pipeline.close()
-    return served
-
-
-def test_ctrl_c_before_any_line_loses_at_most_one_batch_and_moves_no_other():
-    struck: set[int] = set()
-    for is_fixed in (False, True):
-        plain = Tracer(0)
-        assert take_all(plain, is_fixed=is_fixed) == [0, 1, 2]
-        first = {line: number for number, line in reversed(list(enumerate(plain.lines, 1)))}
-        last = {line: number for number, line in enumerate(plain.lines, 1)}
-        for nth in {places[line] for places in (first, last) for line in places.keys() - struck}:
-            served = take_all(Tracer(nth), is_fixed=is_fixed)
-            assert len(served) >= 2
-            assert served == sorted(set(served))
-        struck |= first.keys()
-    assert len(struck) > 80

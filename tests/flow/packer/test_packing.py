@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.image_files import jpeg, png
-from tests.support.strikes import strike
 
 from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import tables
@@ -360,27 +359,6 @@ class TestProcesses:
             run_pack(plan, kill_the_children)
         assert is_empty(tmp_path / "out")
         assert run_pack(plan).n_records == 4000
-
-
-@pytest.mark.parametrize("at", range(1, 16))
-def test_ctrl_c_deletes_the_shards_unless_the_message_says_otherwise(photos, tmp_path, at):
-    plan = plan_pack(photos, tmp_path / "out", PackOptions())
-    said = []
-
-    def run():
-        try:
-            run_pack(plan)
-        except KeyboardInterrupt as error:
-            said.append(str(error))
-            raise
-
-    struck = strike(at, run, ("run_pack",), ("line",))
-    assert struck or at > 9  # so that it is known to strike
-    shards = list(open_store(tmp_path / "out").list("shards/"))
-    if struck:
-        assert "check whether the version exists" in said[0] or not shards
-    else:
-        assert shards
 
 
 def test_ctrl_c_or_a_lost_answer_during_the_commit_deletes_nothing(photos, tmp_path, monkeypatch):
