@@ -24,6 +24,8 @@ from tiercache.order.epoch_order import derive_key
 from tiercache.shard.reader import ShardReader
 
 N = 150
+# Written once: a shuffled view is what evaluations compare by, so a change here breaks users.
+SHUFFLED = {0: [3, 0, 5, 6, 2, 1, 8, 9, 7, 4], 7: [7, 0, 2, 8, 4, 6, 5, 1, 3, 9]}
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +287,11 @@ def test_torchs_workers_read_views_of_remote_and_cached_data_sets(tmp_path, pack
         loader = TorchLoader(view, batch_size=6, num_workers=1, collate_fn=tc.collate, multiprocessing_context=start)
         assert list(itertools.chain(*map(check_batch, loader))) == [3 * i for i in range(20, 0, -1)]
         view.close()
+
+
+def test_a_shuffle_is_an_order_of_its_own_for_each_seed_and_the_same_in_every_release(packed):
+    orders = [ids_of(tc.Dataset(packed).shuffle(seed)) for seed in (0, 1, -5, 2**80)]
+    assert all(sorted(order) == list(range(N)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert len({tc.Dataset(packed).shuffle(seed).fingerprint for seed in (0, 1, 2)}) == 3
+    assert {seed: ids_of(tc.Dataset(packed).take(10).shuffle(seed)) for seed in SHUFFLED} == SHUFFLED

@@ -12,7 +12,6 @@ from tests.support.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError, StoreError
 from tiercache.shard import schema
-from tiercache.shard.footer import PAGE_BYTES
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.source import READS_AGAIN
@@ -181,29 +180,6 @@ def test_a_changed_local_shard_is_checked_again(folder, is_settled):
         ):
             with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0 does not match"):
                 read()
-
-
-def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
-    store, info = folder
-    column = SCHEMA.index("t")
-    with ShardReader(store, info.name, verify="never") as reader:
-        chunk, n_rows = reader.footer.chunks[0, column], int(reader.footer.block_first[1])
-        whole = values_of(reader.load_blocks([0], [column]), "t", range(n_rows))
-        values_at = int(reader.footer.buffers[int(chunk["first_buffer"]) + 2, 0])
-    assert int(chunk["stored"]) > 2 * PAGE_BYTES
-    flip(store.root / info.name, int(chunk["offset"]) + PAGE_BYTES + 777)
-    first_row = (PAGE_BYTES - values_at) // 200  # the first that reaches into page 1
-    last_row = (2 * PAGE_BYTES - values_at) // 200
-    with ShardReader(store, info.name) as reader, ShardReader(store, info.name, verify="never") as unchecked:
-        blocks = reader.load_blocks([0], [column])
-        for row in range(n_rows):
-            if first_row <= row <= last_row:
-                with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 1 does not match"):
-                    values_of(blocks, "t", [row])
-            else:
-                assert np.array_equal(values_of(blocks, "t", [row])[0], whole[row])
-        damaged = unchecked.take(range(n_rows), [column])[0].values
-        assert np.count_nonzero(damaged != whole) == 1, "verify='never' serves damaged bytes"
 
 
 def test_invalid_offsets_are_found_without_checksums(folder):

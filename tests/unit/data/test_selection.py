@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.data.records import Selection
+from tiercache.order.explicit import PermutedOrder
 
 N = 60
 NUMBERS = st.lists(st.integers(0, N - 1), max_size=80)
@@ -65,3 +68,20 @@ def test_adjacent_runs_are_merged():
     joined = Selection.of_runs(np.array([0, 4, 9]), np.array([4, 2, 1]))
     assert served(joined) == [0, 1, 2, 3, 4, 5, 9]
     assert joined.starts.tolist() == [0, 9]
+
+
+def test_the_order_of_a_hundred_million_records_takes_no_memory():
+    n = 10**8
+    every = Selection.span(0, n)
+    shuffled = Selection(every.starts, every.first, PermutedOrder(b"k" * 16, n))
+    composed = every.compose(shuffled)
+    assert isinstance(composed.order, PermutedOrder)
+    assert composed.n_bytes == every.n_bytes < 100
+    assert len(pickle.dumps(composed)) < 500
+    assert pickle.loads(pickle.dumps(composed)).digest == composed.digest
+    first = composed.numbers(np.arange(1000))
+    assert len(np.unique(first)) == 1000
+    assert [composed.number(place) for place in range(5)] == first[:5].tolist()
+    assert np.array_equal(composed.order[5:9], first[5:9])
+    assert np.array_equal(composed.order[9:2:-3], first[9:2:-3])
+    assert composed.compose(Selection.span(10, 20)).numbers(np.arange(10)).tolist() == first[10:20].tolist()
