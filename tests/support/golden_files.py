@@ -71,13 +71,7 @@ WIDE = Schema.of(
 )
 ROWS = Schema.of({"id": "int64", "caption": "str?", "tokens": Tensor("uint16", (4,))})
 # What each version of the golden data set holds: numbers of records.
-VERSIONS = {
-    1: range(7),
-    2: range(9),
-    3: range(14),
-    4: range(100, 105),
-    5: (*range(100, 105), 200),
-}
+VERSIONS = {1: range(7), 2: range(9), 3: range(14), 4: range(100, 105), 5: (*range(100, 105), 200)}
 
 
 def record(i: int) -> dict[str, Any]:

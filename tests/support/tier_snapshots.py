@@ -164,12 +164,7 @@ def decided(*args, **keys) -> Outcome:
     return in_rows(decide(*args, **keys))
 
 
-def tier_file(
-    rules: Sequence[object] = (),
-    *,
-    one_bucket: bool = False,
-    **parts,
-) -> RuleFile:
+def tier_file(rules: Sequence[object] = (), *, one_bucket: bool = False, **parts) -> RuleFile:
     """Three tiers. one_bucket: standard and archive are classes of one."""
     urls = {"hot": "/nvme/train", "standard": "s3://warm/train", "archive": "s3://cold/train"}
     if one_bucket:

@@ -2,8 +2,6 @@
 
 import pytest
 
-from tiercache.store import open_store
-
 
 @pytest.fixture
 def cache(tmp_path):
@@ -47,8 +45,7 @@ def test_status_lists_copies_by_data_set(tiercache, data_set, cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb",
-    [["status"], ["evict", "--all", "--yes"], ["verify", "--cached"], ["verify", "--repair"]],
+    "verb", [["status"], ["evict", "--all", "--yes"], ["verify", "--cached"], ["verify", "--repair"]]
 )
 def test_verbs_on_a_missing_cache_folder_name_it_and_do_not_create_it(tiercache, verb, tmp_path):
     missing = tmp_path / "missing"
@@ -82,16 +79,6 @@ def test_evict_removes_only_the_named_data_set(tiercache, data_set, photos, cach
     assert used(tiercache, cache) == 0
 
 
-def test_a_deleted_data_set_can_be_evicted(tiercache, photos, cache):
-    url = "memory://test-cli-gone/set"
-    tiercache("pack", photos, url)
-    tiercache("warm", url, *cache)
-    store = open_store(url)
-    store.delete([info.key for info in store.list()])
-    tiercache("evict", url, *cache, "-y")
-    assert used(tiercache, cache) == 0
-
-
 def test_pinned_copies_stay_unless_their_eviction_is_asked_for(tiercache, data_set, cache):
     tiercache("warm", data_set, *cache, "--pin", "--dry-run")
     assert used(tiercache, cache) == 0
@@ -108,10 +95,6 @@ def test_pinned_copies_stay_unless_their_eviction_is_asked_for(tiercache, data_s
     )
     assert tiercache("evict", data_set, *cache, "--pinned", "-y", "--json").events[-1]["copies"] == pinned["objects"]
     assert used(tiercache, cache) == 0
-
-
-def test_a_local_folder_is_cached_only_when_a_cache_is_named(tiercache, data_set):
-    assert "a local folder is read in place" in tiercache("warm", data_set, code=2).err
 
 
 def test_the_configured_cache_is_used(tiercache, photos, tmp_path, monkeypatch):

@@ -73,18 +73,6 @@ class TestVerb:
         assert {c["epoch_bytes"] for c in whole} == {0}
         assert {c["first_bytes"] for c in cases} == {summary["data_bytes"]}
 
-    def test_a_training_can_be_described(self, tiercache, data_set):
-        flags = "--ranks", "4", "--nodes", "2", "--placement", "global", "--seed", "5"
-        summary = tiercache("simulate", data_set, *flags, "--json").events[-1]
-        assert (summary["ranks"], summary["nodes"], summary["placement"], summary["seed"]) == (4, 2, "global", 5)
-
-    def test_invalid_options_are_usage_errors(self, tiercache, data_set):
-        for flags, message in (
-            (["--size", "big"], "--size: not a size"),
-            (["--ranks", "3", "--nodes", "2"], "cannot be divided evenly"),
-        ):
-            assert message in tiercache("simulate", data_set, *flags, code=2).err
-
 
 def test_neither_simulate_nor_warm_needs_torch():
     code = "import sys; import tiercache.cli.warm, tiercache.cli.cache; sys.exit('torch' in sys.modules)"

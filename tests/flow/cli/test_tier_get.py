@@ -14,7 +14,6 @@ from tests.support.tier_moves import HookAt, Killed
 from tiercache.cli.app import app
 from tiercache.packer.pack import pack
 from tiercache.store import LocalFolder
-from tiercache.tier.stores import read_holds
 
 DAY_S = 86400.0
 
@@ -74,20 +73,6 @@ def test_a_recalled_checkpoint_has_its_mode_and_date_and_is_not_the_newest_of_it
         assert time.time() - path.stat().st_mtime > 2 * DAY_S
 
 
-def test_the_plan_is_printed_first_and_a_dry_run_changes_nothing(tiercache, root):
-    out = tiercache("tier", "get", "runs/a/step-9", "--dry-run").out.splitlines()
-    assert out[0].split() == ["does", "path", "from", "to", "size", "cost", "saves/month", "back", "in", "why"]
-    assert out[1].split()[:5] == ["copy", "runs/a/step-9", "archive", "hot", "4.9"]
-    assert out[-1].startswith("would recall 1 group, 4.9 KiB, for $0.00")
-    assert step_files(root, "nvme") == ["step-11"]
-    assert not read_holds(LocalFolder(root / "store"), 0.0)
-
-
-def test_without_a_terminal_it_does_nothing_unless_yes_is_given(tiercache, root):
-    assert "give --yes" in tiercache("tier", "get", "runs/a/step-9", code=2).err
-    assert step_files(root, "nvme") == ["step-11"]
-
-
 def test_the_next_runs_leave_recalled_data_alone_until_the_hold_ends(tiercache, root, clock):
     tiercache("tier", "get", "runs/a/step-9", "--hold", "3d", "--yes")
     for _ in range(2):
@@ -131,10 +116,6 @@ def test_a_deletion_that_a_rule_asks_for_waits_for_the_hold(tiercache, root, clo
     clock.jump(8 * DAY_S)
     tiercache("tier", "run", "--once")
     assert "step-9" not in step_files(root, "nvme") + step_files(root, "cold")
-
-
-def test_a_pattern_that_matches_nothing_is_an_error(tiercache, root):
-    assert "no object has this name or matches it" in tiercache("tier", "get", "runs/b", code=1).err
 
 
 def test_a_recall_to_another_tier_than_the_first_is_possible(tiercache, root):

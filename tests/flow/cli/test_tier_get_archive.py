@@ -210,12 +210,6 @@ def test_a_file_that_moved_to_s3_is_read_through_the_cache_by_its_old_local_path
     assert tc.locate(path) == bucket.url("standard") + "/runs/b/step-1/model.bin"
 
 
-def test_reading_an_archived_file_by_its_old_path_names_the_command(bucket, tmp_path, file_system):
-    fs = file_system("file")
-    with pytest.raises(tc.ArchivedShards, match=r"must be restored .*: tiercache tier get s3://.* --wait"):
-        fs.cat_file(str(tmp_path / "nvme/runs/a/step-1/__0_0.distcp"))
-
-
 def test_reading_an_archived_object_by_its_url_names_the_command(bucket, server, file_system):
     options = s3fs_options(server)
     fs = file_system("s3", target_options=options | {"skip_instance_cache": True})

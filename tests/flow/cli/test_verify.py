@@ -53,14 +53,6 @@ def test_a_missing_segment_is_a_finding(tiercache, data_set):
     assert [f.part for f in verify_dataset(open_store(data_set))] == ["segment"]
 
 
-def test_a_finding_names_its_location_once(tiercache, data_set, shards):
-    shards[0].chmod(0o644)
-    shards[0].write_bytes(shards[0].read_bytes()[:100])
-    finding = tiercache("verify", data_set, "--json", code=4).events[0]
-    assert finding["message"].startswith("does not end as a shard")
-    assert f"{shards[0]}: tail: does not end" in tiercache("verify", data_set, code=4).out
-
-
 @pytest.mark.parametrize("folder", ["_tiercache/versions", "_tiercache/segments"])
 def test_a_damaged_version_or_segment_is_a_finding(tiercache, data_set, folder):
     flip(next((data_set / folder).iterdir()), 50)

@@ -37,19 +37,26 @@ def write(root, tier, step, names=("model.bin", "metrics.json")):
         (folder / name).write_text(f"{step} {name}")
 
 
-@pytest.mark.parametrize(("step", "tier"), [(30, "nvme"), (20, "store"), (10, "cold")])
-def test_a_checkpoint_is_located_by_the_path_that_it_has_left(root, step, tier):
-    assert tc.locate(root / f"nvme/runs/a/step-{step}") == str(root / tier / f"runs/a/step-{step}")
-    assert tc.locate(f"runs/a/step-{step}") == str(root / tier / f"runs/a/step-{step}")
-    assert tc.locate(f"hot/runs/a/step-{step}") == str(root / tier / f"runs/a/step-{step}")
+LOCATED = {  # what is asked for, and where it lies, both below the root
+    "{root}/nvme/runs/a/step-30": "nvme/runs/a/step-30",
+    "{root}/nvme/runs/a/step-20": "store/runs/a/step-20",
+    "{root}/nvme/runs/a/step-10": "cold/runs/a/step-10",
+    "runs/a/step-20": "store/runs/a/step-20",
+    "hot/runs/a/step-10": "cold/runs/a/step-10",
+    "{root}/nvme/runs/a/step-10/model.bin": "cold/runs/a/step-10/model.bin",
+    "file://{root}/nvme/runs/a/step-10": "cold/runs/a/step-10",
+    "{root}/link/runs/a/step-10": "cold/runs/a/step-10",
+    "{root}/other.txt": "other.txt",
+}
 
 
-def test_a_file_of_a_checkpoint_is_located(root):
-    assert tc.locate(root / "nvme/runs/a/step-10/model.bin") == str(root / "cold/runs/a/step-10/model.bin")
-
-
-def test_a_file_url_is_located(root):
-    assert tc.locate(f"file://{root}/nvme/runs/a/step-10") == str(root / "cold/runs/a/step-10")
+def test_what_has_moved_is_located_by_any_path_under_which_it_once_lay(root, tmp_path_factory, monkeypatch):
+    (root / "link").symlink_to(root / "nvme")
+    (root / "other.txt").write_text("outside of all tiers")
+    for asked, found in LOCATED.items():
+        assert tc.locate(asked.format(root=root)) == str(root / found), asked
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert tc.locate(root / "nvme/runs/a/step-10", rules=root / "tiercache.toml") == str(root / "cold/runs/a/step-10")
 
 
 def test_of_several_copies_the_fastest_whole_one_is_located(root):
@@ -65,21 +72,6 @@ def test_a_folder_that_no_tier_has_whole_is_not_located(root):
         tc.locate("runs/a")
 
 
-def test_a_path_that_is_nowhere_is_an_error(root):
-    with pytest.raises(FileNotFoundError, match="none of the tiers hot, standard, archive has it"):
-        tc.locate("runs/a/step-11")
-
-
-def test_a_rule_file_can_be_named(root, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert tc.locate(root / "nvme/runs/a/step-10", rules=root / "tiercache.toml") == str(root / "cold/runs/a/step-10")
-
-
-def test_a_path_outside_all_tiers_stays_where_it_is(root):
-    (root / "other.txt").write_text("x")
-    assert tc.locate(root / "other.txt") == str(root / "other.txt")
-
-
 def test_without_a_rule_file_the_placement_of_the_home_leads_to_a_moved_file_and_checkpoint(root):
     (root / "tiercache.toml").unlink()
     keys = ["runs/a/step-10/metrics.json", "runs/a/step-10/model.bin"]
@@ -91,12 +83,7 @@ def test_without_a_rule_file_the_placement_of_the_home_leads_to_a_moved_file_and
         tc.locate(root / "store/runs/a/step-11")
 
 
-def test_a_link_to_a_tier_is_the_tier(root):
-    (root / "link").symlink_to(root / "nvme")
-    assert tc.locate(root / "link/runs/a/step-10") == str(root / "cold/runs/a/step-10")
-
-
 def test_what_was_removed_from_every_tier_is_an_error(root):
     shutil.rmtree(root / "cold/runs")
-    with pytest.raises(tc.NotFound):
+    with pytest.raises(FileNotFoundError, match="none of the tiers hot, standard, archive has it"):
         tc.locate("runs/a/step-10")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.request
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,12 +14,9 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
-from tiercache.tier.journal import PlannedObject
 from tiercache.tier.recall import plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier
-from tiercache.tier.snapshot import ARCHIVED, RESTORED, RESTORING
-from tiercache.tier.stores import Stores, state_of
-from tiercache.tier.transfer import Transfer
+from tiercache.tier.stores import Stores
 
 HOUR_S = 3600.0
 GLACIER = Prices(
@@ -69,10 +65,7 @@ class World:
     def __init__(self, clock, hours=5.0):
         self.clock, self.vault = clock, Vault(clock, hours)
         self.home = MemoryStore(f"home-{next(_numbers)}")
-        tiers = (
-            Tier(name="home", url=self.home.url),
-            Tier(name="vault", url=self.vault.url, storage_class="GLACIER"),
-        )
+        tiers = (Tier(name="home", url=self.home.url), Tier(name="vault", url=self.vault.url, storage_class="GLACIER"))
         self.file = RuleFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
         self.stores = Stores(
             self.file, stores={"home": self.home, "vault": self.vault.store}, s3_classes={"vault": self.vault}
@@ -166,42 +159,6 @@ def test_an_object_that_is_not_being_restored_is_an_error(world, clock):
 
 
 # -- moto -------------------------------------------------------------------------------------------------------------
-
-
-def set_transition(server, times):
-    """Set how many requests a restore takes on moto; None: none."""
-    how = {"progression": "immediate"} if times is None else {"progression": "manual", "times": times}
-    body = str({"model_name": "s3::keyrestore", "transition": how}).replace("'", '"').encode()
-    url = f"{server.endpoint}/moto-api/state-manager/set-transition"
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, data=body, timeout=5).close()
-
-
-@pytest.mark.s3
-def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path, clock):
-    set_transition(moto_server, 3)
-    folder = f"restore-{os.urandom(4).hex()}"
-    tiers = (
-        Tier(name="home", url=str(tmp_path)),
-        Tier(
-            name="vault", url=f"{moto_server.url}/{folder}", storage_class="GLACIER",
-            storage_options=moto_server.storage_options,
-        ),
-    )  # fmt: skip
-    file, data = RuleFile(path=Path("t.toml"), sha256="", tiers=tiers), os.urandom(1000)
-    with Stores(file) as stores, Transfer(stores) as transfer:
-        stores.store("home").put("a", data)
-        info = stores.head("home", "a")
-        transfer.copy("home", "vault", PlannedObject("a", info.n_bytes, info.etag))
-        stores.store("home").delete(["a"])
-        plan = plan_restore(file, stores, ["a"], [FREE, GLACIER], to="home")
-        assert [one.state for one in plan.objects] == [ARCHIVED]
-        request_restore(stores, plan)
-        assert state_of(stores.head("vault", "a")) == RESTORING
-        assert wait_restored(stores, plan, clock=clock) == ()
-        transfer.copy("vault", "home", PlannedObject("a", info.n_bytes))
-        assert stores.store("home").get("a") == data
-        assert state_of(stores.head("vault", "a")) == RESTORED
-    set_transition(moto_server, None)
 
 
 @pytest.mark.s3

@@ -138,15 +138,6 @@ def test_a_copy_from_a_store_into_a_folder_has_the_date_of_the_object(place, tmp
 # -- what is not what was planned -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"n_bytes": 1}, {"etag": '"other"'}, {"etag": None, "modified_s": 1.0}])
-def test_another_object_than_was_planned_is_not_copied(place, changes):
-    here = place()
-    here.near.put("a", SMALL)
-    with pytest.raises(ObjectChanged, match="what was planned"):
-        here.copy(**changes)
-    assert list(here.far.list()) == []
-
-
 def test_a_missing_source_is_not_found(place):
     here = place()
     with pytest.raises(NotFound):
@@ -166,15 +157,6 @@ def test_a_source_that_changes_during_the_copy_leaves_the_destination_unchanged(
     assert here.far.get("a") == b"older"
 
 
-def test_a_bit_flip_while_the_source_is_read_is_found_by_its_checksum(place):
-    near = FaultStore(memory(), [Fault("read_into", nth=2, kind=FaultKind.BIT_FLIP)])
-    here = place(near)
-    near.put("a", LARGE)
-    with pytest.raises(StoreError, match="the source is not what it should be"):
-        here.copy(crc32c=crc32c(LARGE))
-    assert list(here.far.list()) == []
-
-
 def test_two_tiers_of_one_location_are_not_copied_onto_themselves(tmp_path):
     tiers = tuple(Tier(name=name, url=str(tmp_path)) for name in ("hot", "archive"))
     stores = Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers))
@@ -185,30 +167,44 @@ def test_two_tiers_of_one_location_are_not_copied_onto_themselves(tmp_path):
 # -- what does not arrive ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_copy_that_arrived_wrong_is_removed(place, data):
-    here = place(far=WrongWrites(memory(), lambda part: part[:-1] + bytes([part[-1] ^ 1])))
+def faulty(verb, **how):
+    return lambda: FaultStore(memory(), [Fault(verb, **how)])
+
+
+def writing(turn):
+    return lambda: WrongWrites(memory(), turn)
+
+
+def flipped(part):
+    return part[:-1] + bytes([part[-1] ^ 1])
+
+
+FLIP, WRONG = FaultKind.BIT_FLIP, "the copy is not what it should be"
+NO_COPY = {  # bytes, both stores, what is planned otherwise, the error
+    "another size": (SMALL, memory, memory, {"n_bytes": 1}, "what was planned"),
+    "another ETag": (SMALL, memory, memory, {"etag": '"other"'}, "what was planned"),
+    "another date": (SMALL, memory, memory, {"etag": None, "modified_s": 1.0}, "what was planned"),
+    "a bit of the source flips": (
+        LARGE, faulty("read_into", nth=2, kind=FLIP), memory, {"crc32c": crc32c(LARGE)}, "the source is not what it",
+    ),
+    **{f"part {n} of the source fails": (LARGE, faulty("read_into", nth=n), memory, {}, "scripted") for n in (1, 2, 3)},
+    "it arrives wrong, small": (SMALL, memory, writing(flipped), {}, WRONG),
+    "it arrives wrong, large": (LARGE, memory, writing(flipped), {}, WRONG),
+    "it arrives short": (SMALL, memory, writing(lambda part: part[:-1]), {}, "expected 14 bytes, found 13 bytes"),
+    "a bit flips when a small copy is read back": (SMALL, memory, faulty("read_tail", kind=FLIP), {}, WRONG),
+    "a bit flips when a large copy is read back": (LARGE, memory, faulty("read_into", kind=FLIP), {}, WRONG),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_COPY)
+def test_what_is_not_the_planned_object_or_does_not_arrive_as_it_is_an_error_and_no_copy(place, name):
+    data, near, far, changes, said = NO_COPY[name]
+    here = place(near(), far())
     here.near.put("a", data)
-    with pytest.raises(StoreError, match="the copy is not what it should be") as caught:
-        here.copy()
-    assert (caught.value.details["wrong"], list(here.far.list())) == (True, [])
-
-
-def test_a_copy_that_arrived_short_is_removed(place):
-    here = place(far=WrongWrites(memory(), lambda part: part[:-1]))
-    here.near.put("a", SMALL)
-    with pytest.raises(StoreError, match="expected 14 bytes, found 13 bytes"):
-        here.copy()
+    with pytest.raises(StoreError, match=said) as caught:
+        here.copy(**changes)
     assert list(here.far.list()) == []
-
-
-@pytest.mark.parametrize(("data", "verb"), [(SMALL, "read_tail"), (LARGE, "read_into")], ids=["small", "large"])
-def test_a_bit_flip_while_the_copy_is_read_back_counts_as_wrong(place, data, verb):
-    here = place(far=FaultStore(memory(), [Fault(verb, kind=FaultKind.BIT_FLIP)]))
-    here.near.put("a", data)
-    with pytest.raises(StoreError, match="the copy is not what it should be"):
-        here.copy()
-    assert list(here.far.list()) == []
+    assert said != WRONG or caught.value.details["wrong"]
 
 
 def test_an_object_that_another_writer_put_meanwhile_is_not_removed(place):
@@ -244,16 +240,6 @@ def test_a_failing_destination_is_an_error_and_the_next_attempt_succeeds(place, 
     assert far.faulted_calls == [(verb, "a")]
     here.copy()
     assert far.inner.get("a") == data
-
-
-@pytest.mark.parametrize("nth", [1, 2, 3])
-def test_a_source_that_fails_at_any_part_leaves_no_copy(place, nth):
-    near = FaultStore(memory(), [Fault("read_into", nth=nth)])
-    here = place(near)
-    near.put("a", LARGE)
-    with pytest.raises(StoreError, match="scripted fault"):
-        here.copy()
-    assert list(here.far.list()) == []
 
 
 # -- pace, cancelling, memory -----------------------------------------------------------------------------------------

@@ -2,11 +2,7 @@
 
 import pytest
 
-from tiercache.cli.common import (
-    parse_columns,
-    parse_fraction,
-    parse_storage_options,
-)
+from tiercache.cli.common import parse_columns, parse_fraction, parse_storage_options
 from tiercache.cli.data import parse_type, parse_types
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import Column, Image, Ragged, Tensor

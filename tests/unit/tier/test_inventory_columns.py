@@ -10,7 +10,6 @@ from tests.support.scripted_tiers import NOW_S, OLD_S, ScriptedCatalog, scripted
 from tiercache.tier import checkpoint_names, inventory, listing, text_columns
 from tiercache.tier.checkpoint_names import KeyGroups, group_keys
 from tiercache.tier.journal import CatalogEntry, TierCatalog
-from tiercache.tier.text_columns import sort_order, split_keys, take_rows
 
 PART = (
     *(
@@ -73,20 +72,6 @@ def test_an_object_is_on_top_if_it_lies_directly_in_the_folder_of_its_group(some
     paths = found.paths.to_pylist()
     for key, group, on_top in zip(some, found.group.tolist(), found.on_top.tolist(), strict=True):
         assert on_top == (group >= 0 and key.rpartition("/")[0] == paths[group] and "/" in key)
-
-
-@given(key_lists, st.booleans())
-def test_sorted_and_unsorted_strings_are_ordered_alike(some, is_sorted):
-    some = sorted(some) if is_sorted else some
-    texts = pa.array(some, pa.large_string())
-    assert take_rows(texts, sort_order(texts)).to_pylist() == sorted(some)
-
-
-@given(key_lists, st.data())
-def test_all_rows_and_some_rows_are_taken_alike(some, data):
-    rows = data.draw(st.permutations(range(len(some))))[: data.draw(st.integers(0, len(some)))]
-    found = take_rows(pa.array(some, pa.large_string()), np.array(rows, np.int64))
-    assert found.to_pylist() == [some[row] for row in rows]
 
 
 # -- the books -------------------------------------------------------------------------------------------------------
@@ -161,22 +146,3 @@ def test_metrics_in_names_are_found_in_parts_too(tmp_path, monkeypatch, n_rows):
         n / 4 for n in range(12)
     ]
     tiers.clear()
-
-
-any_keys = st.lists(st.text("ab/é\n/", max_size=8), max_size=12)
-
-
-@pytest.mark.parametrize("n_rows", [1, 3, 1 << 16])
-def test_keys_are_split_at_their_last_slash(monkeypatch, n_rows):
-    monkeypatch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
-
-    @given(any_keys, st.integers(0, 3))
-    def check(texts, skipped):
-        folders, folder, names = split_keys(pa.array(texts, pa.large_string()).slice(skipped))
-        expected = [text.rpartition("/") for text in texts[skipped:]]
-        assert [folders[number].as_py() for number in folder.tolist()] == [before + sep for before, sep, _ in expected]
-        assert names.to_pylist() == [name for _, _, name in expected]
-        assert len(set(folders.to_pylist())) == len(folders)
-        names.validate(full=True)
-
-    check()

@@ -250,11 +250,6 @@ def test_where_parts_and_checkpoints_cannot_be_told_apart_the_folder_is_not_comp
     assert UNCERTAIN in lacks(*keys)[path]
 
 
-def test_names_that_are_not_valid_keys_in_such_a_folder_change_no_other_group():
-    assert lacks("step-1/step-2/../model.pt") == {}
-    assert lacks("step-1/step-2/../model.pt", "z/step-9/model.pt") == lacks("z/step-9/model.pt")
-
-
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,12 +310,6 @@ def test_a_checkpoint_lacks_what_its_names_promise():
 def test_trainer_state_is_required_of_all_checkpoints_of_a_trainer_run():
     found = lacks("o/checkpoint-1/trainer_state.json", "o/checkpoint-1/model.bin", "o/checkpoint-2/model.bin")
     assert found == {"o/checkpoint-1": "", "o/checkpoint-2": "trainer_state.json"}
-
-
-def test_numbered_shards_are_counted_per_folder():
-    keys = [f"s/step-1/{part}/m-0000{n}-of-00002.bin" for part in ("a", "b") for n in (1, 2)]
-    assert lacks(*keys) == {"s/step-1": ""}
-    assert lacks(*keys[:3]) == {"s/step-1": "some of the shards that their names count"}
 
 
 PARTIAL = "files that other checkpoints of its run have"
@@ -495,18 +484,6 @@ def test_a_torch_distributed_checkpoint_is_complete_with_its_metadata(tmp_path, 
     assert (layout.has_completing.all(), layout.lacks.any()) == (True, False)
     (tmp_path / "step-9" / ".metadata").unlink()
     assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
-
-
-def test_accelerate_checkpoints_need_no_final_object(tmp_path, model):
-    accelerate = pytest.importorskip("accelerate")
-    config = accelerate.utils.ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)
-    accelerator = accelerate.Accelerator(cpu=True, project_config=config)
-    accelerator.prepare(model)
-    accelerator.save_state()
-    accelerator.save_state()
-    keys = keys_below(tmp_path)
-    assert steps(*keys) == {"checkpoints/checkpoint_0": 0, "checkpoints/checkpoint_1": 1}
-    assert set(lacks(*keys).values()) == {""}
 
 
 # -- our own checkpoints, and layouts of users -------------------------------------------------------

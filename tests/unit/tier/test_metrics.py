@@ -23,10 +23,6 @@ def store(request):
     store.delete([info.key for info in store.list()])
 
 
-def test_the_files_with_metrics_are_those_of_the_reference():
-    assert set(METRIC_FILES) == {"trainer_state.json", "metrics.json", "metadata.json", "metrics/metrics"}
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -54,11 +50,6 @@ def test_metrics_are_read_from_a_name(name, expected):
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 10**9))
 def test_a_formatted_metric_is_read_back(value, step):
     assert metrics_in_name(f"epoch=1-step={step}-val_loss={value!r}.ckpt") == {"val_loss": value}
-
-
-@given(st.text(max_size=40))
-def test_metrics_of_any_name_are_finite_numbers(name):
-    assert all(isinstance(value, float) and value == value for value in metrics_in_name(name).values())
 
 
 def test_trainer_metrics_are_those_of_the_step_of_the_checkpoint():
@@ -152,10 +143,3 @@ def test_names_that_differ_only_in_digits_have_their_own_metrics(texts, data):
     found = metrics_in_names(pa.array(filled, pa.large_string()), NAMES)
     for name, values in plain(filled).items():
         assert np.array_equal(found[name], values, equal_nan=True)
-
-
-@pytest.mark.parametrize("n", [1, 100])
-def test_a_slice_of_names_has_the_metrics_of_its_names(n):
-    texts = [f"epoch={i}-val_loss={i / 8}.ckpt" for i in range(n + 2)]
-    found = metrics_in_names(pa.array(texts, pa.large_string()).slice(1, n), ["val_loss"])
-    assert found["val_loss"].tolist() == [i / 8 for i in range(1, n + 1)]
