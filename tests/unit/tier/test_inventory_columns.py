@@ -12,7 +12,7 @@ from tiercache.tier.checkpoint_names import KeyGroups, group_keys
 from tiercache.tier.journal import CatalogEntry, TierCatalog
 
 PART = (
-    *(
+    *[
         "a",
         "0",
         "10",
@@ -24,20 +24,22 @@ PART = (
         "step-1.pt",
         "step-2.pt",
         "é",
-        "x\ny",
-    ),
-    *("epoch=1-step=2-val_loss=0.3.ckpt", "epoch=2-step=4-val_loss=0.5.ckpt", "iter_0000100", "global_step3", "*[x]?"),
-    *(
-        "model.pt",
-        ".metadata",
-        "__0_0.distcp",
+        "iter_0000100",
+        "global_step3",
+        "*[x]?",
+    ],
+    *["epoch=1-step=2-val_loss=0.3.ckpt", "epoch=2-step=4-val_loss=0.5.ckpt", "model.pt", ".metadata", "__0_0.distcp"],
+    *[
         "trainer_state.json",
         "training_args.bin",
         "metadata.json",
         "x.tmp",
         "..",
-    ),
-    *("model-00001-of-00002.bin", "model-00002-of-00002.bin", "optimizer.pt", ".metadata.tmp", "caf\\xe9"),
+        "optimizer.pt",
+        ".metadata.tmp",
+        "caf\\xe9",
+    ],
+    *("model-00001-of-00002.bin", "model-00002-of-00002.bin", "x\ny"),
 )
 keys = st.lists(st.sampled_from(PART), min_size=1, max_size=4).map("/".join)
 marked = st.tuples(keys, st.sampled_from(["", "", "", "/"])).map("".join)

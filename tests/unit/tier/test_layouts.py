@@ -1,8 +1,6 @@
 """Layouts: which keys form a checkpoint, at which step, of which run, and whether its names show it complete."""
 
 import itertools
-import warnings
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -53,127 +51,77 @@ def lacks(*keys: str) -> dict[str, str]:
 
 # -- the layouts of libraries ------------------------------------------------------------------------------------------
 
-LAYOUTS = {
+LAYOUTS = {  # keys, and the step of each checkpoint
     "torch.distributed.checkpoint": (
-        ("run/step-1000/.metadata", "run/step-1000/__0_0.distcp", "run/step-1000/__1_0.distcp"),
-        {"run/step-1000": 1000},
+        "run/step-1000/.metadata run/step-1000/__0_0.distcp run/step-1000/__1_0.distcp", {"run/step-1000": 1000},
     ),
     "Trainer": (
-        (
-            "out/checkpoint-500/config.json",
-            "out/checkpoint-500/model-00001-of-00002.safetensors",
-            "out/checkpoint-500/model-00002-of-00002.safetensors",
-            "out/checkpoint-500/model.safetensors.index.json",
-            "out/checkpoint-500/optimizer.pt",
-            "out/checkpoint-500/rng_state_0.pth",
-            "out/checkpoint-500/trainer_state.json",
-            "out/checkpoint-500/training_args.bin",
-        ),
-        {"out/checkpoint-500": 500},
+        ("out/checkpoint-500/config.json out/checkpoint-500/model-00001-of-00002.safetensors "
+        "out/checkpoint-500/model-00002-of-00002.safetensors out/checkpoint-500/model.safetensors.index.json "
+        "out/checkpoint-500/optimizer.pt out/checkpoint-500/rng_state_0.pth out/checkpoint-500/trainer_state.json "
+        "out/checkpoint-500/training_args.bin"), {"out/checkpoint-500": 500},
     ),
     "Trainer with DeepSpeed": (
-        (
-            "out/checkpoint-500/global_step500/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-            "out/checkpoint-500/global_step500/mp_rank_00_model_states.pt",
-            "out/checkpoint-500/latest",
-            "out/checkpoint-500/trainer_state.json",
-            "out/checkpoint-500/zero_to_fp32.py",
-        ),
-        {"out/checkpoint-500": 500},
+        ("out/checkpoint-500/global_step500/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt "
+        "out/checkpoint-500/global_step500/mp_rank_00_model_states.pt out/checkpoint-500/latest "
+        "out/checkpoint-500/trainer_state.json out/checkpoint-500/zero_to_fp32.py"), {"out/checkpoint-500": 500},
     ),
     "Trainer with FSDP": (
-        (
-            "out/checkpoint-5/optimizer_0/.metadata",
-            "out/checkpoint-5/optimizer_0/__0_0.distcp",
-            "out/checkpoint-5/pytorch_model_fsdp_0/.metadata",
-            "out/checkpoint-5/pytorch_model_fsdp_0/__0_0.distcp",
-            "out/checkpoint-5/trainer_state.json",
-        ),
-        {"out/checkpoint-5": 5},
+        ("out/checkpoint-5/optimizer_0/.metadata out/checkpoint-5/optimizer_0/__0_0.distcp "
+        "out/checkpoint-5/pytorch_model_fsdp_0/.metadata out/checkpoint-5/pytorch_model_fsdp_0/__0_0.distcp "
+        "out/checkpoint-5/trainer_state.json"), {"out/checkpoint-5": 5},
     ),
     "Lightning": (
-        ("logs/version_0/checkpoints/epoch=2-step=300-val_loss=0.32.ckpt", "logs/version_0/hparams.yaml"),
+        "logs/version_0/checkpoints/epoch=2-step=300-val_loss=0.32.ckpt logs/version_0/hparams.yaml",
         {"logs/version_0/checkpoints/epoch=2-step=300-val_loss=0.32.ckpt": 300},
     ),
-    "Lightning, a name that was taken": (("c/epoch=2-step=300-v1.ckpt",), {"c/epoch=2-step=300-v1.ckpt": 300}),
-    "Lightning, a prefix": (
-        ("c/sample-mnist-epoch=02-val_loss=0.32.ckpt",),
-        {"c/sample-mnist-epoch=02-val_loss=0.32.ckpt": 2},
-    ),
-    "Lightning without '='": (
-        ("c/sample-mnist-epoch02-val_loss0.32.ckpt",),
-        {"c/sample-mnist-epoch02-val_loss0.32.ckpt": 2},
-    ),
+    "Lightning, a name that was taken": ("c/epoch=2-step=300-v1.ckpt", {"c/epoch=2-step=300-v1.ckpt": 300}),
+    "Lightning, a prefix": ("c/a-mnist-epoch=02-loss=0.32.ckpt", {"c/a-mnist-epoch=02-loss=0.32.ckpt": 2}),
+    "Lightning without '='": ("c/a-mnist-epoch02-loss0.32.ckpt", {"c/a-mnist-epoch02-loss0.32.ckpt": 2}),
     "Lightning with FSDP": (
-        ("c/epoch=0-step=10.ckpt/.metadata", "c/epoch=0-step=10.ckpt/__0_0.distcp", "c/epoch=0-step=10.ckpt/meta.pt"),
+        "c/epoch=0-step=10.ckpt/.metadata c/epoch=0-step=10.ckpt/__0_0.distcp c/epoch=0-step=10.ckpt/meta.pt",
         {"c/epoch=0-step=10.ckpt": 10},
     ),
     "Megatron-LM": (
-        (
-            "gpt/iter_0001000/mp_rank_00/distrib_optim.pt",
-            "gpt/iter_0001000/mp_rank_00/model_optim_rng.pt",
-            "gpt/iter_0001000/mp_rank_01_000/model_optim_rng.pt",
-            "gpt/latest_checkpointed_iteration.txt",
-        ),
+        ("gpt/iter_0001000/mp_rank_00/distrib_optim.pt gpt/iter_0001000/mp_rank_00/model_optim_rng.pt "
+        "gpt/iter_0001000/mp_rank_01_000/model_optim_rng.pt gpt/latest_checkpointed_iteration.txt"),
         {"gpt/iter_0001000": 1000},
     ),
     "Megatron-LM with torch_dist": (
-        (
-            "gpt/iter_0001000/.metadata",
-            "gpt/iter_0001000/__0_0.distcp",
-            "gpt/iter_0001000/common.pt",
-            "gpt/iter_0001000/metadata.json",
-        ),
-        {"gpt/iter_0001000": 1000},
+        ("gpt/iter_0001000/.metadata gpt/iter_0001000/__0_0.distcp gpt/iter_0001000/common.pt "
+        "gpt/iter_0001000/metadata.json"), {"gpt/iter_0001000": 1000},
     ),
     "DeepSpeed": (
-        (
-            "ds/global_step1000/mp_rank_00_model_states.pt",
-            "ds/global_step1000/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-            "ds/latest",
-            "ds/zero_to_fp32.py",
-        ),
-        {"ds/global_step1000": 1000},
+        ("ds/global_step1000/mp_rank_00_model_states.pt ds/latest ds/zero_to_fp32.py "
+        "ds/global_step1000/zero_pp_rank_0_mp_rank_00_optim_states.pt"), {"ds/global_step1000": 1000},
     ),
     "OLMo": (
-        (
-            "o/step1000-unsharded/model.pt",
-            "o/step2000/model_and_optim/.metadata",
-            "o/step2000/model_and_optim/__0_0.distcp",
-            "o/step2000/train/rank0.pt",
-        ),
+        ("o/step1000-unsharded/model.pt o/step2000/model_and_optim/.metadata "
+        "o/step2000/model_and_optim/__0_0.distcp o/step2000/train/rank0.pt"),
         {"o/step1000-unsharded": 1000, "o/step2000": 2000},
     ),
     "Orbax": (
-        ("x/1000/state/manifest.ocdbt", "x/1000/_CHECKPOINT_METADATA", "x/2000/state/manifest.ocdbt"),
+        "x/1000/state/manifest.ocdbt x/1000/_CHECKPOINT_METADATA x/2000/state/manifest.ocdbt",
         {"x/1000": 1000, "x/2000": 2000},
     ),
-    "files by step": (
-        (
-            "a/step-10.pt", "a/step_20.pth", "a/ckpt-30.safetensors", "a/checkpoint_40.pth.tar", "a/iter_50.npz",
-            "a/epoch-6.bin", "a/model_step_70.tar", "a/global_step80.pt",
-        ),
-        {
-            "a/step-10.pt": 10, "a/step_20.pth": 20, "a/ckpt-30.safetensors": 30, "a/checkpoint_40.pth.tar": 40,
-            "a/iter_50.npz": 50, "a/epoch-6.bin": 6, "a/model_step_70.tar": 70, "a/global_step80.pt": 80,
-        },
-    ),
+    **{name: (f"a/{name}", {f"a/{name}": step}) for name, step in {
+        "step-10.pt": 10, "step_20.pth": 20, "ckpt-30.safetensors": 30, "checkpoint_40.pth.tar": 40, "iter_50.npz": 50,
+        "epoch-6.bin": 6, "model_step_70.tar": 70, "global_step80.pt": 80, "ckpt_epoch_3_step_700.pt": 700,
+    }.items()},
     "a metric without '='": (
-        ("a/checkpoint-230500-loss-1.2531/model.safetensors",),
-        {"a/checkpoint-230500-loss-1.2531": 230500},
+        "a/checkpoint-230500-loss-1.2531/model.safetensors", {"a/checkpoint-230500-loss-1.2531": 230500},
     ),
-    "an epoch and a step": (("a/ckpt_epoch_3_step_700.pt",), {"a/ckpt_epoch_3_step_700.pt": 700}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_checkpoint_is_found_with_its_step_and_all_keys_in_its_folder_and_is_complete(name):
-    keys, expected = LAYOUTS[name]
-    assert steps(*keys) == expected
-    found = groups(layout_of(*keys), keys)
-    for path in expected:
-        assert found[path] == {key for key in keys if key == path or key.startswith(f"{path}/")}
-    assert set(lacks(*keys).values()) == {""}
+def test_a_checkpoint_is_found_with_its_step_and_all_keys_in_its_folder_and_is_complete():
+    for name, (text, expected) in LAYOUTS.items():
+        keys = text.split()
+        assert steps(*keys) == expected, name
+        found = groups(layout_of(*keys), keys)
+        for path in expected:
+            assert found[path] == {key for key in keys if key == path or key.startswith(f"{path}/")}, name
+        assert set(lacks(*keys).values()) == {""}, name
 
 
 NO_CHECKPOINTS = (
@@ -201,53 +149,43 @@ def test_numbered_folders_are_checkpoints_only_beside_another_and_with_weights_a
 # -- folders of runs that are named like a checkpoint ----------------------------------------------------------------
 
 
-TRAINER = ("model.safetensors", "optimizer.pt", "trainer_state.json")
-
-
 UNCERTAIN = "whether it is one checkpoint or a folder of checkpoints"
 
 
-@pytest.mark.parametrize("folder", ["finetune_from_step_5000", "dpo/iter_1", "iter_2/rlhf/epoch-3/x", "step_1/step_2"])
-def test_a_folder_named_like_a_checkpoint_that_contains_checkpoints_is_left_alone_until_a_rule_names_them(folder):
-    keys = [f"{folder}/checkpoint-{n}/{name}" for n in (100, 200, 300) for name in TRAINER]
-    keys += [f"{folder}/{name}" for name in ("trainer_state.json", "model.safetensors")]
-    (outer,) = [path for path, lack in lacks(*keys).items() if UNCERTAIN in lack]
-    assert f"{folder}/".startswith(f"{outer}/")
-    layout = group_keys(pa.array(keys), [UserLayout("checkpoint-{step}/")])
-    found = {path: step for path, step, one in zip(layout.paths.to_pylist(), layout.step.tolist(),
-                                                   layout.lacks.tolist(), strict=True) if not one}  # fmt: skip
-    assert found == {f"{folder}/checkpoint-{n}": n for n in (100, 200, 300)}
+def test_a_folder_named_like_a_checkpoint_that_contains_checkpoints_is_left_alone_until_a_rule_names_them():
+    for folder in ("finetune_from_step_5000", "dpo/iter_1", "iter_2/rlhf/epoch-3/x", "step_1/step_2"):
+        names = ("model.safetensors", "optimizer.pt", "trainer_state.json")
+        keys = [f"{folder}/checkpoint-{n}/{name}" for n in (100, 200, 300) for name in names]
+        keys += [f"{folder}/{name}" for name in ("trainer_state.json", "model.safetensors")]
+        (outer,) = [path for path, lack in lacks(*keys).items() if UNCERTAIN in lack]
+        assert f"{folder}/".startswith(f"{outer}/")
+        layout = group_keys(pa.array(keys), [UserLayout("checkpoint-{step}/")])
+        found = zip(layout.paths.to_pylist(), layout.step.tolist(), layout.lacks.tolist(), strict=True)
+        complete = {path: step for path, step, one in found if not one}
+        assert complete == {f"{folder}/checkpoint-{n}": n for n in (100, 200, 300)}
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ("a/checkpoint-500/trainer_state.json", "a/checkpoint-500/global_step499/mp_rank_00_model_states.pt"),
-        ("a/step-500/.metadata", "a/step-500/__0_0.distcp", "a/step-500/ckpt_0/x.pt", "a/step-500/ckpt_1/x.pt"),
-        ("a/step-500/model_epoch_3.pt", "a/step-500/optimizer.pt"),
-        ("a/step-500/model.pt", "a/step-500/step_500/x.pt", "a/step-500/500/x.pt"),
-    ],
+PARTS = (
+    "a/step-500/trainer_state.json a/step-500/global_step499/mp_rank_00_model_states.pt",
+    "a/step-500/.metadata a/step-500/__0_0.distcp a/step-500/ckpt_0/x.pt a/step-500/ckpt_1/x.pt",
+    "a/step-500/model_epoch_3.pt a/step-500/optimizer.pt",
+    "a/step-500/model.pt a/step-500/step_500/x.pt a/step-500/500/x.pt",
 )
-def test_parts_of_a_checkpoint_whose_names_contain_other_numbers_belong_to_it(keys):
-    assert list(steps(*keys)) == [keys[0].rpartition("/")[0]]
-    assert UNCERTAIN not in "".join(lacks(*keys).values())
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ("a/step-500/ckpt_0/model.pt", "a/step-500/ckpt_1/model.pt"),
-        ("a/iter_1/checkpoint-100/model.pt",),
-        ("a/step-500/ckpt_0.pt", "a/step-500/ckpt_1.pt"),
-        ("a/iter_1/trainer_state.json", "a/iter_1/checkpoint-100/trainer_state.json"),
-        ("a/step_5000/100/_CHECKPOINT_METADATA", "a/step_5000/100/model.msgpack"),
-        ("a/step_5000/epoch=0-step=100.ckpt", "a/step_5000/epoch=1-step=200.ckpt"),
-    ],
+PARTS_OR_CHECKPOINTS = (
+    "a/step-500/ckpt_0/model.pt a/step-500/ckpt_1/model.pt",
+    "a/step-500/checkpoint-100/model.pt",
+    "a/step-500/ckpt_0.pt a/step-500/ckpt_1.pt",
+    "a/step-500/trainer_state.json a/step-500/checkpoint-100/trainer_state.json",
+    "a/step-500/100/_CHECKPOINT_METADATA a/step-500/100/model.msgpack",
+    "a/step-500/epoch=0-step=100.ckpt a/step-500/epoch=1-step=200.ckpt",
 )
-def test_where_parts_and_checkpoints_cannot_be_told_apart_the_folder_is_not_complete(keys):
-    path = "/".join(keys[0].split("/")[:2])
-    assert list(steps(*keys)) == [path]
-    assert UNCERTAIN in lacks(*keys)[path]
+
+
+def test_parts_whose_names_contain_other_numbers_belong_to_the_checkpoint_unless_they_may_be_checkpoints():
+    for text in (*PARTS, *PARTS_OR_CHECKPOINTS):
+        keys = text.split()
+        assert list(steps(*keys)) == ["a/step-500"], text
+        assert (UNCERTAIN in lacks(*keys)["a/step-500"]) == (text in PARTS_OR_CHECKPOINTS), text
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -337,12 +275,12 @@ def test_partial_copies_are_found_although_several_lack_files():
     assert partial({1: ABC, 2: ABC[:2], 3: ABC[:1]}) == {2, 3}
 
 
-@pytest.mark.parametrize("name", ["model_{n}.bin", "rank-{n}/model.bin", "model_{n}/part_0.bin"])
-def test_a_checkpoint_that_lacks_the_file_of_a_rank_is_a_partial_copy(name):
-    ranks = [name.format(n=n) for n in range(8)]
-    for broken in (ranks[:-1], ranks[1:], ranks[:1]):
-        assert partial({1: ranks, 2: ranks, 3: broken}) == {3}
-        assert partial({1: ranks, 2: broken, 3: broken}) == {2, 3}
+def test_a_checkpoint_that_lacks_the_file_of_a_rank_is_a_partial_copy():
+    for name in ("model_{n}.bin", "rank-{n}/model.bin", "model_{n}/part_0.bin"):
+        ranks = [name.format(n=n) for n in range(8)]
+        for broken in (ranks[:-1], ranks[1:], ranks[:1]):
+            assert partial({1: ranks, 2: ranks, 3: broken}) == {3}
+            assert partial({1: ranks, 2: broken, 3: broken}) == {2, 3}
 
 
 def test_steps_in_the_names_of_files_do_not_count():
@@ -459,45 +397,9 @@ def test_every_key_is_in_at_most_one_group_and_paths_are_unique(keys):
         assert group == NO_GROUP or key == paths[group] or key.startswith(f"{paths[group]}/")
 
 
-# -- what libraries write here ----------------------------------------------------------------------------------------
-
-
-def keys_below(root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
-
-
-@pytest.fixture
-def model():
-    torch = pytest.importorskip("torch")
-    return torch.nn.Linear(4, 4)
-
-
-def test_a_torch_distributed_checkpoint_is_complete_with_its_metadata(tmp_path, model):
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is but one process
-        for step in (9, 10):
-            dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / f"step-{step}", no_dist=True)
-    layout = layout_of(*keys_below(tmp_path))
-    assert (layout.paths.to_pylist(), layout.step.tolist()) == (["step-10", "step-9"], [10, 9])
-    assert (layout.has_completing.all(), layout.lacks.any()) == (True, False)
-    (tmp_path / "step-9" / ".metadata").unlink()
-    assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
-
-
 # -- our own checkpoints, and layouts of users -------------------------------------------------------
 
 OWN = "runs/7/step-000000000100.20261129T193324123Z-7f3a9c"
-
-
-def runs(layout: KeyGroups) -> set[frozenset[str]]:
-    """The checkpoints of each run."""
-    found: dict[int, set[str]] = {}
-    for path, run in zip(layout.paths.to_pylist(), layout.run.tolist(), strict=True):
-        if run != NO_RUN:
-            found.setdefault(run, set()).add(path)
-    return {frozenset(paths) for paths in found.values()}
 
 
 def test_one_of_our_own_checkpoints_is_complete_with_its_manifest_which_is_its_final_object():
@@ -516,33 +418,36 @@ def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():
     assert layout.written_s[0] - layout.written_s[1] == pytest.approx(4 * 3600 + 26 * 60 + 35.877, abs=1e-3)
 
 
-def test_each_file_of_a_users_layout_is_a_checkpoint():
-    keys = ["r/model_5.pt", "r/model_10.pt", "r/model_best.pt", "other/model_5.pt"]
-    layout = group_keys(pa.array(keys), [UserLayout("model_{step}.pt", ("r/**",))])
-    found = dict(zip(layout.paths.to_pylist(), layout.step.tolist(), strict=True))
-    assert found == {"r/model_5.pt": 5, "r/model_10.pt": 10, "r/model_best.pt": NO_STEP, "other/model_5.pt": NO_STEP}
-    assert runs(layout) == {frozenset({"r/model_5.pt", "r/model_10.pt"})}
+USERS = {  # layout, and the step and the number of the run of each path
+    "files": (
+        UserLayout("model_{step}.pt", ("r/**",)), "r/model_5.pt r/model_10.pt r/model_best.pt other/model_5.pt",
+        {"r/model_5.pt": (5, 0), "r/model_10.pt": (10, 0), "r/model_best.pt": None, "other/model_5.pt": None},
+    ),
+    "folders": (
+        UserLayout("w{step}.d/", ("r/*",)), "r/w5.d/a.bin r/w5.d/x/b.bin r/w10.d/a.bin r/w5.d.txt",
+        {"r/w5.d": (5, 0), "r/w10.d": (10, 0), "r/w5.d.txt": None},
+    ),
+    "a star tells runs apart": (
+        UserLayout("*-net{step}.pt"), "r/a-net5.pt r/a-net6.pt r/b-net5.pt",
+        {"r/a-net5.pt": (5, 0), "r/a-net6.pt": (6, 0), "r/b-net5.pt": (5, 1)},
+    ),
+    "before those of libraries": (
+        UserLayout("step-7-part-{step}.pt"), "r/step-7-part-3.pt", {"r/step-7-part-3.pt": (3, 0)},
+    ),
+}  # fmt: skip
 
 
-def test_each_folder_of_a_users_layout_is_a_checkpoint():
-    keys = ["r/w5.d/a.bin", "r/w5.d/x/b.bin", "r/w10.d/a.bin", "r/w5.d.txt"]
-    layout = group_keys(pa.array(keys), [UserLayout("w{step}.d/", ("r/*",))])
-    assert layout.paths.to_pylist() == ["r/w10.d", "r/w5.d", "r/w5.d.txt"]
-    assert layout.step.tolist() == [10, 5, NO_STEP]
+def test_each_file_or_folder_of_a_users_layout_is_a_checkpoint():
+    for name, (one, text, expected) in USERS.items():
+        layout = group_keys(pa.array(text.split()), [one])
+        found = zip(layout.paths.to_pylist(), layout.step.tolist(), layout.run.tolist(), strict=True)
+        numbers: dict[int, int] = {}
+        given = {path: None if run == NO_RUN else (step, numbers.setdefault(run, len(numbers)))
+                 for path, step, run in sorted(found)}  # fmt: skip
+        assert given == expected, name
 
 
-def test_a_star_in_a_users_layout_stands_for_any_characters_and_tells_runs_apart():
-    keys = ["r/a-net5.pt", "r/a-net6.pt", "r/b-net5.pt"]
-    layout = group_keys(pa.array(keys), [UserLayout("*-net{step}.pt")])
-    assert runs(layout) == {frozenset(keys[:2]), frozenset(keys[2:])}
-
-
-def test_a_users_layout_has_precedence_over_those_of_libraries():
-    layout = group_keys(pa.array(["r/step-7-part-3.pt"]), [UserLayout("step-7-part-{step}.pt")])
-    assert layout.step.tolist() == [3]
-
-
-@pytest.mark.parametrize("pattern", ["model.pt", "{step}/{step}.pt", "a/{step}.pt", "{stop}.pt", "{step}{step}"])
-def test_a_users_layout_has_one_number_in_one_name(pattern):
-    with pytest.raises(ValueError, match="expected a name with"):
-        layout_pattern(pattern)
+def test_a_users_layout_has_one_number_in_one_name():
+    for pattern in ("model.pt", "{step}/{step}.pt", "a/{step}.pt", "{stop}.pt", "{step}{step}"):
+        with pytest.raises(ValueError, match="expected a name with"):
+            layout_pattern(pattern)

@@ -66,26 +66,9 @@ def test_a_fault_is_found_in_a_picture(oracle, name):
     assert (said in found(oracle, now, day)) if said else found(oracle, now, day) == ""
 
 
-def test_a_copy_is_deleted_after_grace_and_not_before(oracle):
-    assert found(oracle, COPIED) == ""
-    assert found(oracle, MOVED, day=2.1) == ""
-
-
 def test_a_copy_that_is_deleted_before_grace_is_over_is_found(oracle):
     assert found(oracle, COPIED) == ""
     assert "grace" in found(oracle, MOVED, day=1.5)
-
-
-def test_an_old_object_may_be_deleted_by_its_rule(oracle):
-    oracle.begins(picture(), 31 * DAY_S)
-    assert found(oracle, picture(objects(NEW, FILE)), day=31) == ""
-
-
-def test_a_copy_of_corrupt_bytes_may_be_removed_at_once(oracle):
-    oracle.rotted("hot", "f", b"rot")
-    hot = CHECKPOINTS | {"f": Seen(b"rot")}
-    assert found(oracle, picture(hot, {"f": Seen(b"rot")})) == ""
-    assert found(oracle, picture(hot)) == ""
 
 
 def test_a_copy_may_be_withdrawn_unless_another_tier_has_got_one_since(oracle):
