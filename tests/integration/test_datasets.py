@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import multiprocessing
 import random
 from typing import ClassVar
 
@@ -90,32 +89,6 @@ def test_files_are_streamed_through_the_cache(url, wildcard, tmp_path):
         rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         assert [row["id"] for row in rows] == list(range(2 * N_ROWS))
         assert read_bytes() <= (1.1 * size if is_first else 0)
-
-
-def test_columns_that_are_streamed_are_those_that_are_fetched(url, tmp_path):
-    size = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
-    rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True, columns=["id"])
-    assert sum(row["id"] for row in rows) == sum(range(2 * N_ROWS))
-    assert 0 < read_bytes() < size / 2
-
-
-def _sum_there(url, sent):
-    fsspec.register_implementation("countedlocal", CountedLocal, clobber=True)
-    rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)
-    sent.put((sum(row["id"] for row in rows), read_bytes()))
-
-
-def test_another_process_streams_what_the_first_has_fetched(url):
-    rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)
-    assert sum(row["id"] for row in rows) == sum(range(2 * N_ROWS))
-    context = multiprocessing.get_context("spawn")
-    sent = context.Queue()
-    child = context.Process(target=_sum_there, args=(url, sent))
-    child.start()
-    assert sent.get(timeout=120) == (sum(range(2 * N_ROWS)), 0)
-    child.join()
-    sent.close()
-    sent.join_thread()
 
 
 def test_a_missing_file_is_said_to_be_missing(url):

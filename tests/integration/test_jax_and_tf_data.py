@@ -69,14 +69,6 @@ class TestJax:
             assert np.array_equal(np.asarray(batch["x"])[:, 0], np.asarray(batch["id"]))
             assert np.array_equal(np.asarray(batch["half"], np.float32), np.asarray(batch["id"]))
 
-    def test_processes_share_an_epoch(self, path, jax):
-        assert (jax.process_index(), jax.process_count()) == (0, 1)
-        served = []
-        for rank in range(2):  # as two processes would ask
-            options = tc.LoaderOptions(seed=1, rank=rank, world_size=2)
-            served += [b["id"] for b in tc.NumpyLoader(tc.Dataset(path), 10, shuffle=True, options=options)]
-        assert sorted(np.concatenate(served).tolist()) == list(range(N))
-
 
 class TestTfData:
     @pytest.fixture
@@ -101,16 +93,3 @@ class TestTfData:
                 epochs[-1] += ids.tolist()
         assert all(len(set(ids)) == N // 16 * 16 for ids in epochs)
         assert epochs[0] != epochs[1]
-
-    def test_a_pass_resumes_from_a_state(self, dataset, tf):
-        options = tc.LoaderOptions(seed=2)
-        loader = tc.NumpyLoader(dataset, 16, shuffle=True, options=options)
-        whole = [batch["id"].tolist() for batch in tc.NumpyLoader(dataset, 16, shuffle=True, options=options)]
-        iterator = iter(loader)
-        next(iterator)
-        resumed = tc.NumpyLoader(dataset, 16, shuffle=True, options=options)
-        resumed.load_state_dict(loader.state_dict())
-        signature = {"id": tf.TensorSpec((None,), tf.int64)}
-        ids = ({"id": batch["id"]} for batch in resumed)
-        batches = tf.data.Dataset.from_generator(lambda: ids, output_signature=signature)
-        assert [batch["id"].numpy().tolist() for batch in batches] == whole[1:]

@@ -163,12 +163,10 @@ class CheckpointVerification:
     Attributes:
         name: Name of the checkpoint.
         problems: Defects of the copy in each tier as text; an empty tuple for a copy that is right.
-        n_bytes: Number of bytes that were read.
     """
 
     name: str
     problems: Mapping[CheckpointTier, tuple[str, ...]]
-    n_bytes: int
 
     @property
     def is_right(self) -> bool:
@@ -498,7 +496,6 @@ class Checkpoints:
         """
         scan, name = self._find(which)
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
-        n_bytes = 0
         for copy in scan.copies[name]:
             if not copy.is_committed and scan.complete(name):
                 continue  # no copy: the files of the ranks of this machine
@@ -507,8 +504,7 @@ class Checkpoints:
                 continue
             with CopyReader(copy.store, copy.manifest) as reader:
                 problems[copy.tier] = tuple(reader.verify())
-            n_bytes += copy.manifest.n_bytes
-        return CheckpointVerification(name, problems, n_bytes)
+        return CheckpointVerification(name, problems)
 
     def delete(self, which: str | int) -> RetentionReport:
         """Delete a checkpoint from all tiers.

@@ -331,8 +331,6 @@ class DistributedWriter(StorageWriter):
         """Return whether the checkpoint is committed at the store; the coordinator knows."""
         return self._is_committed
 
-    wait = done
-
 
 def _check_names(names: Iterable[str]) -> None:
     name, n_times = Counter(names).most_common(1)[0] if (names := [*names]) else ("", 0)

@@ -259,9 +259,7 @@ class _IntoPlan:
     def _add_dict(self, node: Any, target: dict[Any, Any], path: Path, *, is_top: bool) -> None:
         saved = children(node)
         if saved is None:
-            self.misshaped.append(
-                f"{_dotted(path)}: {_kind(node, self.tensors)} in the checkpoint, a dict in the object"
-            )
+            self._note_shape(node, "a dict", path)
             return
         if not is_top:  # at the top, the caller names what is wanted
             self.unexpected += [_dotted((*path, key)) for key in saved if key not in target]
@@ -284,6 +282,11 @@ class _IntoPlan:
             else:
                 self.add(saved[key], value, (*path, key))  # raises TypeError
 
+    def _note_shape(self, node: Any, wanted: object, path: Path) -> None:
+        shape = _shape(node, self.tensors)
+        found = "a dict" if children(node) is not None else "no tensor" if shape is None else [*shape]
+        self.misshaped.append(f"{_dotted(path)}: {found} in the checkpoint, {wanted} in the object")
+
     def _add_value(self, node: Any, target: dict[Any, Any], key: Any) -> None:
         self.tensors.want(node)
 
@@ -297,8 +300,8 @@ class _IntoPlan:
         if reason := unfillable(target):
             self.unfillable.append(f"{_dotted(path)} is {reason}")
             return
-        if (shape := _shape(node, self.tensors)) != tuple(target.shape):
-            self.misshaped.append(_misshaped(path, _kind(node, self.tensors), shape, target))
+        if _shape(node, self.tensors) != tuple(target.shape):
+            self._note_shape(node, [*target.shape], path)
             return
         self.tensors.want(node, self._place(node, target))
 
@@ -343,9 +346,7 @@ class _IntoPlan:
         """Note the differences of a module, and return the keys of the checkpoint that it cannot take."""
         saved = children(node)
         if saved is None:
-            self.misshaped.append(
-                f"{_dotted(path)}: {_kind(node, self.tensors)} in the checkpoint, a module in the object"
-            )
+            self._note_shape(node, "a module", path)
             return set()
         missing = [key for key in current if key not in saved]
         unexpected = [key for key in saved if key not in current]
@@ -353,13 +354,13 @@ class _IntoPlan:
         self.unexpected += [_dotted((*path, key)) for key in unexpected]
         dropped = set(unexpected)
         for key, value in current.items():
-            if key not in saved or not is_tensor(value) or _is_lazy(value):
+            if key not in saved or not is_tensor(value):
                 continue
             if reason := unfillable(value):
                 self.unfillable.append(f"{_dotted((*path, key))} is {reason}")
                 dropped.add(key)
-            elif (shape := _shape(saved[key], self.tensors)) != tuple(value.shape):
-                self.misshaped.append(_misshaped((*path, key), _kind(saved[key], self.tensors), shape, value))
+            elif _shape(saved[key], self.tensors) != tuple(value.shape):
+                self._note_shape(saved[key], [*value.shape], (*path, key))
                 dropped.add(key)
         return dropped
 
@@ -402,7 +403,7 @@ class _IntoPlan:
             _line("cannot be filled", self.unfillable),
             _line("keys of the saved state", self.known),
         ]
-        text = "\n".join(filter(None, [f"{name} does not fit into=:", *lines, _hint(self.missing, self.unexpected)]))
+        text = "\n".join(filter(None, [f"{name} does not fit into=:", *lines]))
         if strict:
             raise ValueError(f"{text}\nNothing was loaded. load(..., strict=False) loads everything that fits.")
         warnings.warn(f"{text}\nEverything else is loaded (strict=False).", RuntimeWarning, stacklevel=5)
@@ -443,12 +444,6 @@ def unfillable(value: Any) -> str:
     return ""
 
 
-def _is_lazy(value: Any) -> bool:
-    """Return whether a value is a parameter of a lazy module, whose shape is that of the checkpoint."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.nn.parameter.UninitializedTensorMixin)
-
-
 def _as_array(value: Any) -> Any:
     """Return the array of a tensor of the host; types that NumPy lacks, such as bfloat16, become float64."""
     return (value.double() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
@@ -480,21 +475,6 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
     return None
 
 
-def _kind(node: Any, tensors: _Tensors) -> str:
-    if children(node) is not None:
-        return "a dict"
-    if _shape(node, tensors) is not None:
-        return "a tensor"
-    if isinstance(node, list) or (isinstance(node, dict) and not {"$tuple", "$set", "$frozenset"}.isdisjoint(node)):
-        return "a list, tuple or set"
-    return f"the value {decode_state(node, no_tensor)!r:.40}"
-
-
-def _misshaped(path: Path, kind: str, shape: tuple[int, ...] | None, target: Any) -> str:
-    found = kind if shape is None else list(shape)
-    return f"{_dotted(path)}: {found} in the checkpoint, {list(target.shape)} in the object"
-
-
 def _dotted(path: Path) -> str:
     texts = (f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path)
     return "".join(texts).removeprefix(".") or "the state"
@@ -510,20 +490,6 @@ def _line(what: str, keys: Sequence[str]) -> str:
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
     separator = "\n    " if any(":" in key for key in keys) else ", "
     return f"  {what} ({len(keys)}): {separator.join(keys[:_NAMED])}{more}"
-
-
-def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """Return the likely reason if the keys differ by a prefix that DistributedDataParallel or torch.compile adds."""
-    for prefix in ("module.", "_orig_mod."):
-        for have, lack, where in ((missing, unexpected, "the object"), (unexpected, missing, "the checkpoint")):
-            if (
-                have
-                and all(prefix in key for key in have)
-                and sorted(key.replace(prefix, "", 1) for key in have) == sorted(lack)
-            ):
-                wrapper = "DistributedDataParallel" if prefix == "module." else "torch.compile"
-                return f"  The keys of {where} begin with {prefix!r}: save and load the module inside {wrapper}."
-    return ""
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

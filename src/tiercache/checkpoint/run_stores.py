@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import partial
 from threading import Lock
 from typing import Any, Literal, TypeAlias
@@ -473,12 +472,6 @@ def parse_choice(which: str | int) -> Choice:
     raise ValueError(f"{_CHOICES}, got {which!r}")
 
 
-def did_you_mean(text: str, options: Iterable[str]) -> str:
-    """Return ": did you mean 'latest'?" for an option that resembles a text; "" if none does."""
-    near = get_close_matches(text, [*options], n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
-
-
 def resolve(scan: Scan, which: str | int) -> str:
     """Return the name of the checkpoint that `which` refers to.
 
@@ -494,11 +487,7 @@ def resolve(scan: Scan, which: str | int) -> str:
     """
     names = scan.loadable_names
     metrics = sorted({metric for name in names for metric in scan.metrics(name) or ()})
-    try:
-        choice = parse_choice(which)
-    except ValueError as error:
-        options = ["latest", *(f"best:{metric}" for metric in metrics), *names]
-        raise ValueError(f"{error}{did_you_mean(str(which), options)}") from None
+    choice = parse_choice(which)
     if scan.unasked and not (choice.kind == "name" and choice.text in names):
         raise StoreError(f"which checkpoint is {str(which)!r} cannot be known: {scan.unasked}", url=scan.url)
     if choice.kind == "latest":
@@ -507,10 +496,8 @@ def resolve(scan: Scan, which: str | int) -> str:
         found, what = [name for name in names if _step(name) == choice.step], f" of step {choice.step}"
     elif choice.kind == "best":
         found, what = _best(scan, names, choice.text, choice.mode), f" with the metric {choice.text!r}"
-        what += did_you_mean(choice.text, metrics)
     else:
         found, what = [name for name in names if name == choice.text], f" called {choice.text}"
-        what += did_you_mean(choice.text, names)
     if not found:
         raise NotFound(f"no complete checkpoint{what}; {_listed(scan, metrics)}", url=scan.url)
     return found[-1]

@@ -35,19 +35,17 @@ class Device:
         self._torch = sys.modules["torch"]
         self._device = device
         self._module = getattr(self._torch, "accelerator", None) or self._torch.cuda
-        self._has_streams = device.type != "mps"
 
     def pin(self, n_bytes: int) -> Any:
-        """Return uint8[n_bytes] of host memory to which a copy runs beside other work; on MPS, it is pageable."""
-        return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=self._has_streams, device="cpu")
+        """Return uint8[n_bytes] of host memory to which a copy runs beside other work."""
+        return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=True, device="cpu")
 
     def copy(self, destination: Any, source: Any) -> None:
         """Queue a copy in the current stream, so that it follows the training step."""
-        destination.copy_(source, non_blocking=self._has_streams)
+        destination.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
-        if self._has_streams:
-            self._module.current_stream(self._device).synchronize()
+        self._module.current_stream(self._device).synchronize()
 
 
 FindDevice = Callable[[Any], Device | None]

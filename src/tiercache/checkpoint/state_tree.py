@@ -53,7 +53,6 @@ _PAIRS = "complex128"  # which safetensors lacks: stored as pairs of float64
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HEADER_KEY = "__metadata__"  # of safetensors; no tensor may have this name
 _ALLOWED = "dicts, lists, tuples, tensors, arrays, JSON values and objects with state_dict(); pickle is never used"
-_MOST_BITS = 14_280  # of an integer: Python refuses to write or read one of more than 4,300 digits
 _VERSION = 1
 
 
@@ -160,17 +159,8 @@ class _Encoder:
     aliases: dict[str, str] = field(default_factory=dict)
     _by_memory: dict[tuple[Any, ...], str] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)  # arrays whose copies are in `tensors`
-    _outer: set[int] = field(default_factory=set)  # ids of the values that contain the present one
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if id(value) in self._outer:
-            raise ValueError(f"{_place(path)} is a {type(value).__name__} that contains itself")
-        self._outer.add(id(value))
-        node = self._node(value, path)
-        self._outer.discard(id(value))
-        return node
-
-    def _node(self, value: Any, path: tuple[Any, ...]) -> Any:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
             return self._tensor(torch, value, path)
@@ -266,10 +256,6 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Any:
         if value.dtype.name not in (*_BY_NAME, _PAIRS):
             raise _refused(path, f"a scalar of type {value.dtype}")
         return {"$scalar": [value.dtype.name, _plain(value.item(), path)]}
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        raise ValueError(
-            f"{_place(path)} is an integer of {value.bit_length():,} bits; a checkpoint holds {_MOST_BITS:,}"
-        )
     if isinstance(value, bytes | bytearray):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     if isinstance(value, complex):

@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from threading import Lock
@@ -23,6 +23,7 @@ from tiercache.cache import Cache, CachedStore
 from tiercache.checkpoint.format import (
     MANIFEST_NAME,
     Manifest,
+    TensorEntry,
     header_bytes,
     parse_header,
     parse_manifest,
@@ -47,30 +48,6 @@ _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _HEADER_GUESS_BYTES = 64 << 10
 _THREADS = 8
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
-
-
-@dataclass(frozen=True, slots=True)
-class WeightInfo:
-    """A tensor of Weights.
-
-    Attributes:
-        key: Key of its file.
-        offset: Position of its first byte in the file.
-        n_bytes: Size of its values.
-        dtype: Type by the name of safetensors, such as "BF16".
-        shape: Sizes of the dimensions.
-    """
-
-    key: str
-    offset: int
-    n_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def range(self) -> ByteRange:
-        """Bytes of the tensor in its file."""
-        return ByteRange(self.offset, self.offset + self.n_bytes)
 
 
 def open_weights(
@@ -107,7 +84,8 @@ def open_weights(
     """
     if framework not in ("torch", "numpy"):
         raise ValueError(f"framework is 'torch' or 'numpy', got {framework!r}")
-    root, name = _split(os.fspath(url))
+    text = os.fspath(url)
+    root, name = split_url(text) if text.endswith((_SUFFIX, _INDEX_SUFFIX)) else (text, "")  # a file, or a folder
     options = dict(storage_options or {})
 
     def through_cache(inner: Store) -> Store:
@@ -138,7 +116,7 @@ class Weights(Mapping[str, Any]):
         self,
         store: Store,
         files: Sequence[str],
-        known: Mapping[str, WeightInfo] | None = None,
+        known: Mapping[str, TensorEntry] | None = None,
         *,
         prefix: str = "",
         framework: Framework = "torch",
@@ -179,7 +157,7 @@ class Weights(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self.load([name])[name]
 
-    def info(self, name: str) -> WeightInfo:
+    def info(self, name: str) -> TensorEntry:
         """Return type, shape and place of a tensor, without its values. Raises KeyError."""
         return self._infos[name]
 
@@ -192,7 +170,7 @@ class Weights(Mapping[str, Any]):
         ranges: dict[str, list[ByteRange]] = {}
         for name in self._infos if names is None else names:
             info = self._infos[name]
-            ranges.setdefault(info.key, []).append(info.range)
+            ranges.setdefault(info.file, []).append(_range(info))
         for key, wanted in ranges.items():
             self._files[key].prefetch(wanted)
 
@@ -210,11 +188,13 @@ class Weights(Mapping[str, Any]):
         wanted = {name: self._infos[name] for name in (self._infos if names is None else names)}
         new = [name for name, info in wanted.items() if info.n_bytes and name not in self._buffers]
         self.prefetch(new)
-        calls = [partial(self._files[wanted[name].key].buffer, wanted[name].range, verify=self._verify) for name in new]
+        calls = [
+            partial(self._files[wanted[name].file].buffer, _range(wanted[name]), verify=self._verify) for name in new
+        ]
         self._buffers.update(zip(new, in_parallel(calls, _THREADS), strict=True))
         return {name: self._tensor(info, *self._buffers.get(name, (b"", 0))) for name, info in wanted.items()}
 
-    def _tensor(self, info: WeightInfo, buffer: Any, offset: int) -> Any:
+    def _tensor(self, info: TensorEntry, buffer: Any, offset: int) -> Any:
         if self._framework == "numpy":
             dtype = numpy_dtype(info.dtype)
             if not info.n_bytes:
@@ -327,12 +307,11 @@ class _File:
 # -- finding the files -------------------------------------------------------------------------------------------------
 
 
-def _split(url: str) -> tuple[str, str]:
-    """Return the root URL, and the key of a file below it; "" if the URL is that of a folder."""
-    return split_url(url) if url.endswith((_SUFFIX, _INDEX_SUFFIX)) else (url, "")
+def _range(info: TensorEntry) -> ByteRange:
+    return ByteRange(info.offset, info.offset + info.n_bytes)
 
 
-def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInfo] | None] | None:
+def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, TensorEntry] | None] | None:
     """Return the keys of the safetensors files, and the tensors if a manifest describes them; None: there are none.
 
     Files that many folders have are asked for by name: stores behind plain HTTP cannot list.
@@ -356,7 +335,7 @@ def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInf
 
 def _find_checkpoint(
     url: str, options: Mapping[str, Any]
-) -> tuple[Store, tuple[list[str], dict[str, WeightInfo] | None]]:
+) -> tuple[Store, tuple[list[str], dict[str, TensorEntry] | None]]:
     """Return the checkpoint of a URL, or the last one of a run, in any tier: an open store, files and tensors."""
     head, _, last = url.rstrip("/").rpartition("/")
     run, which = (head, last) if parse_name(last) is not None else (url, "latest")
@@ -388,15 +367,12 @@ def _indexed(store: Store, key: str) -> list[str]:
         raise CorruptCheckpoint(f"not an index of safetensors files: {error!r}", url=f"{store.url}/{key}") from error
 
 
-def _of_manifest(manifest: Manifest, folder: str) -> tuple[list[str], dict[str, WeightInfo]]:
-    tensors = {
-        name: WeightInfo(f"{folder}{entry.file}", entry.offset, entry.n_bytes, entry.dtype, entry.shape)
-        for name, entry in manifest.tensors.items()
-    }
-    return sorted({info.key for info in tensors.values()}), tensors
+def _of_manifest(manifest: Manifest, folder: str) -> tuple[list[str], dict[str, TensorEntry]]:
+    tensors = {name: replace(entry, file=f"{folder}{entry.file}") for name, entry in manifest.tensors.items()}
+    return sorted({info.file for info in tensors.values()}), tensors
 
 
-def _read_header(file: _File) -> dict[str, WeightInfo]:
+def _read_header(file: _File) -> dict[str, TensorEntry]:
 
     def first(n_bytes: int) -> bytes:
         return bytes(file.head(min(n_bytes, file.n_bytes)))
@@ -408,17 +384,17 @@ def _read_header(file: _File) -> dict[str, WeightInfo]:
     except ValueError as error:
         raise CorruptCheckpoint(str(error), url=file.url) from error
     return {
-        name: WeightInfo(file.key, offset, spec.n_bytes, spec.dtype, spec.shape)
+        name: TensorEntry(file.key, offset, spec.n_bytes, spec.dtype, spec.shape)
         for name, (spec, offset) in found.items()
     }
 
 
-def _merged(parts: Iterable[Mapping[str, WeightInfo]], url: str) -> dict[str, WeightInfo]:
-    merged: dict[str, WeightInfo] = {}
+def _merged(parts: Iterable[Mapping[str, TensorEntry]], url: str) -> dict[str, TensorEntry]:
+    merged: dict[str, TensorEntry] = {}
     for part in parts:
         for name, info in part.items():
             if name in merged:
-                raise CorruptCheckpoint(f"tensor {name!r} is in {merged[name].key} and in {info.key}", url=url)
+                raise CorruptCheckpoint(f"tensor {name!r} is in {merged[name].file} and in {info.file}", url=url)
             if info.dtype not in DTYPES:
                 raise CorruptCheckpoint(f"tensor {name!r} has the type {info.dtype}, which is not supported", url=url)
             merged[name] = info

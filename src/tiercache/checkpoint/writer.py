@@ -182,22 +182,17 @@ class CheckpointWriter:
             if isinstance(self.store, LocalFolder):
                 self.store.remove_empty(name)
 
-    def abort_uploads(self, age_s: float) -> int:
+    def abort_uploads(self, age_s: float) -> None:
         """Abort the uploads of checkpoints that began so long ago that their process must have been killed.
 
         Only S3 through boto3 lists them; elsewhere their parts stay until a rule of the store removes them.
         """
         if self._classes is None:
-            return 0
+            return
         until_s = time.time() - age_s
-        found = [
-            upload
-            for upload in self._classes.unfinished_uploads()
-            if upload.started_s <= until_s and parse_name(upload.key.split("/")[0])
-        ]
-        for upload in found:
-            self._classes.abort(upload.key, upload.upload_id)
-        return len(found)
+        for upload in [*self._classes.unfinished_uploads()]:
+            if upload.started_s <= until_s and parse_name(upload.key.split("/")[0]):
+                self._classes.abort(upload.key, upload.upload_id)
 
     def write(self, name: str, source: SourceFile) -> StoredFile:
         """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""

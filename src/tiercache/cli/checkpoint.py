@@ -12,9 +12,9 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from tiercache import config
 from tiercache.checkpoint.format import MANIFEST_NAME, Manifest, parse_manifest, parse_name
-from tiercache.checkpoint.run_stores import Choice, did_you_mean, missing_file, parse_choice
+from tiercache.checkpoint.run_stores import Choice, missing_file, parse_choice
+from tiercache.checkpoint.writer import in_parallel
 from tiercache.cli.common import (
     CORRUPT,
     PARTIAL,
@@ -134,6 +135,10 @@ class CheckpointTiers:
                 found = read_metrics(self.tiers.stores.store(self.tier(copy)), self.objects(copy))
         return found | metrics_in_name(path.rpartition("/")[2])
 
+    @staticmethod
+    def of_each(work: Callable[[int], T], groups: Sequence[int]) -> list[T]:
+        return in_parallel([partial(work, group) for group in groups], _THREADS)
+
     def is_own(self, group: int) -> bool:
         return parse_name(self.path(group).rpartition("/")[2]) is not None
 
@@ -226,8 +231,8 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
             order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.run[g], snapshot.created_s[g], g))
             return order, picked
     if not file.is_from_file:
-        text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
-        raise NotFound(f"{text}{did_you_mean(argument.rpartition('/')[2], ['latest'])}", url=argument)
+        text = "there are no checkpoints of a known layout; expected a run, a checkpoint, RUN/latest or a glob"
+        raise NotFound(text, url=argument)
     names = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"
     text = f"no checkpoint has this path, or lies below it, in {names}; `tiercache ckpt ls` lists them"
     outside = "; a local folder is written ./FOLDER" if Path(base_folder(argument)).exists() else ""
@@ -260,12 +265,12 @@ def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice
     if choice.kind == "step":
         fitting, what = [group for group in whole if snapshot.step[group] == choice.step], f" of step {choice.step}"
     elif choice.kind == "best":
-        metrics = dict(zip(whole, in_parallel(found.metrics, whole), strict=True))
+        metrics = dict(zip(whole, found.of_each(found.metrics, whole), strict=True))
         sign = 1 if choice.mode == "max" else -1
         scores = {group: sign * some.get(choice.text, math.nan) for group, some in metrics.items()}
         fitting = sorted((group for group in whole if scores[group] == scores[group]), key=lambda group: scores[group])
         known = sorted({name for some in metrics.values() for name in some})
-        what = f" with the metric {choice.text!r}{did_you_mean(choice.text, known)}"
+        what = f" with the metric {choice.text!r}"
         what += f"; known metrics: {', '.join(known)}" if known else "; no metrics are known"
     if not fitting:
         steps = ", ".join(str(int(snapshot.step[group])) for group in whole[-5:])
@@ -291,7 +296,9 @@ def _examine(found: CheckpointTiers, groups: Collection[int]) -> CheckpointTiers
         later = is_checkpoint & (snapshot.run == run) & (snapshot.created_s >= since_s)
         examined.update(np.flatnonzero(later).tolist())
     order = sorted(examined)
-    problems = {group: text for group, text in zip(order, in_parallel(found.find_problem, order), strict=True) if text}
+    problems = {
+        group: text for group, text in zip(order, found.of_each(found.find_problem, order), strict=True) if text
+    }
     complete[[*problems]] = False
     return replace(found, snapshot=replace(snapshot, complete=complete), problems=problems)
 
@@ -367,11 +374,6 @@ def _is_checkpoint_name(name: str) -> bool:
     return bool(group_keys(pa.array([name, f"{name}/model.safetensors"])).checkpoint.any())
 
 
-def in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
-    with ThreadPoolExecutor(_THREADS, "tiercache-ckpt") as pool:
-        return list(pool.map(work, items))
-
-
 # -- ls and show ------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +393,7 @@ def ls(
     """
     with open_checkpoints(output, rules, paths or []) as found:
         reasons = _kept(found)
-        values = in_parallel(found.metrics if metrics else found.known_metrics, found.groups)
+        values = found.of_each(found.metrics if metrics else found.known_metrics, found.groups)
         rows = [
             _facts(found, group, some, reasons.get(group, ())) for group, some in zip(found.groups, values, strict=True)
         ]
@@ -700,7 +702,7 @@ def _kept(found: CheckpointTiers) -> dict[int, tuple[KeepReason, ...]]:
 def _question(found: CheckpointTiers, groups: Sequence[int], total: str) -> str:
     """Return the question before a deletion, which names each checkpoint, its step and its metrics."""
     lines = []
-    for group, metrics in zip(groups, in_parallel(found.metrics, groups), strict=True):
+    for group, metrics in zip(groups, found.of_each(found.metrics, groups), strict=True):
         facts = [f"step {int(found.snapshot.step[group]):,}", *filter(None, [_metrics_text(metrics)])]
         facts += ["a run is resumed from it"] if _is_last_of_run(found.snapshot, group) else []
         lines.append(printable(f"  {found.name(group)}: {', '.join(facts)}"))

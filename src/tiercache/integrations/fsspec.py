@@ -12,7 +12,6 @@ import inspect
 import io
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -187,9 +186,9 @@ class ObjectReader(StoreFile):
     After a fork, the child continues with its own lease. The file owns the lease.
     """
 
-    def __init__(self, store: CachedStore, spec: CopySpec, most_ahead_bytes: int = MOST_AHEAD_BYTES) -> None:
+    def __init__(self, store: CachedStore, spec: CopySpec) -> None:
         super().__init__(store, spec.key, spec.n_bytes)
-        self._cached, self._spec, self._most_ahead_bytes = store, spec, most_ahead_bytes
+        self._cached, self._spec = store, spec
         self._lease: CopyLease | None = store.open_copy(spec)
         self._next, self._n_in_a_row, self._run_bytes, self._ahead_end = -1, 0, 0, 0
         self._block_start, self._block = 0, bytearray()
@@ -249,7 +248,7 @@ class ObjectReader(StoreFile):
         if self._n_in_a_row < needed:
             return 0
         # As much as was read in this run: a reader that stops has fetched at most twice the bytes it read.
-        return min(max(self._run_bytes, LEAST_AHEAD_BYTES), self._most_ahead_bytes)
+        return min(max(self._run_bytes, LEAST_AHEAD_BYTES), MOST_AHEAD_BYTES)
 
     def _read_cached(self, spans: list[Span]) -> bool:
         """Read from the copy, whose checksums are compared. Return False if the range will not be cached."""
@@ -370,7 +369,6 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
         super().__init__(**options)
         self._target = TargetFileSystem.of(fs, target_protocol, dict(target_options or {}))
         self.cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
-        self._is_uncached = False
         self._stores: dict[str, CachedStore] = {}
         self._locator = FileLocator(self._open_location)
         self._strip_protocol = self._strip_target_protocol  # fsspec also calls the class method, which has no target
@@ -401,12 +399,11 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
     # -- contents, through the cache
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
-        """Return a file: a CachedFile if the cache can be used. block_size: Its maximum readahead in bytes."""
+        """Return a file: a CachedFile if the cache can be used; block_size is for the target alone."""
         if mode != "rb":
             self._refuse(path)
         options.pop("autocommit", None)
-        most_ahead_bytes = block_size if isinstance(block_size, int) else MOST_AHEAD_BYTES
-        reader = self._reader(path, options, most_ahead_bytes)
+        reader = self._reader(path, options)
         if reader is None:
             return self.fs.open(path, mode, block_size=block_size, **options)
         return CachedFile(self, path, reader)
@@ -423,9 +420,7 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
             reader.prefetch([wanted])
             return reader.read_range(wanted)
 
-    def _reader(
-        self, path: str, options: Mapping[str, Any], most_ahead_bytes: int = MOST_AHEAD_BYTES
-    ) -> ObjectReader | None:
+    def _reader(self, path: str, options: Mapping[str, Any]) -> ObjectReader | None:
         """Open the object that the path names now. Return None if the target must read it (or report why it cannot).
 
         In both cases, the read counts as a use of the object for the rules of tiers.
@@ -435,37 +430,19 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
         # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
         if location is None or isinstance(self.fs, AbstractArchiveFileSystem):
             return None
-        cache = self._open_cache()
-        if cache is None:
-            return None
-        root, key = location
+        if self.cache is None:
+            size = None if self._cache_size is None else str(self._cache_size)
+            self.cache = Cache.default(path=self._cache_dir, size=size)
+        cache, (root, key) = self.cache, location
         # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
         store = self._stores.get(root) or self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
             spec = store.spec_of(key)
         except NotFound:
-            return self._moved_reader(path, cache, most_ahead_bytes)
+            return self._moved_reader(path, cache)
         except TierCacheError:
             return None
-        return None if spec is None else ObjectReader(store, spec, most_ahead_bytes)
-
-    def _open_cache(self) -> Cache | None:
-        """Return the cache; None, with a warning, if the default cache cannot be opened: the user did not name it."""
-        if self.cache is None and not self._is_uncached:
-            size = None if self._cache_size is None else str(self._cache_size)
-            try:
-                self.cache = Cache.default(path=self._cache_dir, size=size)
-            except OSError as error:
-                if self._cache_dir is not None:
-                    raise
-                self._is_uncached = True
-                warnings.warn(
-                    f"tiercache:: has no cache, so everything is read from its source: {error}; name a writable folder "
-                    "with cache_dir=... or TIERCACHE_CACHE_DIR",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return self.cache
+        return None if spec is None else ObjectReader(store, spec)
 
     # -- names: the target's, and those of files that a mover has sent to another tier; fsspec derives its other methods
 
@@ -512,7 +489,7 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
             return {path: file.info}
         return {} if folder is None else {f"{base}/{name}": one.info for name, one in folder.files.items()}
 
-    def _moved_reader(self, path: str, cache: Cache, most_ahead_bytes: int) -> ObjectReader | None:
+    def _moved_reader(self, path: str, cache: Cache) -> ObjectReader | None:
         """Open an object that the target no longer has, where it lies now; None: it is nowhere, or has no identity."""
         try:
             found = self._locator.find_file(self._location_of(path))
@@ -525,7 +502,7 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
         name = f"moved {found.store.url}"
         store = self._stores.get(name) or self._stores.setdefault(name, cache.store(found.store))
         spec = store.spec_of(found.key)
-        return None if spec is None else ObjectReader(store, spec, most_ahead_bytes)
+        return None if spec is None else ObjectReader(store, spec)
 
     def _location_of(self, path: str) -> str:
         url = str(self.fs.unstrip_protocol(path))

@@ -124,22 +124,6 @@ def test_a_step_is_an_integer_of_any_library_and_other_arguments_are_refused_by_
             run.load(which)
 
 
-def test_a_typing_error_gives_what_was_probably_meant(tmp_path):
-    remote = LocalFolder(tmp_path)
-    name = write_checkpoint(remote, 1, metrics={"val_loss": 0.5})
-    checkpoints = Checkpoints(remote)
-    cases = {
-        "lastest": (ValueError, "did you mean 'latest'"),
-        "best:val_los": (NotFound, "did you mean 'val_loss'"),
-        "bets:val_loss": (ValueError, "did you mean 'best:val_loss'"),
-        name[:-1]: (ValueError, f"did you mean '{name}'"),
-        name[:-1] + ("0" if name[-1] != "0" else "1"): (NotFound, f"did you mean '{name}'"),
-    }
-    for which, (error, text) in cases.items():
-        with pytest.raises(error, match=text):
-            checkpoints.load(which)
-
-
 def test_the_error_for_a_misspelt_key_of_into_lists_the_keys_of_the_state(run):
     run.save(1, {"model": torch.nn.Linear(2, 2), "optim": {"lr": 1}}).wait()
     with pytest.raises(ValueError, match=r"missing in the checkpoint \(1\): modle\n.*state \(2\): model, optim"):

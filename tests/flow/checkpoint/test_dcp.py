@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
+from tests.support.checkpoint_reader import same
 from tests.support.faults import Fault, FaultKind, FaultStore
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -55,18 +56,6 @@ def state_with(value: float) -> dict:
     }
 
 
-def is_same(found, expected) -> bool:
-    if isinstance(expected, torch.Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    if isinstance(expected, np.ndarray | np.generic):
-        return type(found) is type(expected) and found.dtype == expected.dtype and bool((found == expected).all())
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(is_same(found[key], value) for key, value in expected.items())
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(is_same, found, expected))
-    return found == expected
-
-
 def steps(checkpoints) -> list[int]:
     return [info.step for info in checkpoints.list() if info.state == "complete"]
 
@@ -75,7 +64,7 @@ def test_a_state_comes_back_with_all_kinds_of_values(checkpoints):
     dcp.save(state_with(1.5), storage_writer=checkpoints.dcp_writer(7, metrics={"loss": 0.5}, note={"run": "a"}))
     loaded = state_with(-1.0)
     dcp.load(loaded, storage_reader=checkpoints.dcp_reader("best:loss"))
-    assert is_same(loaded, state_with(1.5))
+    assert same(loaded, state_with(1.5))
     (info,) = checkpoints.list()
     assert (info.step, info.tiers, info.note) == (7, ("local", "remote"), {"run": "a"})
     assert checkpoints.verify().is_right
@@ -126,12 +115,12 @@ def test_torch_loads_what_a_plain_save_wrote_and_the_reverse(checkpoints):
     checkpoints.save(0, state).wait()
     loaded = state_with(-1.0)
     dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
-    assert is_same(loaded, state)
+    assert same(loaded, state)
     dcp.save(state, storage_writer=checkpoints.dcp_writer(1))
     into = {"strided": torch.zeros(6, 4), "model": torch.nn.Linear(3, 5)}
     checkpoints.load("latest", into=into)
-    assert is_same(into["strided"], state["strided"])
-    assert is_same(into["model"].state_dict(), state["model"])
+    assert same(into["strided"], state["strided"])
+    assert same(into["model"].state_dict(), state["model"])
 
 
 def test_what_would_not_commit_one_checkpoint_of_all_ranks_is_refused(checkpoints):
@@ -164,7 +153,7 @@ def test_a_checkpoint_at_the_store_without_a_local_copy_is_a_warning(checkpoints
     assert checkpoints.verify().is_right
     loaded = state_with(-1.0)
     dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
-    assert is_same(loaded, state_with(1.0))
+    assert same(loaded, state_with(1.0))
 
 
 @pytest.mark.parametrize("keys", ["*.safetensors", "*state.json"])
@@ -347,4 +336,4 @@ def test_a_checkpoint_in_an_object_store_comes_back(s3_server, tmp_path):
         dcp.save(state_with(4.0), storage_writer=checkpoints.dcp_writer(3))
         loaded = state_with(-1.0)
         dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
-        assert is_same(loaded, state_with(4.0))
+        assert same(loaded, state_with(4.0))

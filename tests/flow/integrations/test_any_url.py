@@ -342,20 +342,6 @@ def test_a_truncated_or_changed_copy_is_fetched_again(fs, cache, path):
         assert fs.cat_file(path) == DATA
 
 
-def test_without_a_default_cache_files_are_read_with_a_warning(source, path, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
-    with pytest.warns(RuntimeWarning, match="no cache"):
-        assert fs.cat_file(path) == DATA
-    assert fs.cat_file(path) == DATA
-    named = fsspec.filesystem(
-        "tiercache", target_protocol="counted", cache_dir=tmp_path / "file" / "cache", skip_instance_cache=True
-    )
-    with pytest.raises(OSError, match="file"):
-        named.cat_file(path)
-
-
 def test_the_configured_cache_is_the_default(source, path, tmp_path, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
     fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
