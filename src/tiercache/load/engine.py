@@ -11,7 +11,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
@@ -51,7 +50,7 @@ from tiercache.load.loader_options import (
     warn_of_meshes,
 )
 from tiercache.load.pipeline import ClosingPipeline, Pipeline
-from tiercache.load.planner import EpochStart, NextEpoch, PipelineInputs
+from tiercache.load.planner import NextEpoch, PipelineInputs
 from tiercache.model import format_bytes, short_repr
 from tiercache.order.rank_plan import RankPlan
 from tiercache.stats import Counters, WaitHistogram
@@ -122,12 +121,9 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             return
         if self._workers is not None:
             self._workers.release()
-        publisher, next_epoch = self._inputs.publisher, self._inputs.next_epoch
-        if publisher is not None and next_epoch is not None and self._position.finished:
-            publisher.finish()
-            next_epoch.publisher.replace_earlier(publisher)  # so that the cache has a plan at every moment
-        elif publisher is not None:
-            publisher.close()
+        publisher = self._inputs.publisher
+        if publisher is not None:
+            (publisher.finish if self._position.finished else publisher.close)()
         if not self._pipeline.is_forked_copy:
             self._count(self.figures())
             self._counted = True
@@ -387,6 +383,7 @@ class OrderEngine(Engine):
         # position of the newest iter(); None: there was none since the last load()
         self._position: EpochPosition | None = None
         self._next_epoch: NextEpoch | None = None
+        self._publisher: ReadingPlanPublisher | None = None  # of the newest epoch
         # A mesh does not change; torch may know what it is a part of only in this thread.
         self._rank: Rank | None = None if self._options.mesh is None else find_rank(self._options)
         self._n_records: int | None = None  # records per epoch of the source, computed on first use
@@ -463,14 +460,9 @@ class OrderEngine(Engine):
         rank = self.rank()
         ordered = self._source if self._corruption is None else self._corruption
         share_of = partial(make_share, ordered, rank, self._arguments.batch_size, self._arguments.fills_first)
-        epoch_start: Future[EpochStart | None] | None = None
         prepared = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
-        if prepared is not None:
-            share, epoch_start, publisher = prepared
-        else:
-            share, publisher = share_of(state), ReadingPlanPublisher(self._source, state, share_of)
-            if self._next_epoch is not None:
-                publisher.replace_earlier(self._next_epoch.publisher)
+        share, epoch_start = prepared or (share_of(state), None)
+        publisher = ReadingPlanPublisher(self._source, state, share_of, self._publisher)
         if share.rank_plan.ignores_streams:
             self._warn_of_streams(share.rank_plan)
         position = EpochPosition(state, share.rank_plan)
@@ -484,8 +476,9 @@ class OrderEngine(Engine):
             publisher=publisher,
         )
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
-        self._next_epoch = next_epoch
+        self._next_epoch, self._publisher = next_epoch, publisher
         self._source.storage.on_close(next_epoch)
+        self._source.storage.on_close(publisher)
         self._n_epochs += 1
         self._iterator = weakref.ref(iterator)
         return iterator

@@ -445,20 +445,23 @@ QUICK_SHARDS, QUICK_SHARDS_AHEAD = 4096, 1 << 17
 class ReadingPlanPublisher:
     """Publishes the reading plan of one rank's epoch.
 
-    The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
+    The planner begins, completes and advances it. The iterator finishes it at the end of the epoch, else closes it. A
+    finished plan says what the next epoch reads, and stays until that one has published. Without a cache nothing is
     computed. A plan that cannot be written is not an error: the cache then knows less. Thread-safe; in a forked child
     the methods do nothing.
     """
 
-    def __init__(self, source: Records, state: RunState, make_share: MakeShare) -> None:
+    def __init__(
+        self, source: Records, state: RunState, make_share: MakeShare, earlier: ReadingPlanPublisher | None = None
+    ) -> None:
         self._source = source
         self._state = state
         self._make_share = make_share
+        self._earlier = earlier  # of the epoch before; closed once this one has published, or is closed
         self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
         self._uses: ShardUses | None = None
         self._published: PublishedPlan | None = None
-        self._earlier: ReadingPlanPublisher | None = None  # closed once this publisher has published
         self._is_complete = self._is_closed = False
         self._clock = 0
         self._pid = os.getpid()
@@ -494,16 +497,6 @@ class ReadingPlanPublisher:
         if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
             self._advance(self._uses.clock.total)
 
-    def replace_earlier(self, earlier: ReadingPlanPublisher) -> None:
-        """Close another publisher as soon as this one has published, or is closed."""
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            if self._published is None and not self._is_closed and self._source.storage.has_cache:
-                self._earlier = earlier
-                return
-        earlier.close()
-
     def close(self) -> None:
         if self._pid != os.getpid():
             return
@@ -514,6 +507,9 @@ class ReadingPlanPublisher:
         for one in (published, earlier):
             if one is not None:
                 one.close()
+
+    def on_source_closed(self) -> None:
+        self.close()
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid"):

@@ -78,8 +78,6 @@ class PipelineInputs:
         return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
 
 
-ClaimedEpoch: TypeAlias = "tuple[OrderShare, Future[EpochStart | None] | None, ReadingPlanPublisher]"
-
 # Shards per call of prefetch(): some ms if each is looked up in a cache. drop_preparation() waits for at most one call.
 _SHARDS_A_STEP = 16
 
@@ -118,7 +116,6 @@ class NextEpoch:
         self._state = state
         self._make_share = make_share
         self._is_expected = is_expected
-        self.publisher = ReadingPlanPublisher(source, state, make_share)
         self._lock = threading.Lock()
         self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
         self._share: OrderShare | None = None
@@ -155,29 +152,22 @@ class NextEpoch:
             if self._is_over:
                 return
             ready = self._ready = Future()
-            publisher = self.publisher
         epoch_start = None
         try:
             with contextlib.suppress(Exception):  # it is raised when the epoch itself is read
-                epoch_start = self._begin(threads, pressure, ahead_bytes, publisher)
+                epoch_start = self._begin(threads, pressure, ahead_bytes)
         finally:
             ready.set_result(epoch_start)
 
-    def take(self, source: Records, state: RunState) -> ClaimedEpoch | None:
-        """Return the epoch, once, if the loader continues there; None if elsewhere, or in a forked child.
-
-        The caller's publisher must then follow this one's.
-        """
+    def take(self, source: Records, state: RunState) -> tuple[OrderShare, Future[EpochStart | None] | None] | None:
+        """Return the epoch, once, if the loader continues there; None if elsewhere, or in a forked child."""
         if self._pid != os.getpid():  # another thread may have held the lock at the fork
             return None
         ready = self._end()
         if source is not self._source or state != self._state:
             self._drop(ready)
             return None
-        taken = self.share, ready, self.publisher
-        # the taken publisher belongs to the engine now
-        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)
-        return taken
+        return self.share, ready
 
     def on_source_closed(self) -> None:
         self.drop_preparation()
@@ -189,15 +179,11 @@ class NextEpoch:
         """
         if self._pid != os.getpid():
             return
-        ready, publisher = self._end(), self.publisher
-        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)  # the epoch may still begin
-        self._drop(ready)
-        publisher.close()
+        self._drop(self._end())
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
             self._drop(self._end())
-            self.publisher.close()
 
     def _drop(self, ready: Future[EpochStart | None] | None) -> None:
         if ready is not None:  # None: no planner has begun it, or it is taken
@@ -211,12 +197,7 @@ class NextEpoch:
             ready, self._ready = self._ready, None
         return ready
 
-    def _begin(
-        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadingPlanPublisher
-    ) -> EpochStart | None:
-        with self._a_step():
-            publisher.begin(self.share)
-            publisher.complete()
+    def _begin(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> EpochStart | None:
         rest = self.share.pieces(0)
         # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
         first = next(rest, None)
