@@ -83,10 +83,6 @@ class BatchMemory:
     def _allocate(self, n_bytes: int) -> Bytes:
         return np.empty(n_bytes, np.uint8)
 
-    @property
-    def free_bytes(self) -> int:
-        return sum(size_bytes * len(free) for size_bytes, free in list(self._free.items()))
-
     def take_back(self, memory: Bytes) -> None:
         free = self._free[memory.size]
         if len(free) < self.keep:

@@ -21,7 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -116,13 +116,6 @@ def _index(device: Any) -> int | None:
     return index
 
 
-def _with_index(device: torch.device) -> torch.device:
-    if _index(device) is not None or device.type in BACKENDS:
-        return device
-    module: Any = getattr(torch, "accelerator", None)
-    return torch.device(device.type, module.current_device_index() if module else torch.cuda.current_device())
-
-
 class BatchDevice:
     """The device of a loader's batches, and what its pipelines share from epoch to epoch.
 
@@ -133,29 +126,17 @@ class BatchDevice:
     def __init__(self, backend: Backend, max_issued: int, *, is_fixed: bool) -> None:
         self.backend = backend
         self.max_issued = max_issued
+        # Copies that are not done yet: one more, so that a host that runs ahead of the device can issue the next step.
+        self.max_running = max_issued + 1
         self.is_fixed = is_fixed
         self.fixed: Any = None
         self.fixed_stream: DeviceStream | None = None
         # A pipeline of Python stages may take one slot ahead of the copies; see DevicePipeline and Pipeline.
         self.pinned = PinnedMemory(backend.pin, self.max_running + 1)
-        self._copy_stream: DeviceStream | None = None
+        self.copy_stream: DeviceStream = backend.new_stream()
         self._lock = threading.Lock()
         self._steps: deque[tuple[Event, Event]] = deque()  # begin and end of waits that the device has not passed yet
         self._exposed = WaitHistogram()
-
-    @property
-    def max_running(self) -> int:
-        """Maximum number of copies that are not done yet.
-
-        One more than are issued ahead, so that a host that runs ahead of the device can issue the next step.
-        """
-        return self.max_issued + 1
-
-    @property
-    def copy_stream(self) -> DeviceStream:
-        if self._copy_stream is None:
-            self._copy_stream = self.backend.new_stream()
-        return self._copy_stream
 
     def note_step(self, begin: Event, end: Event) -> None:
         """Note two timed events of the consumer's stream: its earlier work was done, and its batch had arrived."""
@@ -179,7 +160,9 @@ class BatchDevice:
 
 
 def make_batch_device(device: torch.device, options: LoaderOptions, existing: BatchDevice | None) -> BatchDevice:
-    device = _with_index(device)
+    if _index(device) is None and device.type not in BACKENDS:
+        module: Any = getattr(torch, "accelerator", None)
+        device = torch.device(device.type, module.current_device_index() if module else torch.cuda.current_device())
     if existing is not None and existing.backend.device == device:
         return existing
     backend = BACKENDS.get(device.type, Backend)(device)
@@ -498,7 +481,8 @@ class DevicePipeline(LaterStage):
             return None
         copy = entry.copy
         if copy is None or copy.stream != stream:
-            self._make_room()
+            while not self._has_room():
+                self._copying[0][0].synchronize()
             copy = self._issue(entry, stream)
         while len(self._queue) < self._device.max_issued and self._queue[-1].value is not None and self._receive(0.0):
             pass
@@ -564,10 +548,6 @@ class DevicePipeline(LaterStage):
             self._copying.popleft()
         return len(self._copying) < self._device.max_running
 
-    def _make_room(self) -> None:
-        while not self._has_room():
-            self._copying[0][0].synchronize()
-
     def _on_device(self, value: Any, copy: _Copy) -> Any:
         copy.stream.wait_event(copy.event)
         if self._device.is_fixed:
@@ -609,17 +589,14 @@ class DevicePipeline(LaterStage):
 def _check_signature(
     expected: list[tuple[str, torch.dtype, torch.Size]], got: list[tuple[str, torch.dtype, torch.Size]]
 ) -> None:
-    for one, other in zip(expected, got, strict=False):
+    for one, other in zip_longest(expected, got):
         if one != other:
-            name = other[0] if one[0] == other[0] else f"{one[0]!r} and then {other[0]}"
             raise ValueError(
-                f'device_buffers="fixed": column {name!r} was {one[1]}{list(one[2])} in the first batch and is '
-                f"{other[1]}{list(other[2])} in this one: fixed buffers need batches of one layout (full batches; "
-                'layouts= "list" keeps text on the host; other columns of varying length need device_buffers="new")'
+                f'device_buffers="fixed": the first batch has {_described(one)}, and this one has {_described(other)}: '
+                'fixed buffers need batches of one layout (full batches; layouts= "list" keeps text on the '
+                'host; other columns of varying length need device_buffers="new")'
             )
-    if len(expected) != len(got):
-        column = max(expected, got, key=len)[min(len(expected), len(got))][0]
-        raise ValueError(
-            f'device_buffers="fixed": this batch has {len(got)} tensors and the first one had {len(expected)} (column '
-            f"{column!r} differs): fixed buffers need batches of one layout"
-        )
+
+
+def _described(tensor: tuple[str, torch.dtype, torch.Size] | None) -> str:
+    return "no tensor" if tensor is None else f"column {tensor[0]!r} as {tensor[1]}{list(tensor[2])}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import sys
 import time
@@ -58,8 +57,6 @@ from tiercache.stats import Counters, WaitHistogram
 if TYPE_CHECKING:
     from tiercache.load.device import BatchDevice
     from tiercache.load.transform_workers import TransformSettings, WorkerPool
-
-logger = logging.getLogger("tiercache")
 
 # Function that makes the pipeline whose batches follow from those of another one.
 Stage: TypeAlias = "Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]"
@@ -252,7 +249,7 @@ class Engine(ABC):
     """Base of the native path's engines: the source, the counters, and what the epochs' pipelines have in common."""
 
     def __init__(self, source: Records, arguments: LoaderArguments) -> None:
-        self._arguments = arguments
+        self.arguments = arguments
         self._source = source
         self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
@@ -271,13 +268,9 @@ class Engine(ABC):
         # weak: if a loop is left early, its iterator must be dropped and end its threads
         self._iterator: weakref.ref[Any] | None = None
 
-    @property
-    def arguments(self) -> LoaderArguments:
-        return self._arguments
-
     def facts(self) -> list[str]:
-        facts = [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(self._arguments, name)]
-        options = self._arguments.options
+        facts = [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(self.arguments, name)]
+        options = self.arguments.options
         return facts if options == LoaderOptions() else [*facts, short_repr(options)]
 
     @abstractmethod
@@ -307,7 +300,7 @@ class Engine(ABC):
     def _resources(self) -> Resources:
         if self._limits is None:
             self._limits = config.available_cpus(), config.memory_limit_bytes()
-        return share_resources(self._arguments.options, self.rank(), *self._limits)
+        return share_resources(self.arguments.options, self.rank(), *self._limits)
 
     def _check_readable(self) -> None:
         if self._ready is not self._source:
@@ -315,7 +308,7 @@ class Engine(ABC):
             self._ready = self._source
 
     def _pin(self) -> Callable[[Any], Any] | None:
-        return None if self._arguments.pin_function is None else self._arguments.pin_function()
+        return None if self.arguments.pin_function is None else self.arguments.pin_function()
 
     def _start_iterator(
         self,
@@ -326,7 +319,7 @@ class Engine(ABC):
     ) -> NativeIterator:
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
-            self._setup = PipelineSetup(self._source, self._arguments.output_spec, self._arguments.library)
+            self._setup = PipelineSetup(self._source, self.arguments.output_spec, self.arguments.library)
         transforms, workers, pinned = self.transforms, None, None
         stages: list[Stage] = []
         if transforms is not None:
@@ -336,8 +329,8 @@ class Engine(ABC):
                 workers = self._workers
                 workers.is_used = True
             stages.append(transforms.stage(workers))
-        if self._arguments.batch_device is not None:
-            self._device = self._arguments.batch_device(self._device)
+        if self.arguments.batch_device is not None:
+            self._device = self.arguments.batch_device(self._device)
             stages.append(self._device.pipeline)
             # A transform may keep what it saw as long as it likes; what it makes is copied into pinned memory.
             pinned = self._device.pinned if transforms is None else None
@@ -359,16 +352,8 @@ class Engine(ABC):
             pinned=pinned,
             **planned,
         )
-        resources, timeout_s = self._resources(), self._arguments.timeout_s
+        resources, timeout_s = self._resources(), self.arguments.timeout_s
         return NativeIterator(position, inputs, resources, timeout_s, pin, stages, transforms, workers)
-
-
-# Options of the shuffled order: the attribute of LoaderOptions and of RunState.
-_SHUFFLE_OPTIONS = {
-    "placement": "placement",
-    "shuffle_group_bytes": "group_bytes",
-    "shuffle_window_bytes": "window_bytes",
-}
 
 
 class OrderEngine(Engine):
@@ -386,7 +371,7 @@ class OrderEngine(Engine):
         self._publisher: ReadingPlanPublisher | None = None  # of the newest epoch
         # A mesh does not change; torch may know what it is a part of only in this thread.
         self._rank: Rank | None = None if self._options.mesh is None else find_rank(self._options)
-        self._n_records: int | None = None  # records per epoch of the source, computed on first use
+        self._n_records = epoch_records(source)  # the sum took 70 us of the start of each epoch
 
     def rank(self) -> Rank:
         """Return this process's rank, found anew until the run begins: torch.distributed may be initialised late."""
@@ -401,7 +386,7 @@ class OrderEngine(Engine):
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, RunState | None]:
         """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
-        return self._arguments, self._state if self._position is None else self.state()
+        return self.arguments, self._state if self._position is None else self.state()
 
     def load(self, state: RunState) -> None:
         self._check(state)
@@ -415,7 +400,7 @@ class OrderEngine(Engine):
         self._position = None
 
     def _check(self, state: RunState) -> None:
-        options, arguments, defaults = self._options, self._arguments, LoaderOptions()
+        options, arguments, defaults = self._options, self.arguments, LoaderOptions()
         checks = [
             ("shuffle", arguments.shuffle, state.shuffle, True),
             ("drop_last", arguments.drop_last, state.drop_last, True),
@@ -423,8 +408,9 @@ class OrderEngine(Engine):
             ("seed", options.seed, state.seed, options.seed is not None),
             ("shuffle_streams", options.shuffle_streams, state.streams, options.shuffle_streams and arguments.shuffle),
         ]
-        for name, attribute in _SHUFFLE_OPTIONS.items():
+        for attribute in ("placement", "group_bytes", "window_bytes"):
             mine = getattr(options, attribute)
+            name = attribute if attribute == "placement" else f"shuffle_{attribute}"
             checks.append((name, mine, getattr(state, attribute), mine != getattr(defaults, attribute)))
         for name, mine, theirs, is_explicit in checks:
             if is_explicit and mine != theirs:
@@ -444,22 +430,22 @@ class OrderEngine(Engine):
             self._state = self._state.following(epoch)
 
     def n_batches(self) -> int:
-        return self._whole_epoch(self._arguments.drop_last).n_batches
+        return self._whole_epoch(self.arguments.drop_last).n_batches
 
     def n_served(self) -> int:
         """Return the records of a whole epoch on this rank; a single rank includes those of a dropped last batch."""
-        return self._whole_epoch(self._arguments.drop_last and self.rank().world_size > 1).n_served
+        return self._whole_epoch(self.arguments.drop_last and self.rank().world_size > 1).n_served
 
     def _whole_epoch(self, drop_last: bool) -> RankPlan:
         rank = self.rank()
-        return RankPlan(0, rank.world_size, rank.rank, self._arguments.batch_size, drop_last, self._epoch_records())
+        return RankPlan(0, rank.world_size, rank.rank, self.arguments.batch_size, drop_last, self._n_records)
 
     def iterate(self) -> NativeIterator:
         state = self.next_state()
         self._check_readable()
         rank = self.rank()
         ordered = self._source if self._corruption is None else self._corruption
-        share_of = partial(make_share, ordered, rank, self._arguments.batch_size, self._arguments.fills_first)
+        share_of = partial(make_share, ordered, rank, self.arguments.batch_size, self.arguments.fills_first)
         prepared = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         share, epoch_start = prepared or (share_of(state), None)
         publisher = ReadingPlanPublisher(self._source, state, share_of, self._publisher)
@@ -493,7 +479,7 @@ class OrderEngine(Engine):
                     "iterate the loader itself, which skips the records that were served, or load no state"
                 )
             state = self.next_state()
-        if self._arguments.shuffle and self._source.mixture is not None:
+        if self.arguments.shuffle and self._source.mixture is not None:
             raise RuntimeError(
                 "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
                 "but the records of a mixture have no numbers: iterate the loader itself; to skip batches, call "
@@ -511,7 +497,7 @@ class OrderEngine(Engine):
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
-        share = make_share(self._source, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
+        share = make_share(self._source, rank, self.arguments.batch_size, self.arguments.fills_first, planned)
         self._position = EpochPosition(state, share.rank_plan, is_counted=False)
         self._n_epochs += 1
         return state, self._source, share
@@ -523,17 +509,11 @@ class OrderEngine(Engine):
         handed out yet.
         """
         position = self._position
-        if position is not None and position.rank_plan is share.rank_plan and not self._arguments.num_workers:
+        if position is not None and position.rank_plan is share.rank_plan and not self.arguments.num_workers:
             position.finished = True
 
     def next_state(self) -> RunState:
         return self._start_run() if self._position is None else self._position.next_state()
-
-    def _epoch_records(self) -> int:
-        """Return the records of an epoch. Cached, because the sum took 70 us of the start of each epoch."""
-        if self._n_records is None:
-            self._n_records = epoch_records(self._source)
-        return self._n_records
 
     def _warn_of_streams(self, rank_plan: RankPlan) -> None:
         if "streams" in self._warned:
@@ -552,7 +532,7 @@ class OrderEngine(Engine):
         """Read another version. The counters of its store begin at 0, so earlier fetches are carried over."""
         if source is not self._source:
             fetched, at_start = self._fetched(), source.storage.figures()
-            self._source, self._n_records = source, None
+            self._source, self._n_records = source, epoch_records(source)
             self._corruption = corruption_map_for(source, self._options)
             self._figures_before = {name: at_start[name] - fetched[name] for name in at_start}
 
@@ -561,14 +541,12 @@ class OrderEngine(Engine):
             self._rank = find_rank(self._options)
             warn_of_meshes(self._rank)
         if self._state is None:
-            if self._rank.origin in ("environment", "torch.distributed", "mesh") and self._rank.world_size > 1:
-                logger.info("this loader serves %s", self._rank)
             self._state = self._first_state(self._rank)
         return self._state
 
     def _first_state(self, rank: Rank) -> RunState:
         """Return the first state of the run; with torch.distributed rank 0 decides it."""
-        arguments, options = self._arguments, self._options
+        arguments, options = self.arguments, self._options
         seed = options.seed
         if seed is None:
             is_drawn = arguments.shuffle and not must_not_draw(rank)

@@ -303,14 +303,7 @@ def explicit_order(ordered: Ordered, numbers: ServedOrder, window_bytes: int | N
 
 
 def order_options(state: RunState) -> OrderOptions:
-    return OrderOptions(
-        seed=state.seed,
-        shuffle=state.shuffle,
-        group_bytes=state.group_bytes,
-        window_bytes=state.window_bytes,
-        streams=state.streams,
-        placement=state.placement,
-    )
+    return OrderOptions(**{option.name: getattr(state, option.name) for option in fields(OrderOptions)})
 
 
 def epoch_records(source: Records) -> int:

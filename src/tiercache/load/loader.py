@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,8 +99,6 @@ class TorchLibrary(ArrayLibrary):
         tensor: torch.Tensor = bfloat16_tensor(stored) if dtype == "bfloat16" else torch.from_numpy(stored)
         return tensor
 
-
-logger = logging.getLogger("tiercache")
 
 T_co = TypeVar("T_co", covariant=True)  # The type of a batch, as in torch: `DataLoader[Batch]` is a type.
 
@@ -272,13 +269,6 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             num_workers=num_workers,
         )
         self._start_engine(arguments, None)
-        if self._is_native and num_workers and not self._runs_functions:
-            logger.info(
-                "num_workers=%d starts no worker processes, and torch's options for them have no effect: this loader "
-                "takes tiercache's native path, whose threads gather batches ahead (LoaderOptions(threads=, "
-                "memory_bytes=)); only a transform=, batch_transform= or collate_fn= runs in worker processes",
-                num_workers,
-            )
 
     def __iter__(self) -> Any:
         if not self._is_native or self._engine is None:

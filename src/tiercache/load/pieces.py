@@ -239,7 +239,8 @@ class _Cutter:
         """Return the blocks of a section that the rank needs from a position on. rest: its rows there, if known."""
         window = section.windows[0]
         # Otherwise later sections use the same windows and need other blocks of them.
-        if not (window is section or _is_covered(window, section)):
+        is_covered = isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
+        if not (window is section or is_covered):
             return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
         n_blocks, n_left, rank_plan = len(window.blocks), section.stop - position, self._rank_plan
         sharing = (
@@ -257,10 +258,6 @@ class _Cutter:
         else:
             needed = np.ones(n_blocks, np.bool_)
         return (needed,)
-
-
-def _is_covered(window: AnyWindow, section: Section) -> bool:
-    return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
 
 
 def _n_before(rising: _Rising, value: int) -> int:

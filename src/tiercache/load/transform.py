@@ -385,9 +385,6 @@ class _BatchMixing(ABC):
     def _mix(self, images: torch.Tensor, generator: np.random.Generator) -> float:
         """Mix the images in place; return the share of each image that is its own."""
 
-    def _draw_share(self, generator: np.random.Generator) -> float:
-        return float(generator.beta(self.alpha, self.alpha))
-
     def _column(self, batch: Batch, name: str) -> Any:
         if name not in batch:
             raise KeyError(f"{type(self).__name__}: the batch has no column {name!r}, only {', '.join(batch)}")
@@ -430,7 +427,7 @@ class MixUp(_BatchMixing):
     def _mix(self, images: torch.Tensor, generator: np.random.Generator) -> float:
         if not (images.is_floating_point() or images.dtype == torch.uint8):
             raise TypeError(f"MixUp blends uint8 and float images, got {images.dtype}")
-        share = self._draw_share(generator)
+        share = float(generator.beta(self.alpha, self.alpha))
         # From the last image to the first, so that the image before is not yet blended. One image is in the caches;
         # a rolled copy of the batch would not be.
         last = images[-1].clone() if len(images) else images
@@ -456,7 +453,7 @@ class CutMix(_BatchMixing):
     """
 
     def _mix(self, images: torch.Tensor, generator: np.random.Generator) -> float:
-        share = self._draw_share(generator)
+        share = float(generator.beta(self.alpha, self.alpha))
         is_hwc = images.shape[3] == 3 and images.shape[1] != 3
         shown = images.movedim(3, 1) if is_hwc else images
         height, width = shown.shape[2:]

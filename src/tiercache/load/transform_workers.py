@@ -179,13 +179,14 @@ class _Pickler(pickle.Pickler):
         """Return how an object is pickled, if it is a tensor of the CPU."""
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
             return NotImplemented
+        is_wrapper: Any = is_traceable_wrapper_subclass(value)  # mypy believes that no tensor can be one
         if value.layout is torch.jagged:
             nested: Any = value
             return _nested_over, (nested.values(), nested.offsets())
         if value.layout is torch.sparse_coo:
             parts = value.detach().coalesce()
             return _sparse_over, (parts.indices(), parts.values(), tuple(value.shape))
-        if value.layout is not torch.strided or value.is_quantized or _is_wrapper(value):
+        if value.layout is not torch.strided or value.is_quantized or is_wrapper:
             return NotImplemented
         if type(value) is not torch.Tensor:
             plain = value.detach().as_subclass(torch.Tensor)
@@ -198,10 +199,6 @@ class _Pickler(pickle.Pickler):
         flat = plain.as_strided((plain.numel(),), (1,))
         data = pickle.PickleBuffer(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # as in read()
         return _tensor_over, (data, plain.dtype, tuple(plain.shape), plain.stride(), value.requires_grad)
-
-
-def _is_wrapper(value: Any) -> bool:  # mypy believes that no tensor can be one
-    return bool(is_traceable_wrapper_subclass(value))
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
