@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import struct
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -39,14 +40,6 @@ class Job:
         if self.scene.read(store, key):
             self.tell(f"have {self.scene.names[key]}")
 
-    def read_doubting(self, store, key: str) -> None:
-        """As a shard's reader does: what is wrong is said to be so, and must be right when it is read again."""
-        try:
-            self.scene.read(store, key)
-        except AssertionError:
-            store.remove_if_corrupt(key, self.scene.identity(key))
-            self.scene.read(store, key)
-
     def read_some(self, size, policy) -> None:
         if size != AMPLE:
             self.tell("dropping")
@@ -65,6 +58,15 @@ class Job:
         with self.scene.cache() as cache:
             kept = set(self.random.sample(sorted(self.scene.names.values()), len(SIZES) - n))
             cache.evict(lambda entry: entry.name not in kept)
+
+
+def read_doubting(scene: Scene, store, key: str) -> None:
+    """As a shard's reader does: what is wrong is said to be so, and must be right when it is read again."""
+    try:
+        scene.read(store, key)
+    except AssertionError:
+        store.remove_if_corrupt(key, scene.identity(key))
+        scene.read(store, key)
 
 
 def check_limit(cache) -> None:
@@ -114,10 +116,10 @@ def press_lru(job: Job) -> None:
     job.read_some(TIGHT, "lru")
 
 
-def publish(job: Job, store, keys: list[str]):
+def publish(scene: Scene, store, keys: Sequence[str]):
     """A plan to read keys in this order, and the clock's end of each."""
     n_bytes = np.array([SIZES[key] for key in keys])
-    names = np.array([list(bytes.fromhex(job.scene.names[key])) for key in keys], np.uint8)
+    names = np.array([list(bytes.fromhex(scene.names[key])) for key in keys], np.uint8)
     ends = np.cumsum(n_bytes)
     plan = ReadingPlan("a job of the rig", np.arange(len(keys)), ends - n_bytes, ends, ends - n_bytes + ends[-1])
     return store.publish_plan(names, plan), ends.tolist()
@@ -129,12 +131,17 @@ def follow_a_plan(job: Job) -> None:
     keys = job.keys(6)
     with job.scene.cache(TIGHT, "plan") as cache:
         store = cache.store(job.scene.source)
-        following, ends = publish(job, store, keys)
-        for key, clock in zip(keys, ends, strict=True):
-            job.scene.read(store, key)
-            following.advance(clock)
-        following.close()
+        follow(job.scene, store, keys)
         check_limit(cache)
+
+
+def follow(scene: Scene, store, keys: Sequence[str]) -> None:
+    """Read along a published plan."""
+    following, ends = publish(scene, store, keys)
+    for key, clock in zip(keys, ends, strict=True):
+        scene.read(store, key)
+        following.advance(clock)
+    following.close()
 
 
 def after_a_death(job: Job) -> None:
@@ -146,7 +153,7 @@ def after_a_death(job: Job) -> None:
         try:
             cache = job.scene.cache()
             store = cache.store(job.scene.source)
-            kept = publish(job, store, job.keys(6))
+            kept = publish(job.scene, store, job.keys(6))
             job.scene.read(store, "h", job.ranges("h"))
             os._exit(kept is None)  # not withdrawn, as it would be if nobody kept it
         finally:

@@ -7,13 +7,14 @@ looked at again. In some rounds a witness has the cache open all the while.
 
 import os
 import random
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.stress import kills
 from tests.stress.inspection import DEADLINE_S, Inspection
-from tests.stress.jobs import JOBS, Job
+from tests.stress.jobs import JOBS, Job, read_doubting
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.stress.scene import SIZES, Model, Scene
 from tests.support.forks import ChildEnd, ForkedChild
@@ -97,7 +98,7 @@ class Witness:
         def work(tell) -> None:
             os.close(self._go_w)
             os.close(ready_r)
-            job = Job(scene, tell, random.Random(0))
+            warnings.simplefilter("ignore", RuntimeWarning)
             with scene.cache() as cache:
                 store = cache.store(scene.source)
                 scene.read(store, "c")
@@ -105,7 +106,7 @@ class Witness:
                 os.read(go_r, 1)
                 tell("dropping")  # the other may have opened it with less
                 for key in SIZES:
-                    job.read_doubting(store, key)
+                    read_doubting(scene, store, key)
 
         self._child = ForkedChild(work)
         os.close(ready_w)

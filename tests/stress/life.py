@@ -9,14 +9,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-from tests.stress.jobs import age, damage, holds
+from tests.stress.jobs import age, damage, follow, holds, read_doubting
 from tests.stress.scene import AMPLE, OBJECTS, TIGHT, Scene
 from tests.support.forks import SendLine
 
 from tiercache.cache import Cache
 from tiercache.errors import TierCacheError
-from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
+from tiercache.model import ByteRange, ShardIdentity
 
 # What the verbs for people say of a disk that fails.
 DOCUMENTED = (TierCacheError, OSError)
@@ -66,7 +65,7 @@ def _live(scene: Scene, tell, size: int, policy: str) -> None:
     name = scene.names["a"]
     tell(f"pinning {name}")
     attempt(lambda: cache.pin(scene.source, scene.pairs("a"), jobs=1))
-    follow(scene, store)
+    follow(scene, store, KEYS)
     attempt(lambda: cache.warm(scene.source, scene.pairs("cd"), jobs=1))
     attempt(cache.status)
     attempt(cache.entries)
@@ -74,19 +73,6 @@ def _live(scene: Scene, tell, size: int, policy: str) -> None:
     tell(f"unpinning {name}")
     attempt(cache.unpin)
     cache.close()
-
-
-def follow(scene: Scene, store) -> None:
-    """Read along a published plan."""
-    n = len(KEYS)
-    names = np.array([list(bytes.fromhex(scene.names[key])) for key in KEYS], np.uint8)
-    ends = np.cumsum([len(scene.data[key]) for key in KEYS])
-    firsts = ends - [len(scene.data[key]) for key in KEYS]
-    following = store.publish_plan(names, ReadingPlan("a life", np.arange(n), firsts, ends, firsts + ends[-1]))
-    for key, clock in zip(KEYS, ends.tolist(), strict=True):
-        scene.read(store, key)
-        following.advance(clock)
-    following.close()
 
 
 def rot(scene: Scene) -> None:
@@ -107,24 +93,15 @@ def damaged(scene: Scene, tell) -> None:
         return
     store = cache.store(scene.source)
     first, second = ROTTEN
-    _read_doubting(scene, store, first)
+    read_doubting(scene, store, first)
     attempt(lambda: cache.verify(repair=True, jobs=1))
-    _read_doubting(scene, store, second)
+    read_doubting(scene, store, second)
     _meet_poison(scene, store)
     for key in OBJECTS:
         scene.read(store, key)
     attempt(lambda: store.put("x", scene.data["x"]))
     scene.read(store, "x")
     cache.close()
-
-
-def _read_doubting(scene: Scene, store, key: str) -> None:
-    """As a shard's reader does: what is wrong is said to be so, and must be right when it is read again."""
-    try:
-        scene.read(store, key)
-    except AssertionError:
-        store.remove_if_corrupt(key, scene.identity(key))
-        scene.read(store, key)
 
 
 def _meet_poison(scene: Scene, store) -> None:

@@ -92,8 +92,6 @@ def serve_ways(url: str, batch_size: int) -> dict[str, dict[str, Any]]:
         loader = tc.DataLoader(dataset, **arguments)
         epochs = [[torch.as_tensor(b["id"]).reshape(-1).tolist() for b in loader] for _ in range(2)]
         found[name] = {"epochs": epochs, "length": len(loader), "state": loader.state_dict(), "repr": repr(loader)}
-    every = tc.DataLoader(whole, batch_size, collate_fn=ids_together, options=tc.LoaderOptions(split_ranks=False))
-    found["not split"] = {"epochs": [[b["id"].tolist() for b in every]], "length": len(every)}
     dist.destroy_process_group()
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.support.loader_jobs import take
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tiercache as tc
@@ -95,17 +96,6 @@ def make_mesh(sizes: dict[str, int]) -> DeviceMesh:
     if n_ranks == dist.get_world_size():
         return init_device_mesh("cpu", shape, mesh_dim_names=tuple(sizes))
     return DeviceMesh("cpu", torch.arange(n_ranks).reshape(shape), mesh_dim_names=tuple(sizes))
-
-
-def take(loader: tc.DataLoader, stop_after: int | None) -> list[list[int]]:
-    """The ids of the batches, up to stop_after of them."""
-    iterator = iter(loader)
-    n_batches = len(iterator) if stop_after is None else stop_after
-    batches = [next(iterator)["id"].tolist() for _ in range(n_batches)]
-    if stop_after is None:
-        assert next(iterator, None) is None
-    iterator.close()
-    return batches
 
 
 def read_through_cache(url: str, cache: str) -> tuple[list[int], int]:

@@ -104,20 +104,6 @@ def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
     made.close()
 
 
-def test_correct_batches_pass_both_checks_in_both_layouts(checked: tuple[Any, list[dict[str, Any]]]) -> None:
-    consumer, batches = checked
-    buffers = [
-        {**b, "text": (np.frombuffer("".join(b["text"]).encode(), np.uint8), np.arange(0, 33 * 60, 60))}
-        for b in batches
-    ]
-    consumer.check_records(batches)
-    consumer.check_records(buffers)
-    consumer.reset()
-    consumer.read(batches)
-    consumer.read(buffers[::-1])
-    consumer.check_sums(2)
-
-
 def test_wrong_batches_are_refused(checked: tuple[Any, list[dict[str, Any]]]) -> None:
     consumer, (one, two) = checked
     for batches in ([one], [one, two, two], [one, changed(two)], [one, respelt(two)], [one, swapped(two)]):

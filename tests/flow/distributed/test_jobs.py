@@ -198,9 +198,3 @@ def test_every_path_splits_an_epoch_over_the_ranks(ways, name):
         assert [answer["epochs"] for answer in answers] == [answer["epochs"] for answer in natively]
         assert answers[0]["state"] == answers[1]["state"] == natively[0]["state"]
     assert epochs_of(answers)[0] != epochs_of(answers)[1]
-
-
-def test_ranks_that_are_not_split_are_all_served_everything_on_torchs_path_too(ways):
-    for answer in ways["not split"]:
-        assert list(chain.from_iterable(answer["epochs"][0])) == list(range(N))
-        assert answer["length"] == len(answer["epochs"][0])

@@ -17,7 +17,6 @@ from tests.support.http_server import HttpFaultServer
 import tiercache as tc
 from tiercache.data.opened_version import OpenedVersion
 from tiercache.load import epoch as epoch_module
-from tiercache.load.epoch import ReadingPlanPublisher
 from tiercache.load.planner import NextEpoch
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.shard.reader import ReleasingPlan
@@ -51,6 +50,17 @@ def server(packed, no_hedges) -> Iterator[HttpFaultServer]:
             for thread in threading.enumerate():
                 if thread.name.startswith(name):
                     thread.join(30)
+
+
+@pytest.fixture
+def followed(monkeypatch) -> tuple[list[ReadingPlan], list[int]]:
+    """The plans that are published from now on, and the clocks to which they advance."""
+    plans: list[ReadingPlan] = []
+    clocks: list[int] = []
+    publish, advance = OpenedVersion.publish_plan, ReleasingPlan.advance
+    monkeypatch.setattr(OpenedVersion, "publish_plan", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
+    monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+    return plans, clocks
 
 
 def options(**given: Any) -> tc.LoaderOptions:
@@ -116,12 +126,8 @@ def test_shards_that_a_rank_needs_next_are_kept_until_slower_ranks_end(server, p
     assert fetched(server) <= most_bytes(packed, 0.5)
 
 
-def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(server, packed, tmp_path, monkeypatch):
-    plans: list[ReadingPlan] = []
-    clocks: list[int] = []
-    publish, advance = OpenedVersion.publish_plan, ReleasingPlan.advance
-    monkeypatch.setattr(OpenedVersion, "publish_plan", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
-    monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(server, packed, tmp_path, followed):
+    plans, clocks = followed
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="fetched again"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -168,12 +174,8 @@ def test_a_plan_exists_between_epochs_and_ends_with_the_loader(server, packed, t
         dataset.close()
 
 
-def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, monkeypatch):
-    plans: list[ReadingPlan] = []
-    clocks: list[int] = []
-    publish, advance = OpenedVersion.publish_plan, ReleasingPlan.advance
-    monkeypatch.setattr(OpenedVersion, "publish_plan", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
-    monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, monkeypatch, followed):
+    plans, clocks = followed
     # The preparation of the next epoch may open its first shards before this one has ended.
     monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
@@ -240,17 +242,6 @@ def test_a_plan_that_cannot_be_written_is_not_an_error(server, packed, tmp_path,
 
     monkeypatch.setattr(OpenedVersion, "publish_plan", refuse)
     assert sorted(read_epoch(server, cache_of(tmp_path, packed, 2), 0)) == list(range(N))
-
-
-def test_nothing_is_planned_where_nothing_is_cached(server, packed, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("planned")
-
-    monkeypatch.setattr(ReadingPlanPublisher, "_publish", refuse)
-    dataset = tc.Dataset(f"{server.url}/data", cache=False)
-    loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
-    assert sum(len(batch["id"]) for batch in loader) == N
-    dataset.close()
 
 
 @pytest.mark.parametrize("kind", ["view", "joined", "mixed", "views of one"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import pickle
 import sys
 import threading
@@ -65,29 +63,6 @@ def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layou
     assert served == N
 
 
-def test_a_loader_decodes_as_its_options_say(path):
-    stored, served = tc.Dataset(path), {}
-    for dct in ("accurate", "fast"):
-        options = tc.DecodeImage(16, dct=dct)
-        decoder = Decoder(options)
-        for batch in loader_of(path, options):
-            encoded = stored[batch["id"].tolist()]["image"]
-            expected = np.stack([decoder.decode(data, ()) for data in encoded])
-            assert np.array_equal(batch["image"].numpy(), expected)
-            served[dct] = expected
-    assert not np.array_equal(*served.values())
-
-
-def test_a_record_is_the_picture_that_pillow_cuts_out(path):
-    record = tc.Dataset(path, decode={"image": tc.DecodeImage(20)})[0]
-    stored = tc.Dataset(path)[0]["image"]
-    whole = Image.open(io.BytesIO(stored))
-    expected = np.asarray(whole.crop((5, 0, 25, 20))).transpose(2, 0, 1)
-    assert record["image"].shape == (3, 20, 20)
-    assert record["image"].dtype == np.uint8
-    assert np.abs(record["image"].astype(int) - expected).max() <= 1
-
-
 @pytest.mark.parametrize(("size", "dtype", "layout"), [(16, "uint8", "channels_last"), (None, "bfloat16", "CHW")])
 def test_torchs_own_loader_serves_the_same(path, size, dtype, layout):
     options = tc.DecodeImage(size, dtype=dtype, layout=layout)
@@ -116,19 +91,6 @@ def test_random_crops_are_the_same_for_any_number_of_threads_and_differ_by_epoch
     for others in (second, list(loader_of(path, seed=6))):
         two = {i: p for b in others for i, p in zip(b["id"].tolist(), b["image"], strict=True)}
         assert sum(torch.equal(one[i], two[i]) for i in range(N)) < N // 4
-
-
-def test_colours_are_drawn_anew_and_crops_are_those_of_a_run_without_jitter(path):
-    plain = loader_of(path, RANDOM)
-    grey = loader_of(path, replace(RANDOM, saturation=(0, 0)))
-    for one, two in zip(plain, grey, strict=True):
-        weights = torch.tensor([0.2989, 0.587, 0.114]).reshape(3, 1, 1)
-        expected = (one["image"] * weights).sum(1)
-        assert (two["image"].float() - expected[:, None]).abs().max() <= 1.5
-    bright = loader_of(path, tc.DecodeImage(16, brightness=0.8))
-    factors = [(b["image"].float().mean((1, 2, 3)) + 1).tolist() for b in bright]
-    again = [(b["image"].float().mean((1, 2, 3)) + 1).tolist() for b in bright]  # of the next epoch
-    assert len({round(factor, 3) for factor in itertools.chain(*factors, *again)}) > N
 
 
 @pytest.mark.parametrize("options", [RANDOM, AUGMENTED])
@@ -230,18 +192,6 @@ def test_other_errors_of_a_decoder_reach_the_consumer_unchanged(path, monkeypatc
 
 def decoding_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("tiercache-decode")]
-
-
-def test_leaving_a_loop_ends_its_threads(path):
-    for _batch in loader_of(path):
-        assert decoding_threads()
-        break
-    assert decoding_threads() == []
-    iterator = iter(loader_of(path))
-    next(iterator)
-    iterator.close()
-    assert decoding_threads() == []
-    assert _batch["image"].shape == (8, 3, 16, 16)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from tests.support.records import check_batch, ids_of
 
 import tiercache as tc
 from tiercache.data.output_spec import Buffer
-from tiercache.load.device import BACKENDS, BatchDevice, DevicePipeline
+from tiercache.load.device import BatchDevice, DevicePipeline
 from tiercache.load.planner import NextEpoch
 from tiercache.stats import WaitHistogram
 
@@ -336,21 +335,6 @@ def test_iterators_that_overlap_have_memory_of_their_own(make_dataset, lazy):
     assert len(lazy[0].pinned_bytes) == 2
 
 
-@contextmanager
-def fake_devices():
-    made: list[FakeDevice] = []
-
-    def make(device: torch.device) -> FakeDevice:
-        made.append(FakeDevice(device))
-        return made[-1]
-
-    BACKENDS[FAKE] = make
-    try:
-        yield made
-    finally:
-        del BACKENDS[FAKE]
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("device") / "data"
@@ -390,7 +374,8 @@ def test_no_slot_is_rewritten_and_no_batch_is_seen_before_its_copy_is_done(
 ):
     """Whatever stream comes first. The fake device checks the slots; the kernel checks the batches."""
     rng = random.Random(seed)
-    with fake_devices() as made:
+    with pytest.MonkeyPatch.context() as patch:
+        made = install(patch)
         order = {"batch_size": 8, "drop_last": True, "seed": seed % 7, "memory_bytes": 1}
         options = {"device_batches": n_copied, "device_buffers": buffers}
         seen: list[list[int]] = []

@@ -39,13 +39,30 @@ def test_every_column_is_right_on_the_device(make_dataset):
     )
 
 
-def test_slots_are_pinned(dataset):
+@pytest.mark.parametrize("buffers", ["new", "fixed"])
+def test_copies_come_from_pinned_memory_and_later_epochs_take_no_more_of_the_device_or_the_host(dataset, buffers):
+    loader = loader_of(dataset, device_buffers=buffers)
+    found = []
+    for _ in range(3):
+        for batch in loader:
+            del batch  # the memory of a new buffer is used again
+            torch.cuda._sleep(SLEEP_CYCLES)
+        torch.cuda.synchronize()
+        blocks = loader._engine._device.pinned._blocks
+        assert all(block.is_pinned() for block, _ in blocks.values())
+        found.append((torch.cuda.memory_stats()["segment.all.allocated"], sorted(blocks)))
+    assert found[1:] == found[:1] * 2
+    assert loader.stats()["unpinned"] == 0
+
+
+def test_copies_are_made_while_the_device_works_and_exposed_waits_are_told(dataset):
     loader = loader_of(dataset)
-    iterator = iter(loader)
-    next(iterator)
-    [(block, _)] = loader._engine._device.pinned._blocks.values()
-    assert block.is_pinned()
-    iterator.close()
+    for _ in loader:
+        torch.cuda._sleep(SLEEP_CYCLES)
+    torch.cuda.synchronize()
+    exposed = loader.stats()["exposed_wait_s"]
+    assert 0 <= exposed["mean"] <= exposed["total"]
+    assert exposed["mean"] < 0.005  # of some 10 ms of work between two batches
 
 
 @pytest.mark.parametrize("buffers", ["new", "fixed"])

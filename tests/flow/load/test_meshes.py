@@ -11,15 +11,12 @@ from collections import defaultdict
 from contextlib import closing
 from math import prod
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.meshes import FakeMesh
-from tests.support.records import ids_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,10 +32,6 @@ from tiercache.load.loader_options import (
 )
 
 DP_TP, DP_CP_PP = {"dp": 2, "tp": 4}, {"dp": 2, "cp": 2, "pp": 2}
-
-
-def on_each_rank(sizes: dict[str, int], dims: Any) -> list[LoaderOptions]:
-    return [LoaderOptions(mesh=FakeMesh(sizes, rank), dims=dims) for rank in range(prod(sizes.values()))]
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=4))
@@ -86,39 +79,9 @@ def test_a_sampler_and_a_mesh_exclude_each_other(make_dataset):
         tc.DataLoader(dataset, sampler=[0, 1], options=options)
 
 
-def test_later_epochs_of_a_run_that_began_on_one_process_are_equal_on_all_ranks_of_a_group(make_dataset):
-    """One process draws a seed in each epoch; ranks that are served the same records must not."""
-    url = make_dataset(40)
-    with closing(tc.Dataset(url)) as dataset:
-        alone = tc.DataLoader(dataset, batch_size=4, shuffle=True)
-        next(iter(alone))
-        state = alone.state_dict()
-    epochs = []
-    for rank, options in enumerate(on_each_rank({"tp": 3}, ())):
-        torch.manual_seed(rank)
-        with closing(tc.Dataset(url)) as dataset:
-            loader = tc.DataLoader(dataset, batch_size=4, shuffle=True, options=options)
-            loader.load_state_dict(state)
-            epochs.append([ids_of(loader) for _ in range(3)])
-    assert epochs[0] == epochs[1] == epochs[2]
-    assert epochs[0][1] != epochs[0][2]
-
-
 def test_names_of_dimensions_whose_ranks_share_batches():
     shared = ["tp", "cp", "sp", "pp", "mp", "tensor_parallel", "Context", "pipeline-parallel", "TP"]
-    others = [
-        "dp",
-        "dp_replicate",
-        "dp_shard",
-        "fsdp",
-        "ddp",
-        "data",
-        "replicate",
-        "shard",
-        "dp_shard_cp",
-        "ep",
-        "inter",
-    ]
+    others = ["dp", "dp_replicate", "fsdp", "ddp", "data", "replicate", "shard", "dp_shard_cp", "ep", "inter"]
     assert [name for name in shared + others if is_same_batch_dim(name)] == shared
 
 
@@ -193,19 +156,6 @@ def test_a_mesh_that_another_release_of_torch_makes_otherwise_is_passed_over(mon
     del changed
 
 
-def test_a_real_mesh_its_slices_and_a_flattened_one_give_the_rank(fake_job):
-    whole = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp", "cp", "tp"))  # rank 5 is at (1, 0, 1)
-    for mesh, dims, expected in (
-        (whole, ("dp",), (1, 2)),
-        (whole, ("dp", "cp"), (2, 4)),
-        (whole["dp"], "dp", (1, 2)),
-        (whole["dp", "cp"], "cp", (0, 2)),
-        (whole["dp", "cp"]._flatten("data"), "data", (2, 4)),
-    ):
-        rank = find_rank(LoaderOptions(mesh=mesh, dims=dims))
-        assert (rank.rank, rank.world_size, rank.origin) == (*expected, "mesh")
-
-
 def test_options_with_a_real_mesh_are_compared_copied_and_pickled(fake_job):
     mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
     options = LoaderOptions(mesh=mesh, dims=["dp"])
@@ -227,12 +177,6 @@ def test_the_whole_mesh_is_unknown_if_another_release_of_torch_hides_it():
     assert whole_mesh(FakeMesh(DP_TP, 0)) is None
     rank = find_rank(LoaderOptions(mesh=FakeMesh({"tp": 8}, 0), dims=()))
     assert (rank.mesh, rank.is_alone) == (None, False)  # all processes of torch.distributed must agree then
-
-
-def test_a_process_outside_of_a_real_mesh_is_named(fake_job):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))  # ranks 0 to 3
-    with pytest.raises(ValueError, match=r"rank 5 of torch\.distributed, is not in the mesh"):
-        LoaderOptions(mesh=mesh, dims="dp")
 
 
 def test_threads_and_memory_are_shared_by_the_processes_of_the_machine_whatever_the_mesh(monkeypatch):

@@ -7,7 +7,6 @@ import time
 import weakref
 
 import pytest
-import torch
 from tests.support.cache_world import open_below
 from tests.support.records import N_REMOTE as N
 from tests.support.records import SCHEMA, check_batch, ids_of, join_loading, make_columns
@@ -119,30 +118,6 @@ def test_the_prepared_start_is_what_the_next_epoch_serves(make_dataset, streams,
         fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
         fresh.set_epoch(epoch)
         assert ids_of(fresh) == found
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_the_next_epoch_is_prepared_without_a_seed_whatever_other_code_draws(make_dataset, given, loads):
-    torch.manual_seed(1)
-    generator = torch.Generator().manual_seed(2) if given else None
-    dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, generator=generator)
-    tables = dataset._source.block_sizes(range(len(dataset._source.shard_records)))
-    n_blocks = sum(len(table.records) for table in tables)
-
-    def serve(n_epochs):
-        """How often each epoch loaded the data set: also for the epoch after it, if that was not loaded before."""
-        found = []
-        for _ in range(n_epochs):
-            before = n_blocks_of(loads)
-            assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(200))
-            join_loading()
-            found.append((n_blocks_of(loads) - before) / n_blocks)
-        return found
-
-    assert serve(2) == [2, 1]
-    (torch.manual_seed if generator is None else generator.manual_seed)(0)
-    assert serve(1) == [1]
 
 
 def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_dataset):

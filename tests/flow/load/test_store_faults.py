@@ -96,7 +96,7 @@ def check_epoch(folder, columns, tmp_path, record_property, faults, rate, seed, 
     record_property("slowdown", report)
 
 
-# The kinds of a status are one kind to a client; the stress test has each of them, with the cache and without.
+# The kinds of a status are one kind to a client; the mixtures have each of them, with the cache and without.
 FEW = [("503", True), ("429", False), *((name, at % 2 == 0) for at, name in enumerate(list(ALONE)[8:]))]
 
 
@@ -116,14 +116,6 @@ def test_an_epoch_survives_a_mixture_of_faults(folder, columns, tmp_path, record
 @pytest.mark.parametrize("seed", range(20))
 def test_epochs_survive_random_mixtures(small_shards, columns, tmp_path, record_property, seed, rate, cached):
     check_epoch(small_shards, columns, tmp_path, record_property, [*ALONE.values()], rate, 100 + seed, cached)
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("name", ALONE)
-@pytest.mark.parametrize("seed", range(5))
-def test_epochs_survive_each_fault_alone(small_shards, columns, tmp_path, record_property, seed, name, cached):
-    check_epoch(small_shards, columns, tmp_path, record_property, [ALONE[name]], 0.2, 200 + seed, cached)
 
 
 def test_a_cache_that_was_warmed_under_faults_serves_an_epoch_without_the_server(folder, columns, tmp_path):

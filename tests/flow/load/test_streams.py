@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.records import ids_of, make_columns
+from tests.support.records import check_batch, ids_of, make_columns
 
 import tiercache as tc
 
@@ -56,6 +56,10 @@ class Ranks:
         return self.world_size * self.batch_size
 
 
+def ids_of_batch(batch):
+    return check_batch(batch) if len(batch) > 1 else batch["id"].tolist()
+
+
 class Run:
     """All ranks of a run in one process, and what they serve."""
 
@@ -79,7 +83,7 @@ class Run:
             iterators = [iter(loader) for loader in self.loaders]
             for iterator in iterators:
                 closing.callback(iterator.close)
-            batches = [[b["id"].tolist() for b in itertools.islice(iterator, n_batches)] for iterator in iterators]
+            batches = [list(map(ids_of_batch, itertools.islice(iterator, n_batches))) for iterator in iterators]
             self.states = [loader.state_dict() for loader in self.loaders]
         assert len({len(of_rank) for of_rank in batches}) == 1  # equally many on every rank
         return list(zip(*batches, strict=True))

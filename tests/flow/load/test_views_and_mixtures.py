@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import warnings
@@ -13,7 +12,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.records import SCHEMA, check_batch, ids_of, join_loading, make_columns
+from tests.flow.load.test_streams import Ranks, Run
+from tests.support.records import SCHEMA, ids_of, join_loading, make_columns
 
 import tiercache as tc
 
@@ -57,10 +57,12 @@ def a_view(name, a, b):
 NAMES = ["take", "skip", "shard", "mask", "listed", "repeated", "joined", "joined views", "view of joined"]
 
 
-def make_loader(dataset, rank=0, world_size=1, batch_size=7, *, shuffle=False, drop_last=False, **how):
-    how = {"seed": 3, "shuffle_window_bytes": "1KiB", "shuffle_group_bytes": "9KiB", "threads": 1, **how}
-    options = tc.LoaderOptions(rank=rank, world_size=world_size, **how)
-    return tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, options=options)
+ORDER = {"seed": 3, "shuffle_window_bytes": "1KiB", "shuffle_group_bytes": "9KiB"}
+
+
+def make_loader(dataset, rank=0, world_size=1, batch_size=7, *, shuffle=False, **how):
+    options = tc.LoaderOptions(rank=rank, world_size=world_size, threads=1, **ORDER, **how)
+    return tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, options=options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,41 +129,27 @@ def test_the_ranks_of_any_world_size_serve_one_sequence(parts, data, name, strea
         dataset = tc.mix([a, b], weights=[1, 2], stop="first_exhausted" if name == "mixed" else "all_exhausted")
     else:
         dataset, _ = a_view(name, a, b)
-    how = {"shuffle_streams": streams, "placement": placement, "shuffle": shuffle}
+    how = ORDER | {"shuffle_streams": streams, "placement": placement}
     epoch = data.draw(st.integers(0, 3))
-    alone = make_loader(dataset, batch_size=5, **how)
-    alone.set_epoch(epoch)
-    whole = list(itertools.chain(*ids_of(alone)))
+    alone = Run(dataset, Ranks(1, 5), how, shuffle=shuffle, drop_last=False)
+    alone.loaders[0].set_epoch(epoch)
+    whole = [i for (batch,) in alone.serve() for i in batch]
     n, offset, state = len(whole), 0, None
     assert n == len(dataset)
     for is_last in (False, True):
-        world_size, batch_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
-        loaders = [
-            make_loader(dataset, rank, world_size, batch_size, drop_last=drop_last, **how) for rank in range(world_size)
-        ]
-        for loader in loaders:
-            if state is None:
-                loader.set_epoch(epoch)
-            else:
-                loader.load_state_dict(json.loads(json.dumps(state)))
-        step = world_size * batch_size
+        ranks = Ranks(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)))
+        run, step = Run(dataset, ranks, how, state, shuffle=shuffle, drop_last=drop_last), ranks.global_batch
+        for loader in run.loaders if state is None else ():
+            loader.set_epoch(epoch)
         n_batches = None if is_last else data.draw(st.integers(0, (n - offset) // step))
-        with contextlib.ExitStack() as closing:
-            iterators = [iter(loader) for loader in loaders]
-            for iterator in iterators:
-                closing.callback(iterator.close)
-            ranks = [list(map(check_batch, itertools.islice(iterator, n_batches))) for iterator in iterators]
-            state = loaders[0].state_dict()
-            assert all(loader.state_dict() == state for loader in loaders)
-        for number, batch in enumerate(zip(*ranks, strict=True)):
+        served = run.serve(n_batches)
+        for number, batch in enumerate(served):
             start = offset + number * step
             expected, found = Counter(whole[start : start + step]), Counter(itertools.chain(*batch))
-            padding = found - expected
             assert not expected - found
-            assert padding.total() == max(world_size - (n - start), 0)
-        offset += 0 if is_last else n_batches * step
-    n_global = (n - offset) // step + (not drop_last and (n - offset) % step > 0)
-    assert len(ranks[0]) == n_global
+            assert (found - expected).total() == max(ranks.world_size - (n - start), 0)
+        offset, state = offset + (0 if is_last else n_batches * step), run.state
+    assert len(served) == (n - offset) // step + (not drop_last and (n - offset) % step > 0)
 
 
 def test_objects_are_read_from_parts_with_other_column_numbers(tmp_path):
