@@ -445,22 +445,12 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
         "age": format_duration(row["age_s"]),
         "tiers": ", ".join(format_copy(copy) for copy in row["copies"]),
         "metrics": _metrics_text(row["metrics"]),
-        "kept by": _kept_text(row["kept"]),
+        "kept by": "; ".join(one["text"] for one in row["kept"]),
     }
 
 
 def _metrics_text(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} = {value:.6g}" for name, value in sorted(metrics.items()))
-
-
-def _kept_text(kept: Sequence[Mapping[str, Any]]) -> str:
-    """Return the reasons for people, with the name of a rule once: "runs: keep_hot last = 2, keep_cold best = a:1"."""
-    parts: dict[str, list[str]] = {}
-    for one in kept:
-        where = "" if one["tier"] is None else f"keep_{one['tier']} "
-        text = str(one["text"]).removeprefix(f"{one['rule']}: ").removeprefix(where)
-        parts.setdefault(one["rule"], []).append(f"{where}{text}")
-    return "; ".join(f"{rule}: {', '.join(texts)}" if rule else ", ".join(texts) for rule, texts in parts.items())
 
 
 @verb(after_ctrl_c=_AGAIN)

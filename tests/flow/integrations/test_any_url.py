@@ -243,9 +243,6 @@ def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
         file.write("grün\nrot\n")
     with fs.open("/b/t.txt.gz", "rt", compression="infer", encoding="latin-1") as file:
         assert list(file) == ["grün\n", "rot\n"]
-    with fsspec.open("tiercache::counted://b/t.txt.gz", compression="infer", cache=fs.cache) as file:
-        assert file.read() == "grün\nrot\n".encode("latin-1")
-    type(fs).clear_instance_cache()
 
 
 def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
@@ -404,24 +401,6 @@ def test_a_pyarrow_dataset_fetches_the_columns_it_reads(fs, source, tables, tabl
         more_bytes = 2 * (FOOTER_BYTES + 16384) if expected_bytes else 0
         assert expected_bytes <= source.n_bytes_read() <= expected_bytes + more_bytes
     assert data.count_rows() == 2 * N_ROWS
-
-
-@pytest.mark.s3
-def test_s3_sends_each_byte_once(make, s3_server, s3_of, table):
-    fs = make("s3", target_options=s3_of(s3_server))
-    path = f"{s3_server.bucket}/any-url/t.parquet"
-    with fs.fs.open(path, "wb") as file:
-        pq.write_table(table, file, compression="none", use_dictionary=False)
-    for expected_bytes in (COLUMN_BYTES, 0):
-        sent = s3_server.bytes_sent()
-        read = pq.read_table(path, columns=["d"], filesystem=fs)
-        assert read["d"].equals(table["d"])
-        if sent is not None:
-            now = s3_server.bytes_sent() - sent
-            assert expected_bytes <= now <= expected_bytes + (FOOTER_BYTES + 16384) * (expected_bytes > 0)
-    fs.fs.rm(path)
-    with pytest.raises(FileNotFoundError):
-        fs.open(path)
 
 
 # -- files that have moved to another tier --------------------------------------------------------------------------
