@@ -236,36 +236,27 @@ def test_an_error_of_a_users_sampler_is_raised_in_its_place(dataset):
     assert raised.value is error
 
 
-@pytest.mark.parametrize(
-    ("numbers", "kind", "message"),
-    [
+def test_other_than_record_numbers_is_an_error_at_the_first_batch_of_a_known_sampler_or_in_its_place(dataset):
+    for numbers, kind, message in (
         ([1, 2, 150], IndexError, "record 150 of a data set of 150"),
         ([1, -151], IndexError, "record -151 of a data set of 150"),
         ([0.5, 1], TypeError, "integer record numbers.*float64"),
         ([True], TypeError, "integer record numbers.*bool"),
         ([[1, 2], [3, 4]], TypeError, "integer record numbers"),
-    ],
-)
-def test_other_than_record_numbers_in_a_known_sampler_is_an_error_at_the_first_batch(dataset, numbers, kind, message):
-    iterator = iter(tc.DataLoader(dataset, 1, sampler=numbers))
-    with pytest.raises(kind, match=message):
-        next(iterator)
-
-
-@pytest.mark.parametrize(
-    ("batches", "kind", "message"),
-    [
-        ([[1, 2], [150]], IndexError, "record 150 of a data set of 150"),
-        ([[1, 2], [-151]], IndexError, "record -151 of a data set of 150"),
-        ([[1, 2], [0.5]], TypeError, "record numbers must be integers, got float64"),
-        ([[1, 2], [True]], TypeError, "record numbers must be integers, got bool"),
-    ],
-)
-def test_other_than_record_numbers_in_a_batch_is_an_error_in_its_place(dataset, batches, kind, message):
-    iterator = iter(tc.DataLoader(dataset, batch_sampler=batches))
-    assert check_batch(next(iterator)) == [1, 2]
-    with pytest.raises(kind, match=message):
-        next(iterator)
+    ):
+        iterator = iter(tc.DataLoader(dataset, 1, sampler=numbers))
+        with pytest.raises(kind, match=message):
+            next(iterator)
+    for wrong, kind, message in (
+        (150, IndexError, "record 150 of a data set of 150"),
+        (-151, IndexError, "record -151 of a data set of 150"),
+        (0.5, TypeError, "record numbers must be integers, got float64"),
+        (True, TypeError, "record numbers must be integers, got bool"),
+    ):
+        iterator = iter(tc.DataLoader(dataset, batch_sampler=[[1, 2], [wrong]]))
+        assert check_batch(next(iterator)) == [1, 2]
+        with pytest.raises(kind, match=message):
+            next(iterator)
 
 
 def test_a_sampler_without_a_length_has_the_loader_raise_as_torch_does(dataset):
