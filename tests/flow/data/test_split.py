@@ -75,19 +75,6 @@ def test_the_parts_are_disjoint_and_together_all_records_in_their_order(path):
         assert sorted(i for part in parts.values() for i in part) == list(range(N)), options
 
 
-def test_each_class_is_shared_out_exactly(path):
-    dataset = tc.Dataset(path)
-    for by, n_classes in (("label", 10), ("kind", 6), ("flag", 2)):
-        everything = dataset.class_counts(by)
-        assert len(everything) == n_classes
-        for name, part in dataset.split(FRACTIONS, by=by).items():
-            counts = part.class_counts(by)
-            for value, count in everything.items():
-                exact = Fraction(str(FRACTIONS[name])) * count
-                assert exact - 1 < counts.get(value, 0) < exact + 1
-            assert abs(len(part) - Fraction(str(FRACTIONS[name])) * N) < 1
-
-
 @given(
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=30),
     weights=st.lists(st.integers(1, 20), min_size=1, max_size=5),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -101,12 +99,3 @@ def test_as_tuple_refuses_unknown_names_and_nulls_without_their_mask(packed, dat
     texts = tc.Dataset(tmp_path / "d").as_tuple("text")
     assert texts[:] == [["a", None]]
     assert list(tc.DataLoader(texts, batch_size=2)) == [[["a", None]]]
-
-
-def test_tuples_survive_a_pickle_and_a_state(dataset):
-    pairs = pickle.loads(pickle.dumps(dataset.as_tuple("id", "flag")))
-    loader = tc.DataLoader(pairs, batch_size=10)
-    next(iter(loader))
-    again = tc.DataLoader(dataset.as_tuple("id"), batch_size=10)
-    again.load_state_dict(loader.state_dict())
-    assert [ids.tolist() for (ids,) in again] == [list(range(s, s + 10)) for s in (10, 20, 30)]

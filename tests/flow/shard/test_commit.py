@@ -67,12 +67,6 @@ class TestModes:
         assert grown.segments[0] == made.segments[0]
         assert store.get(manifest.HINT_KEY) == encode_version(replaced)
 
-    def test_a_hint_that_cannot_be_written_does_not_matter(self, store: MemoryStore, first: Version) -> None:
-        faulty = FaultStore(store, [Fault("put", keys=manifest.HINT_KEY)])
-        assert append(faulty, shard()).number == 2
-        assert faulty.faulted_calls
-        assert manifest.latest(store).number == 2
-
     def test_appending_no_shards_commits_nothing(self, store: MemoryStore, first: Version) -> None:
         assert append(store) == first
         assert manifest.list_versions(store) == [1]

@@ -119,13 +119,6 @@ class TestSchemas:
         assert writer.version is not None
         assert writer.version.schema.names == ("z",)
 
-    def test_a_writer_with_a_schema_and_no_records_creates_an_empty_data_set(
-        self, url: str, store: MemoryStore
-    ) -> None:
-        with Writer(url, schema=SCHEMA):
-            pass
-        assert (manifest.latest(store).n_records, shard_keys(store)) == (0, set())
-
     def test_a_writer_that_cannot_write_is_an_error_at_once(self, url: str, store: MemoryStore) -> None:
         with pytest.raises(SchemaError, match="no schema was given"), Writer(url):
             pass

@@ -17,7 +17,7 @@ from tiercache.model import ShardInfo
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.values import as_records
 from tiercache.shard.verify import verify_dataset, verify_shard
-from tiercache.shard.versions import latest, list_versions, read_shards, read_version
+from tiercache.shard.versions import read_version
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
@@ -127,16 +127,6 @@ def test_each_version_of_a_golden_data_set_gives_its_records(folder, number):
         if folder == "dataset":
             assert dataset.fingerprint == json.loads((FOLDER / "fingerprints.json").read_text())[str(number)]
     assert list(verify_dataset(LocalFolder(FOLDER / folder), number)) == []
-
-
-def test_the_golden_data_set_was_created_appended_to_and_overwritten():
-    store = LocalFolder(FOLDER / "dataset")
-    versions = [read_version(store, number) for number in list_versions(store)]
-    assert [version.kind for version in versions] == ["create", "append", "append", "overwrite", "append"]
-    assert [version.parent for version in versions] == [None, 1, 2, 3, 4]
-    assert [len(version.segments) for version in versions] == [1, 2, 3, 1, 2]
-    assert [len(read_shards(store, version)) for version in versions] == [3, 4, 6, 1, 2]
-    assert latest(store).number == 5
 
 
 def test_the_golden_data_set_without_records_is_readable():

@@ -1,12 +1,9 @@
-"""Blocks of a mapped shard that the reader keeps: selection, damage, and files that change."""
-
-import os
+"""Blocks of a mapped shard that the reader keeps: a selection of them equals blocks that are loaded alone."""
 
 import numpy as np
 import pytest
 from tests.support.mixed_shard import SCHEMA, fill, wait_until_settled
 
-from tiercache.errors import CorruptShard
 from tiercache.shard.reader import ShardReader
 from tiercache.store.local import LocalFolder
 
@@ -50,22 +47,3 @@ def test_blocks_selected_from_a_mapped_shard_equal_blocks_loaded_alone(folder, c
         assert left is None or not left[:, list(chosen)].any()
         whole.reset_checks()
         assert (part.pending_checks is None) is (not chosen)
-
-
-def test_mapped_blocks_are_kept_for_the_columns_of_the_last_call(folder):
-    store, info = folder
-    with ShardReader(store, info.name) as reader:
-        both = reader.mapped_blocks(RAW[:2])
-        assert reader.mapped_blocks(RAW[1:2]).columns == (RAW[1],)
-        assert reader.mapped_blocks(RAW[:2]) is not both
-        assert reader.is_mapped(RAW[:2])
-        assert not reader.is_mapped([SCHEMA.index("s")])
-        assert reader.mapped_blocks([SCHEMA.index("s")]) is None
-        decoded = reader.load_blocks([0], [SCHEMA.index("s")])
-        assert decoded.private_bytes
-        assert reader.load_blocks([0], [SCHEMA.index("s")]) is not decoded
-        assert not len(decoded.pages)
-        os.truncate(store.root / info.name, info.n_bytes - 1)
-        for blocks in ([0], range(3)):
-            with pytest.raises(CorruptShard, match="shorter than"):
-                reader.load_blocks(blocks, RAW[:2])

@@ -9,8 +9,6 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,15 +27,13 @@ from tiercache.shard.versions import (
     encode_version,
     fingerprint_of,
     new_segment,
-    pack_segment,
     parse_version,
     version_key,
 )
-from tiercache.store import LocalFolder, MemoryStore, open_store
+from tiercache.store import MemoryStore, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from tiercache.store import Store
 
@@ -153,12 +149,6 @@ class TestShardTable:
         with pytest.raises(CorruptShard, match="10 records, the version says 11"):
             versions.read_shards(store, replace(version, n_records=11))
 
-    def test_a_missing_segment_is_not_found(self, store: MemoryStore) -> None:
-        version = store_version(store, 1, [[shard(1)]])
-        store.delete([version.segments[0].key])
-        with pytest.raises(NotFound, match=re.escape(version.segments[0].name)):
-            versions.read_shards(store, version)
-
 
 class TestLatest:
     @pytest.mark.parametrize(
@@ -228,49 +218,6 @@ class TestLatest:
         store.put(version_key(3), b"rotten")
         with pytest.raises(CorruptShard, match=re.escape(version_key(3))):
             versions.latest(store)
-
-
-class TestLargeSegment:
-    """Opening must not work row by row. Times differ between machines, so what is counted is the work."""
-
-    def test_a_large_segment_is_mapped_and_not_read_row_by_row(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        n = 50_000
-        numbers = np.arange(n)
-        columns = {
-            "name": pa.array(np.char.add("shards/w-", np.char.zfill(numbers.astype("U7"), 7)), pa.large_string()),
-            "shard_id": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), n, [None, pa.py_buffer(bytes(16 * n))]),
-            "records": np.full(n, 1000),
-            "bytes": np.full(n, 128 << 20),
-            "crc32c": numbers.astype(np.uint32),
-            "footer_offset": np.full(n, 100 << 20),
-            "footer_bytes": np.full(n, 5000),
-            "statistics": pa.array(["{}"], pa.large_string()).take(pa.array(np.zeros(n, np.int64))),
-        }
-        ref, data = pack_segment(pa.table(columns, schema=versions._SCHEMA))
-        local = LocalFolder(tmp_path)
-        local.put(ref.key, data)
-        fingerprint = fingerprint_of(DATASET_ID, 1, SCHEMA.to_bytes(), n * 1000, [ref.digest])
-        sizes = {"n_records": n * 1000, "n_bytes": n * (128 << 20), "segments": (ref,)}
-        version = replace(store_version(local, 1), fingerprint=fingerprint, **sizes)
-        local.put(version_key(1), encode_version(version))
-        monkeypatch.setattr(versions, "ShardInfo", None)  # a row made into an object would fail here
-        table = versions.read_shards(local, versions.latest(local))
-        assert len(table) == n
-        assert table.first_record[-1] == version.n_records
-        # The columns lie in one mapping: zero-copy, and shared by all processes through the page cache.
-        buffer = table.arrow["records"].chunk(0).buffers()[1]
-        assert table.arrow["records"].num_chunks == 1
-        assert buffer.address == table.n_records.__array_interface__["data"][0]
-        assert pa.total_allocated_bytes() < version.segments[0].n_bytes
-        monkeypatch.undo()
-        assert table.info(n - 1).crc32c == n - 1
-        # By ranges: the hint, a listing, the version, the one after it, whether the segment is as long as the version
-        # claims (asked of those above 1 MiB), and the segment in one call.
-        counting = CountingStore(local)
-        versions.read_shards(counting, versions.latest(counting))
-        assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "head", "read_into"]
 
 
 class TestTransferErrors:

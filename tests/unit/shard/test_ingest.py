@@ -221,18 +221,6 @@ def test_a_batch_with_other_columns_is_an_error(store, batch, message):
     assert writer.finish() == []
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [({"x": 1}, "column 'y', record 1: it is missing"), ({"x": 1, "y": "a", "w": 1}, "column 'w': no such column")],
-)
-def test_a_record_with_other_columns_is_an_error(store, record, message):
-    with ShardWriter(store, Schema.of({"x": "int8", "y": "str", "z": "int8?"}), ShardOptions()) as writer:
-        writer.write({"x": 0, "y": ""})
-        with pytest.raises(SchemaError, match=message):
-            writer.write(record)
-    assert [info.n_records for info in writer.finish()] == [1]
-
-
 @pytest.mark.parametrize("given", [[1], "a", pa.table({"a": [1]}).to_reader()])
 def test_a_batch_without_column_names_is_an_error(store, given):
     writer = ShardWriter(store, Schema.of({"a": "int64"}))

@@ -13,11 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache.shard.codec import BlockCodec
 from tiercache.shard.conversion import widen_bfloat16
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema, Tensor
-from tiercache.shard.shard_file import ShardFile, UploadQueue
 from tiercache.shard.values import as_batch, as_records, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
@@ -223,19 +221,6 @@ def test_records_of_a_local_folder_are_read_back_equal(data):
         finally:
             for reader in readers:
                 reader.close()
-
-
-def test_a_shard_without_records_is_readable():
-    store = MemoryStore("round-trip-empty")
-    schema = Schema.of({"x": "int64", "y": "str"})
-    uploads = UploadQueue(store)
-    block_codec = BlockCodec([("auto", c.kind) for c in schema.columns])
-    info = ShardFile(uploads, "empty", schema, block_codec).finish()
-    uploads.wait()
-    reader = ShardReader(store, "empty", info=info)
-    assert (reader.n_records, reader.footer.n_blocks) == (0, 0)
-    assert as_batch(reader.take([], [0, 1]))["y"] == []
-    assert reader.load_blocks([], [0, 1]).addresses.shape == (2, 0, 3)
 
 
 def test_bfloat16_is_read_as_a_torch_tensor():

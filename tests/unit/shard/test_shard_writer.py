@@ -45,22 +45,6 @@ def test_blocks_hold_about_block_bytes_and_a_longer_record_is_a_block_of_its_own
     assert ShardReader(store, info.name).footer.block_records.tolist() == [2, 1, 3, 1]
 
 
-def test_shards_roll_over_at_about_shard_bytes_and_keep_the_order(store):
-    values = np.random.default_rng(1).integers(0, 256, (300, 64), np.uint8)
-    with ShardWriter(
-        store,
-        Schema.of({"v": Tensor("uint8", (64,))}),
-        ShardOptions(shard_bytes=4096, block_bytes=1 << 20),
-        writer_id="w7",
-    ) as writer:
-        writer.write_batch({"v": values})
-    infos = writer.finish()
-    assert [info.name for info in infos] == [f"shards/w7-{n:06d}.tcs" for n in range(5)]
-    assert sum(info.n_records for info in infos) == 300
-    read = [ShardReader(store, info.name).take(range(info.n_records), [0])[0].values for info in infos]
-    assert np.array_equal(np.concatenate(read), values)
-
-
 def test_invalid_options_are_errors(store):
     for text in ("gzip", "zstd:0", "zstd:23", "zstd:", "zstd:-1", "lz4:1", "Zstd"):
         with pytest.raises(ValueError, match="a compression is"):
