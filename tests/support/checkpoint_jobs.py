@@ -23,11 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from typer.testing import CliRunner
 
 import tiercache as tc
 from tiercache import crash_points
-from tiercache.cli.app import app
 
 KINDS = ("fsdp", "tp", "fsdp x tp", "hsdp")
 TP_PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -255,18 +253,17 @@ def save_until_killed(
 
     Args:
         url: URL of the checkpoints.
-        locals_: Local folder of each rank; empty: none.
+        locals_: Local folder of each rank.
         n_saves: Number of steps.
         saved: File to which rank 0 appends each step once its save has returned.
-        keep_last: Checkpoints that stay; 0: all.
+        keep_last: Number of checkpoints that stay.
         kill: What kills `rank`, or None.
         rank: Rank that is killed.
         counts: Beginning of the files for the counts of the ranks.
     """
     dist.init_process_group("gloo")
     me, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
-    keep = [tc.Keep(last=keep_last)] if keep_last else []
-    checkpoints = tc.Checkpoints(url, local=locals_[me] if locals_ else None, keep=keep)
+    checkpoints = tc.Checkpoints(url, local=locals_[me], keep=[tc.Keep(last=keep_last)])
     first = [1 + int((Path(saved).read_text().split() or [-1])[-1]) if Path(saved).exists() else 0]
     dist.broadcast_object_list(first)
     end = killed_at(kill if me == rank else None, counts and f"{counts}-{me}")
@@ -278,27 +275,4 @@ def save_until_killed(
             with Path(saved).open("a") as file:
                 file.write(f"{step}\n")
     checkpoints.close()
-    end()
-
-
-def load_exactly(url: str, step: int) -> bool:
-    """Whether every rank loads a step bit by bit."""
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    checkpoints, expected = tc.Checkpoints(url), state_at(step)
-    state = {key: torch.zeros_like(value) if key != "step" else -1 for key, value in expected.items()}
-    state["weights"] = distribute_tensor(state["weights"], mesh, [Shard(0)])
-    dcp.load(state, storage_reader=checkpoints.dcp_reader(step))
-    state["weights"] = state["weights"].full_tensor()
-    checkpoints.close()
-    dist.destroy_process_group()
-    return digest(state) == digest(expected)
-
-
-def run_tier_command(cwd: str, arguments: list[str], kill: dict[str, Any] | None, counts: str = "") -> None:
-    """Run `tiercache tier ...` in a folder, and die at a point."""
-    os.chdir(cwd)
-    end = killed_at(kill, counts)
-    done = CliRunner().invoke(app, ["tier", *arguments])
-    assert done.exit_code == 0, done.output
     end()

@@ -19,7 +19,6 @@ from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
 FOLDER = Path(__file__).parents[1] / "golden" / "v1"
-COMPRESSIONS = ("none", "zstd", "auto")
 SCHEMA = Schema.of(
     {
         "id": "int64",

@@ -63,35 +63,6 @@ def test_after_an_interrupted_second_run_every_checkpoint_lies_whole_where_the_r
     assert not begun(folders)
 
 
-@pytest.mark.parametrize("delete", ["", 'delete_after = "100d"\n'], ids=["kept", "deleted"])
-def test_runs_that_are_interrupted_again_and_again_lose_no_checkpoint(folders, delete):
-    folders.write_rules(folders.rules + delete)
-    second_generation(folders)
-    for nth, point in enumerate(POINTS, start=2):
-        with HookAt(point, 1 + nth % 3):
-            try:
-                folders.run()
-            except Killed:
-                folders.save(9 + nth)
-    assert folders.run().exit_code == DONE
-    steps = [step for step in range(1, 40) if folders.lies(step)]
-    newest = sorted(steps)[-4:]
-    kept = {**dict.fromkeys(newest, "standard"), newest[-1]: "hot"}
-    check_at_rest(folders, steps, kept)
-
-
-def test_the_journal_has_source_destination_and_objects_before_the_first_byte(folders):
-    folders.save(1, 2)
-    interrupt(folders, "tier_move.intended")
-    (row,) = begun(folders)
-    assert (row.path, row.src, row.dst) == ("run/step-1", "hot", "standard")
-    assert {obj.key: obj.n_bytes for obj in row.objects} == {
-        f"run/step-1/{name}": len(content(f"run/step-1/{name}")) for name in FILES
-    }
-    assert all(obj.modified_s and obj.was_absent for obj in row.objects)
-    assert folders.lies(1) == ["hot"], "nothing is copied yet"
-
-
 def test_a_part_of_a_copy_counts_as_no_checkpoint(folders):
     folders.save(1, 2)
     interrupt(folders, "tier_move.parts_copied")

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 from tests.flow.cli.test_tier import RULES, age, write_checkpoint
 from tests.support.clock import JumpingClock
-from tests.support.tier_moves import HookAt, Killed
 
-from tiercache.cli.app import app
 from tiercache.packer.pack import pack
-from tiercache.store import LocalFolder
 
 DAY_S = 86400.0
 
@@ -47,17 +44,6 @@ def step_files(root: Path, tier: str) -> list[str]:
     return sorted(path.name for path in (root / tier / "runs" / "a").glob("*") if any(path.iterdir()))
 
 
-def model(step: int) -> bytes:
-    return bytes([step % 251]) * 5000
-
-
-def test_a_checkpoint_comes_back_to_the_first_tier_and_keeps_its_colder_copy(tiercache, root):
-    summary = tiercache("tier", "get", "runs/a/step-9", "--yes", "--json").events[-1]
-    assert (summary["groups"], summary["copied"], summary["stopped"], summary["restores"]) == (1, 1, 0, 0)
-    assert (root / "nvme/runs/a/step-9/model.bin").read_bytes() == model(9)
-    assert (root / "cold/runs/a/step-9/model.bin").read_bytes() == model(9)
-
-
 def test_a_recalled_checkpoint_has_its_mode_and_date_and_is_not_the_newest_of_its_run(tiercache, root):
     run = root / "nvme" / "runs" / "a"
     archived = (root / "cold/runs/a/step-9/model.bin").stat()
@@ -71,22 +57,6 @@ def test_a_recalled_checkpoint_has_its_mode_and_date_and_is_not_the_newest_of_it
     assert max(run.glob("*/model.bin"), key=lambda path: path.stat().st_mtime).parent.name == "step-11"
     for path in (run / "step-9", root / "cold/runs/a/step-9"):
         assert time.time() - path.stat().st_mtime > 2 * DAY_S
-
-
-def test_the_next_runs_leave_recalled_data_alone_until_the_hold_ends(tiercache, root, clock):
-    tiercache("tier", "get", "runs/a/step-9", "--hold", "3d", "--yes")
-    for _ in range(2):
-        clock.jump(1.4 * DAY_S)
-        refused = [one for one in tiercache("tier", "plan", "--json").events if one["event"] == "refused"]
-        assert [one["path"] for one in refused] == ["runs/a/step-9"]
-        assert refused[0]["reason"].startswith("held until ")
-        tiercache("tier", "run", "--once")
-        assert step_files(root, "nvme") == ["step-11", "step-9"]
-    clock.jump(1.4 * DAY_S)
-    tiercache("tier", "run", "--once")
-    tiercache("tier", "run", "--once")
-    assert step_files(root, "nvme") == ["step-11"]
-    assert [*LocalFolder(root / "store").list("_tiercache/holds/")] == [], "a hold that has ended is removed"
 
 
 def test_a_held_checkpoint_is_not_removed_and_every_command_says_why(tiercache, root):
@@ -104,18 +74,6 @@ def test_a_hold_of_no_time_ends_the_hold(tiercache, root):
     assert tiercache("tier", "get", "runs/a/step-9", "--hold", "0s", "--yes").out.endswith("there already; not held\n")
     tiercache("tier", "run", "--once")
     assert step_files(root, "nvme") == ["step-10", "step-11"]
-
-
-def test_a_deletion_that_a_rule_asks_for_waits_for_the_hold(tiercache, root, clock):
-    tiercache("tier", "get", "runs/a/step-9", "--yes")
-    rules = (root / "tiercache.toml").read_text().replace('after = "0s"', 'after = "0s"\ndelete_after = "1d"')
-    (root / "tiercache.toml").write_text(rules)
-    tiercache("tier", "run", "--once")
-    assert "step-9" in step_files(root, "nvme")
-    assert step_files(root, "cold") == ["step-9"]
-    clock.jump(8 * DAY_S)
-    tiercache("tier", "run", "--once")
-    assert "step-9" not in step_files(root, "nvme") + step_files(root, "cold")
 
 
 def test_a_recall_to_another_tier_than_the_first_is_possible(tiercache, root):
@@ -172,35 +130,6 @@ def test_shards_are_not_recalled_to_a_tier_that_no_placement_leads_to(tiercache,
     reasons = {one["reason"] for one in done.events if one["event"] == "refused"}
     what = "shards are read from standard or through the cache: recall them to standard, and warm the cache"
     assert reasons == {what}
-
-
-@pytest.fixture
-def killed(root, clock):
-    """A recall of a checkpoint of two files that was killed when the first was copied."""
-    for name in ("model.bin", "optim.bin"):
-        path = root / "cold/runs/a/step-8" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(name.encode() * 1000)
-    clock.jump(3600.0)  # nobody writes it any more
-    with HookAt("tier_move.object"), pytest.raises(Killed):
-        app(["tier", "get", "runs/a/step-8", "--yes"], standalone_mode=False)
-    assert len(list((root / "nvme/runs/a/step-8").iterdir())) == 1
-    return root / "nvme/runs/a/step-8"
-
-
-def test_a_recall_that_was_killed_is_finished_by_the_next_run(tiercache, killed):
-    assert tiercache("tier", "run", "--once", "--json").events[-1]["resumed"] == 1
-    assert {path.name: path.read_bytes() for path in killed.iterdir()} == {
-        name: name.encode() * 1000 for name in ("model.bin", "optim.bin")
-    }
-
-
-def test_parts_that_differ_from_the_colder_copy_are_left_alone(tiercache, killed, clock):
-    part = next(killed.iterdir())
-    part.write_bytes(part.read_bytes()[::-1])
-    clock.jump(8 * DAY_S)
-    tiercache("tier", "run", "--once")
-    assert part.exists()
 
 
 def test_a_deletion_that_waits_when_its_checkpoint_is_recalled_is_given_up_without_an_error(tiercache, root, clock):

@@ -70,11 +70,6 @@ class TestMassDeletions:
         assert len(folder.files()) == 10
         assert sorted(path.name for path in (folder.root / "hot/keep").iterdir()) == ["a.bin", "b.bin"]
 
-    def test_a_run_that_deletes_half_does_not_stop(self, folder):
-        folder.rules(self.RULE.format("5d", ""), grace="0s")
-        folder.tier("run", "--once")
-        assert folder.files() == [f"{n}.bin" for n in range(5)]
-
     def test_deletions_that_were_confirmed_are_made_after_the_grace_period_without_another_question(self, folder):
         folder.rules(self.RULE.format("1d", ""))
         folder.tier("run", "--once", "--yes")
@@ -103,10 +98,6 @@ class TestMassDeletions:
         assert len(folder.files()) == 10
         folder.rules(self.RULE.format("1d", ""), grace="0s")
         assert "9 of 9 moves done" in folder.tier("apply", "plan.json", "--yes").out
-
-    def test_max_delete_without_delete_after_is_an_error(self, folder):
-        folder.rules('[[rules]]\nmatch = "*"\nmax_delete = "60%"\n')
-        assert "rules[1].max_delete: needs `delete_after`" in folder.tier("check", "--offline", code=2).err
 
 
 @pytest.mark.parametrize("verb", ["check", "plan"])
@@ -168,17 +159,6 @@ def test_a_partial_copy_of_the_newest_checkpoint_deletes_none_of_the_complete_on
             folder.write(f"ck/step-{step}/{name}.bin", days=9 - step)
     folder.tier("run", "--once")
     assert sorted(path.name for path in (folder.root / "hot/ck").iterdir()) == ["step-2", "step-3"]
-
-
-def test_no_checkpoint_in_a_folder_that_is_named_like_a_checkpoint_is_deleted(folder):
-    folder.rules('[[rules]]\nmatch = "ck/**"\ndelete_after = "1d"\nmax_delete = "100%"', "0s")
-    for run in (1, 2):
-        for step in (100, 200, 300):
-            for name in ("model.safetensors", "trainer_state.json"):
-                folder.write(f"ck/iter_{run}/checkpoint-{step}/{name}", days=9 - step / 100)
-    folder.tier("run", "--once")
-    left = sorted(path.relative_to(folder.root / "hot/ck").as_posix() for path in (folder.root / "hot/ck").glob("*/*"))
-    assert left == [f"iter_{run}/checkpoint-{step}" for run in (1, 2) for step in (100, 200, 300)]
 
 
 class TestOneFolder:

@@ -85,15 +85,6 @@ class TestColumns:
         assert (again["fetched"], again["bytes_fetched"]) == (0, 0)
         assert tiercache("status", *cache, "--json").events[-1]["bytes_used"] < whole / 3
 
-    def test_a_warmed_projection_is_read_without_its_source(self, tiercache, wide, cache, tmp_path):
-        tiercache("warm", wide, *cache, "--columns", "small")
-        for shard in (wide / "shards").iterdir():
-            shard.unlink()
-        with Cache(tmp_path / "cache", size="100MB") as opened:
-            dataset = Dataset(str(wide), cache=opened, columns=["small"])
-            assert dataset[list(range(400))]["small"].tolist() == list(range(400))
-            dataset.close()
-
     def test_an_unknown_column_is_an_error(self, tiercache, wide, cache):
         assert "no such column" in tiercache("warm", wide, *cache, "--columns", "x", code=1).err
 

@@ -107,13 +107,13 @@ def test_retention_cleans_the_local_folder_of_every_machine(tmp_path, warm_pytho
 
 @pytest.mark.stress
 @pytest.mark.timeout(7200)
-def test_kills_of_ranks_and_of_the_tier_engine_lose_no_checkpoint_and_leave_nothing(tmp_path, warm_python, capsys):
+def test_kills_of_ranks_lose_no_checkpoint_and_leave_nothing(tmp_path, warm_python, capsys):
     rounds = Rounds(tmp_path, seed=23, python=warm_python)
     rounds.run(N_ROUNDS)
     report = rounds.report
     with capsys.disabled():
         print(
-            f"\ntwo ranks and the tier engine: {report.n_struck} rounds struck {len(report.struck)} points; "
+            f"\ntwo ranks: {report.n_struck} rounds struck {len(report.struck)} points; "
             f"{report.missed} missed; {report.seconds:.0f} s; {len(report.problems)} problems"
         )
     assert report.problems == []

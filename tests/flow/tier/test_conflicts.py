@@ -145,18 +145,6 @@ def test_check_and_the_list_of_checkpoints_name_a_conflict(folders):
     assert found["problem"].startswith("conflict: two tiers have different objects")
 
 
-def test_a_stored_plan_with_a_conflict_is_applied(folders):
-    folders.save(1, version="again, and longer")
-    folders.save(3)
-    rules = ["--rules", str(folders.root / "tiercache.toml")]
-    invoke("tier", "plan", "--out", str(folders.root / "plan.jsonl"), *rules)
-    before = {key: data for key, data in bytes_of(folders).items() if key[1] in STEP}
-    for _ in range(2):
-        invoke("tier", "apply", str(folders.root / "plan.jsonl"), "--yes", *rules)
-    assert (folders.root / "standard/run/step-2" / FILES[0]).exists()
-    assert {key: data for key, data in bytes_of(folders).items() if key[1] in STEP} == before
-
-
 def invoke(*words):
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 from tests.support.faults import Fault
-from tests.support.tier_moves import PARTS, HookAt, Killed, World, moved_away
+from tests.support.tier_moves import HookAt, Killed, World, moved_away
 
 from tiercache.tier.deletions import DeletionFacts
 from tiercache.tier.journal import TierCatalog
@@ -165,22 +165,6 @@ def test_a_source_that_cannot_be_checked_again_is_deleted_by_a_later_run(world):
         assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
     assert world.run_due_deletions().n_made == 1
-
-
-def test_the_completing_object_is_deleted_first_in_each_tier(world):
-    world.put("hot", *PARTS)
-    world.put("standard", *PARTS[:-1])
-    plan = world.plan(world.move("ck/step-1", "hot", None, action="delete", keys=PARTS, kind="checkpoint"))
-    world.facts = DeletionFacts(deletes=frozenset(["ck/step-1"]))
-    world.apply(plan)
-    world.later()
-    seen = []
-    with HookAt("tier_drop.unmade", do=lambda: seen.append(world.keys("hot"))):
-        settled = world.run_due_deletions()
-    assert settled.n_made == 1
-    assert PARTS[-1] not in seen[0]
-    assert seen[0] != []
-    assert world.keys("hot") == world.keys("standard") == []
 
 
 # -- pins --------------------------------------------------------------------------------------------------------------

@@ -194,21 +194,6 @@ def test_a_path_that_a_plan_has_twice_is_not_moved(world):
     assert [one.reason for one in applied.stopped] == ["expected one move of it in the plan"] * 2
 
 
-@pytest.mark.parametrize("point", ["tier_move.recorded", "tier_move.looked", "tier_move.placed"])
-def test_a_copy_that_was_made_again_by_a_killed_mover_starts_a_new_grace_period(world, point):
-    moved_away(world, "f")
-    world.later(GRACE_S / 2)
-    world.inner["archive"].delete(["f"])
-    with HookAt(point), pytest.raises(Killed):
-        world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
-    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="again"))
-    world.later(GRACE_S / 2 + 1)
-    assert world.run_due_deletions().waiting_drops == 1
-    assert world.where("f") == ["standard", "archive"]
-    world.later(GRACE_S / 2)
-    assert world.run_due_deletions().n_made == 1
-
-
 @pytest.mark.parametrize("keys", [("f",), PARTS])
 def test_an_unverified_archived_copy_is_not_replaced_by_a_corrupt_source(tmp_path, keys):
     """The mover was killed after the copy: it may be the last good one, and the group looks complete."""

@@ -4,7 +4,6 @@ import pytest
 from tests.support.clock import JumpingClock
 from tests.support.disk_bucket import (
     RESTORE_S,
-    Died,
     DiskBucket,
     Script,
     about_now,
@@ -15,7 +14,7 @@ from tests.support.disk_bucket import (
 from tests.support.store_suite import StoreSuite
 
 from tiercache.errors import StoreError
-from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING
+from tiercache.tier.snapshot import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.stores import state_of
 
 
@@ -63,17 +62,3 @@ def test_a_restored_copy_can_be_read_until_it_expires(bucket):
         clock.jump(3 * 86_400)
         states.append(state_of(bucket.head("a")))
     assert states == [ARCHIVED, RESTORING, RESTORED, ARCHIVED]
-
-
-def test_a_change_of_class_keeps_the_bytes(bucket):
-    bucket.put("a", b"data")
-    assert state_of(bucket.set_class("a", "STANDARD_IA")) == READABLE
-    assert bucket.get("a") == b"data"
-
-
-def test_a_dead_process_makes_no_call(bucket):
-    bucket.script.dead = True
-    with pytest.raises(Died):
-        bucket.put("a", b"data")
-    bucket.script.dead = False
-    assert list(bucket.list()) == []

@@ -64,19 +64,6 @@ def ages(folders):
     return dict(zip(snapshot.paths.to_pylist(), snapshot.created_s.tolist(), strict=True))
 
 
-def test_the_date_of_a_group_survives_two_moves(folders):
-    before = ages(folders)
-    move_all(folders)
-    down = RULES.replace("standard", "archive").replace('"archive"', '"deep"')
-    write_rules(folders, down, (*TIERS, "deep"))
-    folders.run()
-    with JumpingClock() as clock:
-        clock.jump(DAY_S + 1)
-        folders.run()
-    assert len(folders.keys("deep")) > 0
-    assert ages(folders) == before
-
-
 @pytest.mark.parametrize(
     "change", [lambda path: path.chmod(0o600), lambda path: os.link(path, f"{path}.bak")], ids=["chmod", "hard link"]
 )

@@ -33,13 +33,6 @@ def test_entries_are_kept_by_the_url_of_a_tier(catalog):
     assert checksums(catalog, "cold") == {}
 
 
-def test_an_entry_keeps_the_date_of_first_writing(catalog):
-    copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
-    catalog.record([("cold", "k", copy)])
-    assert catalog.entries("cold", ["k"]) == {"k": copy}
-    assert checksums(catalog, "cold") == {"k": (3, '"e"', 9, True, 1234.5)}
-
-
 def test_a_catalog_with_other_columns_is_made_anew(catalog):
     catalog.path.parent.mkdir()
     with closing(sqlite3.connect(catalog.path)) as db:

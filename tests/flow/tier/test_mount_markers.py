@@ -61,19 +61,6 @@ def mark_of(tiers, tier):
 
 
 @pytest.mark.parametrize("tier", ["hot", "archive"])
-def test_no_last_copy_is_planned_for_deletion_while_a_tier_is_unavailable(tiers, clock, tier):
-    tiers.run()
-    unmount(tiers, tier)
-    clock.jump(6 * DAY_S)
-    report = tiers.run()
-    assert [move for move in report.plan.moves if move.action == "delete"] == []
-    reasons = [one.reason for one in report.plan.refusals if one.path == "scratch/a"]
-    assert [
-        f"while tier {tier} cannot be seen: {tiers.root / tier}/{MOUNT_MARKER_KEY}: expected " in r for r in reasons
-    ] == [True]
-
-
-@pytest.mark.parametrize("tier", ["hot", "archive"])
 def test_a_due_deletion_waits_until_the_unavailable_tier_is_back(tiers, clock, tier):
     clock.jump(6 * DAY_S)
     assert tiers.run().applied.n_made == 1

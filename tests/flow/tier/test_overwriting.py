@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 from tests.flow.tier.test_transfer_s3 import LARGE, SMALL, Bucket, bucket  # noqa: F401 - a fixture
 from tests.support.disk_bucket import flipped, read_object, write_object
-from tests.support.tier_moves import GRACE_S, PARTS, HookAt, Killed, World, content, moved_away
+from tests.support.tier_moves import GRACE_S, PARTS, HookAt, Killed, World, moved_away
 from tests.support.tier_world import World as TierWorld
 
-from tiercache._native.checksum import crc32c
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
 from tiercache.tier.deletions import run_due_deletions
-from tiercache.tier.journal import CatalogEntry, TierCatalog
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.mover import open_mover
 from tiercache.tier.moves import apply_plan
 from tiercache.tier.stores import Stores
@@ -78,26 +77,6 @@ def test_without_boto3_the_destination_is_checked_before_the_upload_completes(s3
         here.copy("hot", "other", replaces='"old"')
     assert here.stores.store("other").get("a") == THEIRS
     here.stores.close()
-
-
-# -- the mover --------------------------------------------------------------------------------------------------------
-
-
-def moved_and_damaged(tmp_path):
-    """Return a world, and a plan that moves "f" again, whose copy in the archive was damaged and is not trusted."""
-    world = World(tmp_path / "world")
-    moved_away(world, "f")
-    damaged = world.inner["archive"].put("f", b"damaged")
-    entry = CatalogEntry(damaged.n_bytes, damaged.etag, crc32c(content("f")), verified=False)
-    with TierCatalog(world.catalog_path) as catalog:
-        catalog.record([(world.url("archive"), "f", entry)])
-    return world, world.plan(world.move("f", "standard", "archive"), name="2")
-
-
-def test_the_mover_replaces_a_damaged_copy(tmp_path):
-    world, plan = moved_and_damaged(tmp_path)
-    assert world.apply(plan).stopped == ()
-    assert world.where("f") == ["standard", "archive"]
 
 
 # -- objects that are created during a copy ------------------------------------------------------------------------

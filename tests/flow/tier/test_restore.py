@@ -92,13 +92,6 @@ def world(clock):
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_restore_plan_has_archived_objects_and_readable_keys(world):
-    world.archive(a=1000, b=10)
-    world.home.put("b", b"near")
-    plan = world.plan("b", "a")
-    assert [(one.key, one.n_bytes) for one in plan.objects] == [("a", 1000)]
-
-
 def test_a_restore_costs_the_temporary_copy_and_the_copy_to_home(world):
     world.archive(a=1 << 24, b=1 << 24)  # 1/32 GiB, of two parts each
     home = Prices("home", put_1000=0.005)
@@ -120,28 +113,7 @@ def test_a_key_that_is_in_no_tier_is_not_found(world):
         world.plan("a")
 
 
-# -- requests ---------------------------------------------------------------------------------------------------------
-
-
-def test_each_archived_object_is_requested_once(world):
-    world.archive(a=1, b=1)
-    for _ in range(2):
-        request_restore(world.stores, world.plan("a", "b", speed="bulk"))
-    assert sorted(world.vault.asked) == [("a", 3, "bulk"), ("b", 3, "bulk")]
-
-
 # -- waiting ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_wait_ends_when_all_objects_can_be_read(world, clock):
-    world.archive(**{f"k{number}": 1 for number in range(40)})
-    plan, told = world.plan(*(f"k{number}" for number in range(40))), []
-    request_restore(world.stores, plan)
-    start_s = clock.monotonic()
-    plan = world.plan(*(one.key for one in plan.objects))
-    assert wait_restored(world.stores, plan, clock=clock, on_progress=lambda n, of: told.append((n, of))) == ()
-    assert 5 * HOUR_S <= clock.monotonic() - start_s <= 5 * HOUR_S + 61
-    assert told[-1] == (40, 40)
 
 
 def test_a_wait_returns_the_missing_objects_at_its_deadline(world, clock):

@@ -9,7 +9,7 @@ from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc
 from tiercache.store import LocalFolder
-from tiercache.tier.mover import PARTLY, run_once
+from tiercache.tier.mover import run_once
 from tiercache.tier.rules import load_rule_file
 
 DAY_S = 86_400.0
@@ -92,20 +92,6 @@ def records(url):
     return np.concatenate([batch["x"].to_numpy() for batch in tc.Dataset(url, cache=False).to_arrow(batch_size=1024)])
 
 
-def test_last_copies_are_deleted_after_grace_if_rules_still_ask_for_it(tiers, clock):
-    tiers.write("standard", "scratch/a")
-    tiers.write("standard", "scratch/b")
-    clock.jump(6 * DAY_S)
-    tiers.run()
-    assert tiers.keys("standard") == ["scratch/a", "scratch/b"]
-    tiers.write_rules('[[pins]]\nmatch = "scratch/b"\n')
-    clock.jump(DAY_S + 1)
-    report = tiers.run()
-    assert [one.path for one in report.stopped] == ["scratch/b"]
-    assert report.exit_code == PARTLY
-    assert tiers.keys("standard") == ["scratch/b"]
-
-
 def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, clock):
     """1. step-1 waits for its deletion. 2. A user deletes step-2. 3. The grace period of step-1 ends."""
     tiers = Tiers(tmp_path)
@@ -120,21 +106,6 @@ def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, cloc
     report = tiers.run()
     assert tiers.keys("standard") == ["run/step-1.pt"]
     assert report.stopped != ()
-
-
-def test_a_run_finishes_interrupted_deletions_before_it_plans(tiers, clock):
-    checkpoints(tiers, 1, 2)
-    clock.jump(2 * DAY_S)
-    tiers.run()
-    clock.jump(DAY_S + 1)
-    with HookAt("tier_drop.unmade"), pytest.raises(Killed):
-        tiers.run()
-    assert "ck/run/step-1/__0_0.distcp" in tiers.keys("standard")
-    left = []
-    with HookAt("tier_run.finished", do=lambda: left.extend(tiers.keys("standard"))):
-        report = tiers.run()
-    assert [key for key in left if "step-1" in key] == []
-    assert report.deletions.n_made == 1
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,3 @@ def test_a_cancelled_copy_leaves_nothing(place, data):
         cancel.set()
     thread.join()
     assert (caught, list(here.far.list())) == ([True], [])
-
-
-# -- drops ------------------------------------------------------------------------------------------------------------

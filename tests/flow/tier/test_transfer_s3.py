@@ -108,14 +108,6 @@ def test_a_class_is_changed_in_place(bucket, data):
     assert bucket.stores.store("standard").get("a") == data
 
 
-def test_tiers_of_one_url_list_objects_of_their_class(bucket):
-    for key in ("a", "b"):
-        bucket.stores.store("standard").put(key, SMALL)
-    bucket.transfer.change_class("cold", bucket.planned("standard", "b"))
-    listed = {name: [info.key for info in bucket.stores.listing(name)] for name in ("standard", "cold")}
-    assert listed == {"standard": ["a"], "cold": ["b"]}
-
-
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_without_boto3_a_copy_is_read_back(s3_server, tmp_path, monkeypatch, data):
     monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
