@@ -47,7 +47,6 @@ for _name in ("pandas", "pyarrow.dataset"):
 DAY_S = 86_400.0
 HOLD_S = 12 * 3600.0
 DELETE_AFTER_S = 10 * DAY_S
-PRICES = "{ store_gb_month = 0.01 }"
 TIERS = {2: ("hot", "standard"), 3: ("hot", "standard", "archive")}
 KEEP_LAST = {2: (2,), 3: (1, 4)}
 # Saves get these modification times, so that all of them are older than QUIET_PERIOD_S and each is newer than the last.
@@ -69,9 +68,8 @@ _CODES = {KILL: {-9}, EXIT: {_EXITED}, INT: {INTERRUPTED}, TERM: {-15, 143, INTE
 
 @dataclass(frozen=True, slots=True)
 class AtPoint:
-    """The n-th time that the command reaches a crash point; "": any crash point."""
+    """The n-th crash point that the command reaches."""
 
-    point: str
     nth: int
     end: str = KILL
 
@@ -379,8 +377,7 @@ class World:
         """Count the points, or the changes of files, of this process, and strike it at one of them."""
         counter = _Counter(interruption.nth, lambda: _end(interruption.end))
         if isinstance(interruption, AtPoint):
-            wanted = interruption.point
-            crash_points.set_hook(lambda name: None if wanted and name != wanted else counter.count())
+            crash_points.set_hook(lambda _name: counter.count())
             return
         names = frozenset(key.rpartition("/")[2] for save in self.oracle.saves for key in save.files)
         _watch_changes(counter, names if isinstance(interruption, AtCopy) else None)

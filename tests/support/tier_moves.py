@@ -1,8 +1,7 @@
 """Three tiers in memory, or in buckets with storage classes, for tests of the mover, scripted faults, manual clock."""
 
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -165,10 +164,6 @@ class World:
         with TierCatalog(self.catalog_path) as catalog:
             (row,) = catalog.of_plan("plan").values()
         return row.note
-
-    def rows(self) -> list[tuple[str, str]]:
-        with closing(sqlite3.connect(self.catalog_path)) as db:
-            return db.execute("SELECT plan, state FROM moves ORDER BY plan, number").fetchall()
 
     def lose_catalog(self) -> None:
         for path in self.catalog_path.parent.glob("tiers.sqlite*"):

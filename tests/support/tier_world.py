@@ -1,14 +1,13 @@
 """Three tiers in a folder, what people do to them, and the library's own doings, each with the oracle looking on."""
 
 import json
-import os
 import random
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +24,8 @@ from tests.support.disk_bucket import (
     is_readable,
     key_of,
     read_object,
+    write_object,
 )
-from tests.support.disk_bucket import write_object as write_bucket_object
 from tests.support.tier_oracle import DAY_S, Group, Oracle, Picture, Seen
 
 import tiercache as tc
@@ -34,8 +33,6 @@ from tiercache import store as stores_of_urls
 from tiercache.data.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
 from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
-from tiercache.store import local
-from tiercache.store.local import file_info
 from tiercache.tier import mover
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.deletions import run_due_deletions
@@ -50,7 +47,6 @@ from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
 
 GRACE_S, SETTLE_S = DAY_S, 600.0
-SHAPES = ("places", "one_bucket", "one_warm", "warm", "local")
 CLASSES = {"places": "GLACIER", "one_bucket": "GLACIER", "one_warm": "STANDARD_IA", "warm": "STANDARD_IA"}
 PRICES = "{ store_gb_month = 0.01 }"
 RULES = """
@@ -85,12 +81,11 @@ STEPS = (10, 20, 30, 100)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a URL lies on the disk. is_bucket: as DiskBucket has it, else plain files."""
+    """Where a bucket lies on the disk."""
 
     name: str
     url: str
     root: Path
-    is_bucket: bool
 
 
 @cache
@@ -132,8 +127,7 @@ SIZES = (20_000, 700, 300)  # of the parts of a checkpoint, the last of which ma
 class World:
     """One folder with all of it. `with world.entered():` round whatever asks the library.
 
-    names: of the places that people write to, hot and home. clock: jumps; files of the shape "local" have the
-    kernel's times.
+    shape: One of CLASSES. clock: jumps.
     """
 
     def __init__(self, root: Path, shape: str, *, jobs: int = 2) -> None:
@@ -158,16 +152,14 @@ class World:
 
     def _places(self) -> list[Place]:
         names = ("hot", "home") if self.is_one else ("hot", "home", "cold")
-        if self.shape == "local":
-            return [Place(name, str(self.root / name), self.root / name, is_bucket=False) for name in names]
-        return [Place(name, f"s3://{name}/train", self.root / name, is_bucket=True) for name in names]
+        return [Place(name, f"s3://{name}/train", self.root / name) for name in names]
 
     def write_rules(self) -> None:
         cold = self.places["home" if self.is_one else "cold"]
         text = f"state_dir = {json.dumps(str(self.root / 'state'))}\n{RULES}"
         for name, place in (("hot", self.places["hot"]), ("standard", self.places["home"]), ("archive", cold)):
             text += f"\n[tiers.{name}]\nurl = {json.dumps(place.url)}\nprices = {PRICES}\n"
-            if name == "archive" and self.shape in CLASSES:
+            if name == "archive":
                 text += f"storage_class = {json.dumps(CLASSES[self.shape])}\n"
         text += "".join(f"\n[[pins]]\nmatch = {json.dumps(pin)}\n" for pin in self.pins)
         self.rules_path.write_text(text)
@@ -213,16 +205,9 @@ class World:
         self.days_pass(3)
 
     def lay(self, place: str, key: str, data: bytes) -> None:
-        where = self.places[place]
-        if where.is_bucket:
-            where.root.mkdir(parents=True, exist_ok=True)
-            write_bucket_object(where.root / file_name(key), about_now(data, ""), data)
-            return
-        path = where.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        other = path.with_name(".tiercache-other")
-        other.write_bytes(data)
-        other.replace(path)
+        root = self.places[place].root
+        root.mkdir(parents=True, exist_ok=True)
+        write_object(root / file_name(key), about_now(data, ""), data)
 
     def remove(self, place: str, key: str) -> None:
         self.path(place, key).unlink()
@@ -233,18 +218,13 @@ class World:
         """A bit turns.
 
         Of the copy in the coldest place, the one that stays, a bucket says so by another ETag: it was written anew,
-        wrongly; of a file nothing is to be seen. Of any other copy it is the other way round: nothing is to be seen in
-        a bucket, where it must not take the place of the right one.
+        wrongly. Of any other copy nothing is to be seen: it must not take the place of the right one.
         """
         path, picture = self.path(place, key), self.picture()
         is_last = not any(key in picture[other] for other in [*picture][[*picture].index(place) + 1 :])
-        if self.places[place].is_bucket:
-            about, data = read_object(path)
-            spoilt = self._spoilt(key, data)
-            write_bucket_object(path, about_now(spoilt, about["class"]) if is_last else about, spoilt)
-        else:
-            spoilt = self._spoilt(key, path.read_bytes())
-            self._lay_unseen(path, spoilt) if is_last else self.lay(place, key, spoilt)
+        about, data = read_object(path)
+        spoilt = self._spoilt(key, data)
+        write_object(path, about_now(spoilt, about["class"]) if is_last else about, spoilt)
         self.oracle.rotted(place, key, spoilt)
         self.by_hand(place, key)
 
@@ -252,12 +232,6 @@ class World:
         """With one bit turned, which makes of it what it never was: one that turns twice would mend it."""
         turned = (data[:-1] + bytes([data[-1] ^ 1 << bit]) for bit in range(8))
         return next((one for one in turned if one not in self.oracle.ever[key]), flipped(data))
-
-    def _lay_unseen(self, path: Path, data: bytes) -> None:
-        """As a bit turns on a disk: the store gives the ETag that the file had, which no program could."""
-        before = path.stat()
-        path.write_bytes(data)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def pin(self, *names: str) -> None:
         self.pins = names
@@ -274,8 +248,7 @@ class World:
         self.clock.jump(days * DAY_S)
 
     def path(self, place: str, key: str) -> Path:
-        where = self.places[place]
-        return where.root / (file_name(key) if where.is_bucket else key)
+        return self.places[place].root / file_name(key)
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -284,15 +257,10 @@ class World:
 
     def _objects(self, place: Place) -> Iterator[tuple[str, Seen]]:
         for path in sorted(place.root.rglob("*")) if place.root.exists() else ():
-            key = key_of(path.name) if place.is_bucket else path.relative_to(place.root).as_posix()
-            is_other = path.name.startswith(".") and path.name != ".metadata"  # a lock, or a name of unfinished writes
-            if not path.is_file() or is_other or _is_books(key):
-                continue
-            if place.is_bucket:
+            key = key_of(path.name)
+            if path.is_file() and not path.name.startswith(".") and not _is_books(key):
                 about, data = read_object(path)
                 yield key, Seen(data, about["class"], is_readable(about))
-            else:
-                yield key, Seen(path.read_bytes())
 
     def look(self) -> list[str]:
         return self.oracle.look(self.picture(), time.time())
@@ -310,13 +278,7 @@ class World:
         def archive_of(tier, store):
             return store if isinstance(store, DiskBucket) else really_archive(tier, store)
 
-        def info_of(key, status):
-            info = file_info(key, status)
-            # Without the ctime: worlds are laid again by links, which change it, and a bit that turns does not.
-            return replace(info, etag=f'{info.etag.rpartition("-")[0]}-0"')
-
         with ExitStack() as stack:
-            stack.enter_context(patch.object(local, "file_info", info_of))
             for name, module in [*sys.modules.items()]:
                 if name.startswith("tiercache") and getattr(module, "open_store", None) is really:
                     stack.enter_context(patch.object(module, "open_store", open_store))
@@ -335,7 +297,7 @@ class World:
 
     def bucket(self, url: str) -> DiskBucket | None:
         for place in self.places.values():
-            if place.is_bucket and f"{url}/".startswith(f"{place.url}/"):
+            if f"{url}/".startswith(f"{place.url}/"):
                 below = url[len(place.url) + 1 :].strip("/")
                 prefix = f"{below}/" if below else ""
                 return DiskBucket(place.root, url, self.script, prefix, says_sums=place.name != "hot")

@@ -81,7 +81,7 @@ def facts_of(server) -> dict[str, str]:
 @pytest.mark.s3
 def test_an_interrupted_generation_in_a_bucket_ends_where_the_rules_want_it(worlds, tmp_path, s3_server):
     worlds.new_world(tmp_path / "world", Setting(jobs=8), facts_of(s3_server))
-    second_generation(worlds, AtPoint("", 76, KILL))  # some objects are copied
+    second_generation(worlds, AtPoint(76, KILL))  # some objects are copied
     assert worlds.heal() == []
 
 
@@ -90,7 +90,7 @@ def test_an_interrupted_generation_in_a_bucket_ends_where_the_rules_want_it(worl
 INTERRUPTIONS = st.one_of(
     st.builds(AtCopy, st.integers(1, 12), st.sampled_from(ENDS)),
     st.builds(AtCall, st.integers(1, 120), st.sampled_from(ENDS)),
-    st.builds(AtPoint, st.just(""), st.integers(1, 200), st.sampled_from(ENDS)),
+    st.builds(AtPoint, st.integers(1, 200), st.sampled_from(ENDS)),
 )
 
 

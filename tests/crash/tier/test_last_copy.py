@@ -12,17 +12,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tests.support.disk_bucket import Died
-from tests.support.tier_world import World, content, pool
+from tests.support.tier_world import CLASSES, World, content, pool
 
 from tiercache import crash_points
 from tiercache.errors import ArchivedShards, TierCacheError
 
-SHAPES = (
-    "places",
-    "one_bucket",
-    "one_warm",
-    "warm",
-)  # files of local folders have the kernel's times, which do not jump
 GROUPS = [group.name for group in pool()]
 CHECKPOINTS = [name for name in GROUPS if name.startswith("checkpoints/")]
 KEYS = [key for group in pool() for key in group.keys]
@@ -75,7 +69,7 @@ class TierMachine(RuleBasedStateMachine):
                 self.inside.__exit__(None, None, None)
             shutil.rmtree(self.root)
 
-    @initialize(shape=st.sampled_from(SHAPES), is_full=st.sampled_from([True, True, True, False]))
+    @initialize(shape=st.sampled_from(list(CLASSES)), is_full=st.sampled_from([True, True, True, False]))
     def begin(self, shape, is_full):
         self.world = World(self.root, shape, jobs=1)  # what comes in between comes in one place
         self.inside = self.world.entered()

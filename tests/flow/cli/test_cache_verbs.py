@@ -31,19 +31,6 @@ def test_warm_fails_if_the_data_does_not_fit(tiercache, data_set, tmp_path):
     tiercache("warm", data_set, *cache, "--pin", code=1)
 
 
-def test_status_lists_copies_by_data_set(tiercache, data_set, cache, tmp_path):
-    tiercache("warm", data_set, *cache)
-    tiercache("evict", "--all", *cache, "--yes")
-    assert f"{tmp_path}/cache: 0 B of 95.4 MiB" in tiercache("status", *cache).out
-    tiercache("warm", data_set, *cache)
-    row, summary = tiercache("status", *cache, "--json").events
-    assert (row["url"], row["copies"]) == (str(data_set), summary["n_copies"])
-    assert 0 < row["bytes"] <= summary["bytes_used"]
-    lines = tiercache("status", *cache).out.splitlines()
-    assert lines[0].split() == ["data", "set", "copies", "size", "pinned"]
-    assert lines[1].startswith(str(data_set))
-
-
 @pytest.mark.parametrize(
     "verb", [["status"], ["evict", "--all", "--yes"], ["verify", "--cached"], ["verify", "--repair"]]
 )

@@ -6,7 +6,6 @@ import os
 import pytest
 
 from tiercache.cache import Cache
-from tiercache.cli.cache import summary_of
 from tiercache.data.dataset import Dataset
 from tiercache.store import open_store
 
@@ -87,28 +86,6 @@ class TestStatus:
         assert done["hits"] >= 2 * (len(warmed) - 1)
         assert 0 < done["hit_ratio"] <= 1
         assert " were hits, " in tiercache("status", *cache).out
-
-    def test_the_summary_names_faults(self):
-        facts = {
-            "path": "/c",
-            "bytes_used": 5,
-            "limit_bytes": 10,
-            "pinned_bytes": 0,
-            "reserved_bytes": 2,
-            "hit_ratio": 0.75,
-            "figures": {
-                "hits": 3,
-                "misses": 1,
-                "bytes_fetched": 7,
-                "quarantined": 1,
-                "poisoned": 0,
-            },
-            "network_file_system": "nfs",
-        }
-        assert summary_of(facts) == (
-            "/c: 5 B of 10 B, 0 B pinned; 2 B being fetched; 75.0% of 4 opens were hits, 7 B fetched; "
-            "1 corrupt and removed"
-        )
 
 
 class TestVerify:

@@ -5,15 +5,12 @@ from dataclasses import replace
 import pytest
 from tests.flow.tier.test_transfer_s3 import LARGE, SMALL, Bucket, bucket  # noqa: F401 - a fixture
 from tests.support.disk_bucket import flipped, read_object, write_object
+from tests.support.tier_folders import Folders
 from tests.support.tier_moves import GRACE_S, PARTS, HookAt, Killed, World, moved_away
-from tests.support.tier_world import World as TierWorld
 
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
-from tiercache.tier.deletions import run_due_deletions
-from tiercache.tier.journal import TierCatalog
-from tiercache.tier.mover import open_mover
-from tiercache.tier.moves import apply_plan
+from tiercache.tier.mover import run_once
 from tiercache.tier.stores import Stores
 
 SIZES = pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
@@ -99,22 +96,13 @@ class ContestedFolder(LocalFolder):
 def test_an_object_created_during_a_copy_is_not_overwritten(tmp_path, monkeypatch, is_small):
     if not is_small:
         monkeypatch.setattr("tiercache.tier.transfer._SMALL_BYTES", 0)
-    world = TierWorld(tmp_path, "local")
-    with world.entered():
-        world.fill()
-        plan = world.plan()
-        file, cold = world.file(), ContestedFolder(world.places["cold"].root)
-        with (
-            Stores(file, stores={"archive": cold}) as stores,
-            TierCatalog(tmp_path / "state" / "tiers.sqlite") as catalog,
-            open_mover(file, stores, catalog) as context,
-        ):
-            applied = apply_plan(context, plan)
-            world.days_pass(1.5)
-            run_due_deletions(context)
-    assert [one.path for one in applied.stopped] == [KEY]
-    assert world.path("cold", KEY).read_bytes() == MINE
-    assert world.path("hot", KEY).exists()
+    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nafter = "1h"\nto = "archive"\n')
+    folders.write("hot", KEY, b"x" * 1000)
+    with Stores(folders.file, stores={"archive": ContestedFolder(tmp_path / "archive")}) as stores:
+        reports = [run_once(folders.file, stores=stores) for _ in range(2)]
+    assert [one.path for one in reports[0].stopped] == [KEY]
+    assert (tmp_path / "archive" / KEY).read_bytes() == MINE
+    assert (tmp_path / "hot" / KEY).exists()
 
 
 # -- corrupt sources, and copies that are made again ---------------------------------------------------------------

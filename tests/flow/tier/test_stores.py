@@ -98,21 +98,3 @@ def two_tiers(first, second, **more):
 def test_two_urls_may_be_the_same_location(first, second, is_same):
     with Stores(two_tiers(first, second)) as stores:
         assert stores.same_url("hot", "cold") == is_same
-
-
-@pytest.mark.parametrize(
-    ("storage_class", "tier"),
-    [("STANDARD", "standard"), (None, "standard"), ("GLACIER", "archive"), ("STANDARD_IA", "standard")],
-)
-def test_an_object_belongs_to_the_tier_of_its_storage_class(rules, storage_class, tier):
-    file = rules(standard="url = 's3://b'", archive="url = 's3://b'\nstorage_class = 'GLACIER'")
-    with Stores(file) as stores:
-        assert stores.tier_of(stores.sharing("standard"), info_of(storage_class)) == tier
-
-
-# -- capacity -------------------------------------------------------------------------------------------------------
-
-
-def test_a_capacity_is_a_size_or_unlimited(rules):
-    with Stores(rules(hot="url = '/x'\ncapacity = '2KB'", standard="url = 's3://b'")) as stores:
-        assert (stores.capacity("hot"), stores.capacity("standard")) == (2000, None)

@@ -47,12 +47,5 @@ def test_the_archive_is_restored_once_per_use(story, year):
     assert days == [150, story.EVALUATED_DAY, 300]
 
 
-def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
-    groups = year.world.groups
-    for run in range(len(story.TRAININGS)):
-        newest = max((i for i in range(len(groups.step)) if groups.run[i] == run), key=lambda i: groups.step[i])
-        assert year.world.present[newest, 0]
-
-
 def test_the_results_are_those_of_these_rules(story):
     assert story.RULES in (ROOT / "benchmarks" / "results" / "tier_year.md").read_text()
