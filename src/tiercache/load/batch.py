@@ -14,7 +14,6 @@ import struct
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -129,13 +128,6 @@ def aligned(n_bytes: int) -> int:
     return -(-n_bytes // SLOT_ALIGN) * SLOT_ALIGN
 
 
-@dataclass(frozen=True, slots=True)
-class PinnedSlot:
-    start: int
-    end: int
-    memory: torch.Tensor
-
-
 class PinnedMemory(BatchMemory):
     """Lends pinned memory and finds the slot of an address. See BatchMemory; all methods may be called from any thread.
 
@@ -190,12 +182,11 @@ class PinnedMemory(BatchMemory):
         while len(free) > self.keep:
             self._forget(free.popleft())
 
-    def find_slot(self, address: int) -> PinnedSlot | None:
+    def find_slot(self, address: int) -> torch.Tensor | None:
         for start, (memory, slot_bytes) in list(self._blocks.items()):
             if start <= address < start + memory.numel():
                 first = (address - start) // slot_bytes * slot_bytes
-                part = memory[first : first + slot_bytes]
-                return PinnedSlot(start + first, start + first + part.numel(), part)
+                return memory[first : first + slot_bytes]
         return None
 
     def _allocate(self, n_bytes: int, slot_bytes: int | None = None) -> Bytes:

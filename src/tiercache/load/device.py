@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import torch
 
 from tiercache.data.output_spec import Buffer
-from tiercache.load.batch import PinnedMemory, PinnedSlot, aligned
+from tiercache.load.batch import PinnedMemory, aligned
 from tiercache.load.loader_options import LoaderOptions
 from tiercache.load.pipeline import ClosingPipeline, LaterStage
 from tiercache.load.planner import PipelineInputs
@@ -338,7 +338,8 @@ class _HostBatch:
 
     def _take_slot(self, pinned: PinnedMemory) -> list[_TensorLayout]:
         """Place the tensors of the first slot that is found, by one copy; return the other plain tensors."""
-        slot: PinnedSlot | None = None
+        slot: torch.Tensor | None = None
+        begin = end = 0  # addresses of the slot
         inside: list[tuple[_TensorLayout, int, int]] = []
         outside: list[_TensorLayout] = []
         for layout in self.layouts:
@@ -349,21 +350,22 @@ class _HostBatch:
             start = tensor.data_ptr()
             if slot is None and n_bytes:
                 slot = pinned.find_slot(start)
-            is_inside = slot is not None and slot.start <= start and start + n_bytes <= slot.end
-            if n_bytes and is_inside and start % tensor.itemsize == 0:
+                if slot is not None:
+                    begin, end = slot.data_ptr(), slot.data_ptr() + slot.numel()
+            if n_bytes and begin <= start <= end - n_bytes and start % tensor.itemsize == 0:
                 inside.append((layout, start, start + n_bytes))
             else:
                 outside.append(layout)
         if slot is None or not inside:
             return outside
         first = min(start for _, start, _ in inside)
-        first -= (first - slot.start) % 64  # columns of the slot keep their alignment
+        first -= (first - begin) % 64  # columns of the slot keep their alignment
         for layout, start, stop in inside:
             layout.offset, layout.n_bytes, layout.stride = start - first, stop - start, layout.tensor.stride()
         self.held += [layout.tensor for layout, _, _ in inside]
-        end = max(end for _, _, end in inside)
-        self.ranges.append((0, slot.memory[first - slot.start : end - slot.start]))
-        self.n_bytes = aligned(end - first)
+        last = max(stop for _, _, stop in inside)
+        self.ranges.append((0, slot[first - begin : last - begin]))
+        self.n_bytes = aligned(last - first)
         return outside
 
     def _copy_to_pinned(self, outside: list[_TensorLayout], pinned: PinnedMemory) -> None:

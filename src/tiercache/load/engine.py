@@ -632,15 +632,15 @@ def _verdict(
         return f"consumer ({waited} for data)"
     parallel = {"gather_s": threads, "decode_s": threads, "transform_s": max(workers, 1)}
     busiest = max(stages, key=lambda name: stages[name] / parallel.get(name, 1))
-    if busiest == "decode_s":
-        return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
-    if busiest == "transform_s":
-        runs = f"{workers} worker processes run" if workers else "the training thread runs"
-        return f"transform ({waited}; {runs} the transforms; give the loader more num_workers)"
-    if busiest == "gather_s":
-        return f"copy ({waited}; {threads} threads copy and check records; serve fewer columns or give more threads)"
-    if busiest == "plan_s":
-        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)"
+    runs = f"{workers} worker processes run" if workers else "the training thread runs"
+    sentences = {
+        "decode_s": f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)",
+        "transform_s": f"transform ({waited}; {runs} the transforms; give the loader more num_workers)",
+        "gather_s": f"copy ({waited}; {threads} threads copy and check records; serve fewer columns, or more threads)",
+        "plan_s": f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)",
+    }
+    if busiest in sentences:
+        return sentences[busiest]
     if fetched.get("bytes_fetched", 0):
         rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
         return f"store ({waited}; {rate}/s from the store; warm the cache first)"

@@ -426,7 +426,7 @@ class _Planner:
                     del self._windows[id(window)]
             self._push(piece_slice, lookahead)
             self._is_one_set = False  # the blocks of each slice are a set of their own
-            if "pressure" not in self._inputs.warned and self.pressure.has_measured and not self.pressure.fits(piece):
+            if "pressure" not in self._inputs.warned and not self.pressure.fits(piece):
                 self._inputs.warned.add("pressure")  # Blocks are read again and again.
                 warnings.warn(self.pressure.explain(self._source.url), RuntimeWarning, stacklevel=2)
 

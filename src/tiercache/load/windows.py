@@ -169,11 +169,10 @@ class JoinedWindows:
         """
         self._n_asked += n_rows
         if self._checks is None or self._n_asked >= self.addresses.shape[0] * self.addresses.shape[1]:
-            self._checks, self._n_asked = self.checks, 0
+            self._checks, self._n_asked = self._current_checks(), 0
         return self._checks
 
-    @property
-    def checks(self) -> NDArray[np.uint64] | None:
+    def _current_checks(self) -> NDArray[np.uint64] | None:
         parts = [loaded.checks for loaded in self.windows]
         if len(parts) == 1 or all(part is None for part in parts):
             return parts[0]
@@ -307,10 +306,6 @@ class MemoryPressure:
         self._room_bytes = limit_bytes // WINDOWS_SHARE // 2
         self._private_bytes = self._raw_bytes = 0
         self._need_bytes = 0
-
-    @property
-    def has_measured(self) -> bool:
-        return self._raw_bytes > 0
 
     @property
     def spare_bytes(self) -> int:
