@@ -260,15 +260,6 @@ def test_a_corrupt_local_file_is_skipped_with_a_warning(checkpoints, tmp_path):
         dcp.load(loaded, storage_reader=reader)
 
 
-def test_a_local_folder_that_lacks_the_files_of_other_machines_is_completed_by_the_store(checkpoints, tmp_path):
-    dcp.save({"weights": torch.ones(1000)}, storage_writer=checkpoints.dcp_writer(0))
-    (file,) = (tmp_path / "local").rglob("*.safetensors")
-    file.unlink()
-    loaded = {"weights": torch.zeros(1000)}
-    dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
-    assert loaded["weights"].tolist() == [1.0] * 1000
-
-
 def test_bytes_that_are_damaged_in_transit_are_read_again(tmp_path):
     store = FaultStore(LocalFolder(tmp_path))
     checkpoints = tc.Checkpoints(store)

@@ -64,22 +64,6 @@ class WithState:
         return {"n": 3, "inner": [torch.ones(2)]}
 
 
-def test_objects_are_stored_by_their_state_dicts():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
-    encoded, found = stored({"model": model, "optim": optimizer, "own": WithState()})
-    assert set(encoded.tensors) >= {"model.0.weight", "model.1.running_var", "optim.state.0.exp_avg", "own.inner.0"}
-    assert found["own"]["n"] == 3
-    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    other.load_state_dict(found["model"])
-    again = torch.optim.Adam(other.parameters())
-    again.load_state_dict(found["optim"])
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    assert torch.equal(again.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
-
-
 def test_a_state_dict_keeps_the_versions_of_its_modules():
     found = read_back({"model": torch.nn.BatchNorm1d(2)})["model"]
     assert found._metadata == torch.nn.BatchNorm1d(2).state_dict()._metadata
