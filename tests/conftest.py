@@ -18,7 +18,6 @@ pytest_plugins = ["tests.support.fixtures", "tests.support.certificates"]
 # Their asserts shall say what was compared; here, because this file is read before any that imports them.
 pytest.register_assert_rewrite(
     "tests.support.store_suite",
-    "tests.support.store_machine",
     "tests.support.cache_machine",
     "tests.support.cache_world",
 )

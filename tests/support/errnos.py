@@ -51,14 +51,7 @@ FOR_EVER = -1
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Calls number nth, nth + 1, ... nth + times - 1 of a kind fail, counted from 1.
-
-    Attributes:
-        kind: Kind of call, a key of KINDS.
-        error: Name of the errno, e.g. "EIO".
-        nth: First call that fails.
-        times: Number of calls that fail; FOR_EVER: all calls from nth on.
-    """
+    """Calls number nth to nth + times - 1 of a kind of KINDS fail, counted from 1. error: Name of an errno."""
 
     kind: str
     error: str
@@ -68,14 +61,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class FailedCalls:
-    """The result of failing().
-
-    Attributes:
-        position: Calls that were to fail.
-        ended: End of the child.
-        n_struck: Number of calls that failed.
-        where: The first call that failed, e.g. "pwrite64(/path)".
-    """
+    """How a child ended, n_struck of whose calls failed. where: The first of them, e.g. "pwrite64(/path)"."""
 
     position: Position
     ended: ChildEnd
@@ -92,7 +78,6 @@ def build_shim(folder: Path, compiler: str = "cc") -> Path:
 
 
 def preload(shim: Path) -> dict[str, str]:
-    """Return the environment variables that load the shim into a process."""
     return {"LD_PRELOAD": str(shim)}
 
 
@@ -100,7 +85,6 @@ class Shim:
     """The shim in this process. It counts calls of this process only; a forked child must arm it again."""
 
     def __init__(self) -> None:
-        """Find the shim. Raises RuntimeError if the process was started without it."""
         self._library = ctypes.CDLL(None)
         if not hasattr(self._library, "tc_errno_arm"):
             raise RuntimeError("this process was started without the shim: put preload(shim) into its environment")
@@ -116,13 +100,11 @@ class Shim:
         ]
 
     def arm(self, folder: Path, position: Position) -> None:
-        """Count calls below folder from now on, and make those at position fail."""
         number = getattr(errno, position.error)
         kind = list(KINDS).index(position.kind)
         self._library.tc_errno_arm(bytes(folder), kind, position.nth, position.times, number)
 
     def count_only(self, folder: Path) -> None:
-        """Count calls below folder from now on; none fails."""
         self._library.tc_errno_arm(bytes(folder), -1, 1, 0, 0)
 
     def disarm(self) -> None:
@@ -130,7 +112,6 @@ class Shim:
         self._library.tc_errno_disarm()
 
     def counts(self) -> dict[str, int]:
-        """Return the number of calls of each kind since arm()."""
         return {kind: int(self._library.tc_errno_count(i)) for i, kind in enumerate(KINDS)}
 
     def struck(self) -> tuple[int, str]:

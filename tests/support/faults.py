@@ -10,7 +10,6 @@ from threading import Event, Lock
 from typing import TypeVar
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
-from tiercache.model import ByteRange
 from tiercache.store.contract import Span, Store, WrapperStore
 
 T = TypeVar("T")
@@ -23,8 +22,6 @@ class FaultKind(StrEnum):
     """The call fails without an effect."""
     LOST_RESPONSE = "lost_answer"
     """The call takes effect and then fails; the error has the fact maybe_done."""
-    SHORT_READ = "short_read"
-    """read_into fills half of each span and then fails."""
     BIT_FLIP = "bit_flip"
     """The call succeeds, but one bit of the data that it read is wrong (get, read_tail, read_into)."""
     REPLACED = "replaced"
@@ -114,9 +111,6 @@ class FaultStore(WrapperStore):
         fault = self._fault("read_into", key)
         if fault is None:
             read(spans)
-        elif fault.kind is FaultKind.SHORT_READ:
-            read([_halved(span) for span in spans])
-            raise fault.failure(f"{self.url}/{key}", "read_into")
         elif fault.kind is FaultKind.REPLACED:
             etag = if_match or self.inner.head(key).etag
             read(spans[:1], etag)
@@ -126,12 +120,6 @@ class FaultStore(WrapperStore):
             self._befall(fault, key, lambda: read(spans))
             if fault.kind is FaultKind.BIT_FLIP:
                 _flip_in_place(spans)
-
-
-def _halved(span: Span) -> Span:
-    wanted, buffer = span
-    n_bytes = wanted.n_bytes // 2
-    return ByteRange(wanted.start, wanted.start + n_bytes), buffer[:n_bytes]
 
 
 def _flip_in_place(spans: Sequence[Span]) -> None:

@@ -53,11 +53,9 @@ class ReadSuite:
 
     @pytest.fixture
     def store(self) -> Iterator[Store]:
-        """The store under test, empty. Subclasses override it."""
         raise NotImplementedError
 
     def raw_put(self, store: Store, key: str, data: bytes) -> None:
-        """Write an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     def test_head_tells_size_and_an_etag_that_lasts(self, store: Store) -> None:
@@ -200,11 +198,9 @@ class WriteSuite:
     """Tests of what a store writes; a mixin for a ReadSuite."""
 
     def raw_put(self, store: Store, key: str, data: bytes) -> None:
-        """Write an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     def raw_get(self, store: Store, key: str) -> bytes:
-        """Read an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     def test_put_writes_the_whole_object_of_any_buffer(self, store: Store) -> None:
@@ -377,7 +373,6 @@ class LocalStoreSuite:
     """Tests of what a LocalStore adds; a mixin for a StoreSuite."""
 
     def raw_put(self, store: Store, key: str, data: bytes) -> None:
-        """Write an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     def leased(self, store: Store, key: str, identity: ShardIdentity | None = None) -> Lease | None:

@@ -37,7 +37,7 @@ from tiercache.errors import CorruptCheckpoint, NotFound
 from tiercache.model import ByteRange
 from tiercache.store import Lease, LocalStore, Store, check_key, open_store, split_url
 from tiercache.store.placement import follow_placement, is_remote
-from tiercache.store.shared_files import raise_limit_for
+from tiercache.store.shared_files import raise_limit
 
 Framework: TypeAlias = Literal["torch", "numpy"]
 
@@ -127,7 +127,7 @@ class Weights(Mapping[str, Any]):
         self._files = {key: _File(store, key) for key in files}
         # Memory of the tensors that were used, and their position in it.
         self._buffers: dict[str, tuple[Any, int]] = {}
-        raise_limit_for(3 * len(self._files))  # copy, unit map and mapping
+        raise_limit(3 * len(self._files))  # copy, unit map and mapping
         try:
             if known is None:
                 parts = in_parallel([partial(_read_header, file) for file in self._files.values()], _THREADS)

@@ -22,7 +22,7 @@ from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
 from tiercache.shard.values import ColumnValues, ServedColumns, block_values, cast_kind, gather_values
 from tiercache.store.contract import Store
-from tiercache.store.shared_files import max_shard_descriptors, raise_limit, raise_limit_for
+from tiercache.store.shared_files import max_shard_descriptors, raise_limit
 
 if TYPE_CHECKING:
     from tiercache._native.record_finder import FoundRecords
@@ -522,7 +522,7 @@ class ReaderPool:
             while len(self._open) > MAX_READERS:
                 self._forget(next(iter(self._open)))
         n_descriptors = sum(readers.n_descriptors for readers in _all())
-        raise_limit_for(n_descriptors)
+        raise_limit(n_descriptors)
         _drop_to(max_shard_descriptors())
 
 

@@ -11,8 +11,7 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
@@ -201,8 +200,6 @@ _CONFIG = {
     ),
     "http": frozenset[str](),
 }
-# Prefixes of environment names, which are accepted as well: aws_region means region.
-_PREFIX = {"s3": "aws_", "gs": "google_", "az": "azure_", "http": "http_"}
 _S3FS = {
     "key": "access_key_id",
     "secret": "secret_access_key",
@@ -330,16 +327,14 @@ class CloudOptions:
 
 
 def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    known = _CONFIG[cloud] | _CLIENT
-    names = {name: name for name in known}
+    names = {name: name for name in _CONFIG[cloud] | _CLIENT}
     if cloud == "s3":
         names |= {**_S3FS, "profile": "profile"}
     if cloud != "http":
         names["credentials"] = "credentials"
     for given_name, value in given.items():
         lower = given_name.lower()
-        short = lower.removeprefix(_PREFIX[cloud])
-        name = names.get(lower) or (short if short in known else None)
+        name = names.get(lower)
         if name is None:
             suggestion = _near(lower, {*names, *CALL_OPTIONS})
             raise ValueError(f"unknown storage option {given_name!r} for {cloud}://{suggestion}")
@@ -445,8 +440,8 @@ class Keys:
 class Credentials:
     """Keys of one source, which read() reads when needed. Safe for threads; each process has its own object.
 
-    The lock is held while the source is read, so that a process is started once for all threads that wait; if the
-    reading fails, it fails for all of them. number counts the different keys that the source has given.
+    The lock is held while the source is read, so that a process is started once for all threads. number counts the
+    different keys that the source has given.
     """
 
     def __init__(
@@ -462,13 +457,11 @@ class Credentials:
         self._lock = Lock()
         self._keys: Keys | None = None
         self._again_at: datetime | None = None
-        self._n_failed = 0
-        self._error: StoreError | ValueError | None = None  # of the last reading, if it failed
         self.number = 0
 
     def get(self) -> Keys:
         """Return keys that are valid now. Raises StoreError or ValueError if the source has none."""
-        with self._after_others():
+        with self._lock:
             now = self._now()
             if self._keys is None or (self._again_at is not None and now >= self._again_at):
                 return self._refresh(self._keys, now)
@@ -476,7 +469,7 @@ class Credentials:
 
     def renew(self, number: int) -> bool:
         """Read the source again, and return whether its keys differ from the keys with this number."""
-        with self._after_others():
+        with self._lock:
             if self.number == number:
                 self._refresh(None, self._now())
             return self.number != number
@@ -485,15 +478,6 @@ class Credentials:
     def is_reading(self) -> bool:
         return self._lock.locked()
 
-    @contextmanager
-    def _after_others(self) -> Iterator[None]:
-        """Hold the lock. If another thread's reading failed meanwhile, raise its error."""
-        n_failed = self._n_failed
-        with self._lock:
-            if self._n_failed != n_failed and self._error is not None:
-                raise self._error
-            yield
-
     def _refresh(self, last: Keys | None, now: datetime) -> Keys:
         """Read the source. The last keys stay in use if the reading fails and they are still valid."""
         try:
@@ -501,13 +485,11 @@ class Credentials:
             if keys.expires_at is not None and keys.expires_at <= now:
                 message = f"the credentials of {self.origin} have expired, at {keys.expires_at:%Y-%m-%d %H:%M:%S %Z}"
                 raise StoreError(f"{message}: renew them at their source", url=self.url, code="ExpiredToken")
-        except (StoreError, ValueError) as error:
+        except (StoreError, ValueError):
             if last is None or (last.expires_at is not None and last.expires_at <= now):
-                self._n_failed, self._error = self._n_failed + 1, error
                 raise
             self._again_at = now + _TRY_AGAIN
             return last
-        self._error = None
         if keys.expires_at is None:
             self._again_at = now + _UNDATED
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import re
 import resource
@@ -218,22 +219,13 @@ def max_shard_descriptors() -> int:
     return _limits()[1] // 2
 
 
-def raise_limit_for(n_descriptors: int) -> None:
-    """Raise the soft limit towards the hard limit if open shards may use fewer than n_descriptors.
+def raise_limit(n_descriptors: float = math.inf) -> bool:
+    """Raise the soft limit to the hard limit if open shards may use fewer than n_descriptors; return whether it was.
 
     Many systems set a soft limit of 1,024 because select(2) cannot use larger descriptors. Child processes inherit it.
     """
     soft, highest = _limits()
-    if n_descriptors > soft // 2:
-        _raise_to(soft, highest)
-
-
-def raise_limit() -> bool:
-    return _raise_to(*_limits())
-
-
-def _raise_to(soft: int, highest: int) -> bool:
-    if soft >= highest:
+    if soft >= highest or n_descriptors <= soft // 2:
         return False
     with suppress(ValueError, OSError):  # macOS refuses more than OPEN_MAX, whatever the hard limit is
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

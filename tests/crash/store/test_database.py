@@ -40,12 +40,6 @@ def values(database):
     return [x for (x,) in database.run(lambda db: db.execute("SELECT x FROM t ORDER BY rowid").fetchall())]
 
 
-def test_a_new_file_is_prepared_once(database):
-    add(database, 1)
-    database.close()
-    assert values(database) == ["new", 1]
-
-
 def test_work_that_raises_changes_nothing(database):
     def work(db):
         db.execute("INSERT INTO t VALUES (2)")

@@ -51,15 +51,6 @@ def put(archive, key, data, storage_class=None):
 # -- writing and looking --------------------------------------------------------------------------------------------
 
 
-def test_an_object_is_written_with_its_class(archive, s3):
-    put(archive, "a/b", b"data", "STANDARD_IA")
-    put(archive, "plain", b"data")
-    assert [archive.head(key).storage_class for key in ("a/b", "plain")] == ["STANDARD_IA", "STANDARD"]
-    assert s3.get("a/b") == b"data"
-    with pytest.raises(NotFound, match="no such object"):
-        archive.head("nothing")
-
-
 def test_parts_in_any_order_are_joined_by_number(archive, s3):
     parts = [os.urandom(PART), os.urandom(PART), b"the end"]
     with archive.create("big") as upload:
@@ -157,22 +148,15 @@ def test_temporary_objects_and_folder_markers_are_not_listed(archive, s3):
 # -- classes --------------------------------------------------------------------------------------------------------
 
 
-def test_the_class_of_a_large_object_changes_in_parts(s3, opened):
-    archive = opened(s3, whole_bytes=PART, part_bytes=PART, n_parts=2)
-    data = os.urandom(2 * PART + 5)
-    s3.put("a", data)
+@WHOLE_OR_PARTS
+def test_bytes_and_metadata_stay_when_the_class_changes(s3, opened, whole_bytes):
+    archive = opened(s3, whole_bytes=whole_bytes, part_bytes=PART)
+    full, data = f"{s3.prefix}/a", os.urandom(2 * PART + 5)
+    s3.client.put_object(
+        Bucket=s3.server.bucket, Key=full, Body=data, Metadata={"made-by": "me"}, ContentType="text/x-own"
+    )
     assert archive.set_class("a", "STANDARD_IA").storage_class == "STANDARD_IA"
     assert s3.get("a") == data
-
-
-@WHOLE_OR_PARTS
-def test_metadata_stays_when_the_class_changes(s3, opened, whole_bytes):
-    archive = opened(s3, whole_bytes=whole_bytes, part_bytes=PART)
-    full = f"{s3.prefix}/a"
-    s3.client.put_object(
-        Bucket=s3.server.bucket, Key=full, Body=b"x" * PART, Metadata={"made-by": "me"}, ContentType="text/x-own"
-    )
-    archive.set_class("a", "STANDARD_IA")
     head = s3.client.head_object(Bucket=s3.server.bucket, Key=full)
     assert (head["Metadata"], head["ContentType"]) == ({"made-by": "me"}, "text/x-own")
 
@@ -298,14 +282,6 @@ def test_an_object_written_over_a_new_copy_is_not_taken_for_the_copy(s3, opened,
 # -- deletes --------------------------------------------------------------------------------------------------------
 
 
-def test_many_objects_are_deleted_and_missing_ones_are_no_error(archive, s3):
-    keys = [f"k{number}" for number in range(20)]
-    for key in keys:
-        s3.put(key, b"")
-    assert archive.delete_many([*keys, "nothing"]) == []
-    assert list(archive.list()) == []
-
-
 def test_a_changed_object_is_not_deleted(s3, opened):
     archive = opened(s3)
     etags = [put(archive, key, b"old").etag for key in "ab"]
@@ -313,12 +289,6 @@ def test_a_changed_object_is_not_deleted(s3, opened):
     failed = archive.delete_many(["a", "b", "gone"], if_match=[*etags, etags[0]])
     assert [key for key, _ in failed] == ["b"]
     assert [info.key for info in archive.list()] == ["b"]
-
-
-def test_objects_that_could_not_be_deleted_are_named_with_the_reason(archive, monkeypatch):
-    said = {"Errors": [{"Key": archive.full_key("b"), "Code": "AccessDenied", "Message": "no"}]}
-    monkeypatch.setattr(archive, "_ask", lambda *_args, **_more: said)
-    assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
 
 
 # -- opening --------------------------------------------------------------------------------------------------------

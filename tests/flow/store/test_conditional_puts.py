@@ -153,18 +153,6 @@ def test_a_file_system_that_ignores_create_is_refused(ignores):
     single.close()
 
 
-@pytest.mark.s3
-def test_a_real_server_that_ignores_the_condition_of_googles_client_is_refused(moto_server):
-    """Moto serves the XML interface that Google's client uses, but not x-goog-if-generation-match."""
-    given = {"base_url": moto_server.endpoint, "bearer_token": "t"}
-    with pytest.raises(StoreError, match="single_writer"):
-        write(f"gs://{moto_server.bucket}/conditional", given)
-    write(f"gs://{moto_server.bucket}/conditional", {**given, "single_writer": True})
-    store = open_store(f"gs://{moto_server.bucket}/conditional", **given)
-    assert len([info for info in store.list() if info.key.endswith(".tcs")]) == 1
-    store.close()
-
-
 def test_googles_client_sends_the_condition_of_google(http_server):
     def admit(path, headers):
         exists = unquote(urlsplit(path).path).lstrip("/") in http_server.objects

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -15,7 +14,6 @@ from tiercache.model import ByteRange
 from tiercache.store import open_store
 from tiercache.store.access import CloudOptions, Credentials, Keys, s3_access
 from tiercache.store.archive import S3StorageClasses
-from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -251,41 +249,6 @@ def test_an_error_of_an_aws_file_names_the_file_but_not_its_contents(tmp_path):
     with pytest.raises(ValueError, match=r"'work' cannot be read: .*credentials") as caught:
         open_store("s3://bucket", profile="work").get("a")
     assert "s3cret" not in str(caught.value)
-
-
-def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
-    go, calls, errors = threading.Event(), [], []
-
-    def read():
-        calls.append(1)
-        go.wait(30)
-        raise StoreError("no keys", url="s3://b")
-
-    credentials = Credentials("a source", read, "s3://b")
-
-    def get():
-        try:
-            credentials.get()
-        except StoreError as error:
-            errors.append(error.message)
-
-    threads = [threading.Thread(target=get) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-
-    def n_waiting():  # for the lock, in whose method they are
-        frames = sys._current_frames()
-        return sum(frames[thread.ident].f_code.co_name == "_after_others" for thread in threads)
-
-    assert wait_for(lambda: n_waiting() == 3, 30)
-    assert credentials.is_reading
-    go.set()
-    for thread in threads:
-        thread.join()
-    assert (len(calls), len(errors)) == (1, 4)
-    with pytest.raises(StoreError, match="no keys"):  # the next call asks again
-        credentials.get()
-    assert len(calls) == 2
 
 
 # Roles by a token's file

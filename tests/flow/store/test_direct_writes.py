@@ -60,29 +60,6 @@ def test_only_aligned_pages_of_large_parts_are_written_directly(tmp_path: Path) 
         assert writer.write(aligned(MIN_BYTES).data, 0) == 0
 
 
-def test_the_first_bytes_of_a_store_stay_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def write(self: DirectWriter, data: memoryview, offset: int) -> int:
-        asked.append(offset)
-        return 0
-
-    monkeypatch.setattr(DirectWriter, "write", write)
-    monkeypatch.setattr(local, "CACHED_BYTES", 4 * MIN_BYTES)
-    store = LocalFolder(tmp_path)
-    for key in ("a", "b"):  # two shards
-        made = store.create(key)
-        for number in range(2):
-            made.put_part(number, aligned(MIN_BYTES).data)
-        made.complete()
-    assert asked == []
-    made = store.create("c")
-    for number in range(2):
-        made.put_part(number, aligned(MIN_BYTES).data)
-    made.complete()
-    assert asked == [0, MIN_BYTES]
-
-
 def test_a_file_system_that_refuses_direct_writes_is_written_through_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

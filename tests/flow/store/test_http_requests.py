@@ -167,38 +167,6 @@ def test_throttled_requests_are_counted_and_repeated(http_server, make):
     assert len(clock.slept) == 4
 
 
-def test_many_threads_read_right_bytes_while_a_tenth_of_the_requests_fails(http_server, make):
-    """Faults of all kinds at once: every byte is right, and the reads end."""
-    faults = [
-        HttpFault("reset"),
-        HttpFault("short", n_bytes=1000),
-        HttpFault("status", 500),
-        HttpFault("stall", n_bytes=5),
-    ]
-    lock, n_seen = threading.Lock(), [0]
-
-    def rule(method, path):
-        with lock:
-            n_seen[0] += 1
-            return faults[n_seen[0] // 10 % 4] if n_seen[0] % 10 == 0 else None
-
-    http_server.when(rule)
-    store = make(SYSTEM_CLOCK)
-    ranges = [ByteRange(i * 100_000, i * 100_000 + 90_000) for i in range(30)]
-    results = []
-
-    def read():
-        for _ in range(2):
-            results.append(read_ranges(store, "a", ranges) == [DATA[r.start : r.end] for r in ranges])
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert results == [True] * 6
-
-
 def test_an_error_of_the_receiver_ends_the_read_and_is_no_error_of_the_store(http_server, make):
     def receive(offset, data):
         raise OSError(28, "No space left on device")

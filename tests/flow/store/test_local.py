@@ -12,7 +12,7 @@ from tests.support.store_suite import LocalStoreSuite, StoreSuite, WriteSuite, r
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange
-from tiercache.store import LocalFolder, local, open_store
+from tiercache.store import LocalFolder, local
 from tiercache.store.local import TEMP_PREFIX
 
 
@@ -196,15 +196,6 @@ def test_more_spans_than_one_system_call_takes_are_read(store):
     store.put("a", bytes(range(256)) * 20)
     ranges = [ByteRange(start, start + 1) for start in range(5000)]
     assert b"".join(read_ranges(store, "a", ranges)) == (bytes(range(256)) * 20)[:5000]
-
-
-def test_paths_and_file_urls_open_the_same_folder(tmp_path):
-    root = tmp_path / "with space%"
-    LocalFolder(root).put("a", b"x")
-    for given in (root, str(root), root.as_uri(), f"file://localhost{root.as_uri()[7:]}"):
-        store = open_store(given)
-        assert store.get("a") == b"x"
-        assert store.url == str(root)
 
 
 def _is_cached(path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.faults import Fault, FaultStore
 from tests.support.placements import numbers, row, rows_of, stopped_at
-from tests.support.stores import CountingStore, GateStore
+from tests.support.stores import CountingStore
 
 from tiercache.errors import CommitConflict, CorruptShard, StoreError, UnsupportedFormat
 from tiercache.store import LocalFolder, MemoryStore, placement_log
@@ -84,15 +84,6 @@ def test_a_client_that_may_not_list_finds_the_newest_placement(store):
     assert (found.number, len(found)) == (3, 3)
 
 
-def test_a_marker_without_a_placement_means_that_everything_is_at_home(store):
-    assert not placement_log.is_tracked(store)
-    placement_log.start_tracking(store)
-    placement_log.start_tracking(store)
-    assert placement_log.is_tracked(store)
-    found = placement_log.read_placement(store)
-    assert (found.number, len(found), found.find("a")) == (0, 0, None)
-
-
 # -- hints ----------------------------------------------------------------------------------------------------------
 
 
@@ -113,24 +104,6 @@ def test_the_marker_keeps_the_start_of_tracking_over_commits(store):
     for n in range(2):
         placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert placement_log.tracked_since_s(store) == since_s - 1000
-
-
-def test_a_writer_that_slept_while_its_number_was_used_and_deleted_loses_nothing(store):
-    placement_log.commit_placement(store, {"a": row("a")})
-    gated = GateStore(store)
-    gate = gated.stop_at("before_put_if_absent", placement_key(2))
-    late = threading.Thread(target=lambda: placement_log.commit_placement(gated, {"late": row("late")}))
-    late.start()
-    with gate:
-        gate.wait_reached()
-        for n in range(2 * N_KEPT):
-            placement_log.commit_placement(store, {f"early/{n}": row(f"early/{n}")})
-        assert 2 not in numbers(store)
-    late.join()
-    found = placement_log.read_placement(store)
-    assert found.find("late") == row("late")
-    assert len(found) == 2 * N_KEPT + 2
-    assert 2 not in numbers(store)
 
 
 def test_numbers_that_vanish_between_listing_and_reading_are_searched_again(store):
@@ -324,13 +297,6 @@ def test_a_placement_that_readers_would_reject_is_not_written(store, monkeypatch
             with pytest.raises(StoreError, match="which readers reject"):
                 placement_log.commit_placement(store, {"a": row("a"), "b": row("b")})
     assert list(store.list(placement_log.PLACEMENT_FOLDER)) == []
-
-
-def test_a_placement_over_the_row_limit_is_corrupt(store, monkeypatch):
-    placement_log.commit_placement(store, {"a": row("a"), "b": row("b")})
-    monkeypatch.setattr(placement_log, "MOST_ROWS", 1)
-    with pytest.raises(CorruptShard, match="expected at most 1 rows"):
-        placement_log.read_placement(store)
 
 
 def test_a_marker_with_an_invalid_time_counts_as_one_without_a_time(store):

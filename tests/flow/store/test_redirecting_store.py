@@ -6,7 +6,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.moved_shards import WAYS, Moved, N, ServedStore, by_arrow, by_loader, by_record
 from tests.support.records import check_batch
@@ -165,15 +164,6 @@ def test_an_object_of_another_size_at_the_new_location_is_not_read(stores):
     placement_log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     with pytest.raises(ObjectChanged, match=r"expected the moved object, found a different one.*expected 5 bytes"):
         follow_placement(home, {}).get("a")
-
-
-def test_an_error_that_cannot_mean_a_move_reads_no_placement(stores):
-    home, _ = stores("memory", "home")
-    home.put("a", b"bytes")
-    counting = CountingStore(FaultStore(home, [Fault("get", keys="a", retryable=False, status=403)]))
-    with pytest.raises(StoreError, match="scripted fault"):
-        follow_placement(counting, {}).get("a")
-    assert counting.calls == [("get", "a")]
 
 
 def test_an_unreadable_placement_leaves_the_original_error(stores):

@@ -1,7 +1,6 @@
 """An object of a store is read as a file."""
 
 import io
-import zipfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,14 +27,6 @@ def test_a_store_file_reads_like_a_file_of_the_same_bytes(tmp_path, steps):
         assert file.seek(offset, whence) == expected.seek(offset, whence)
         assert file.read(n_bytes) == expected.read(n_bytes)
         assert file.tell() == expected.tell()
-
-
-def test_zipfile_reads_a_store_file(tmp_path):
-    store = LocalFolder(tmp_path)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as records:
-        records.writestr("name", DATA)
-    with zipfile.ZipFile(StoreFile(store, "a.zip", store.head("a.zip").n_bytes)) as records:
-        assert records.read("name") == DATA
 
 
 def test_a_store_file_of_a_replaced_object_is_an_error(tmp_path):

@@ -60,12 +60,6 @@ class Hanging:
         return self.value
 
 
-def test_results_come_in_the_order_of_the_requests(make):
-    runner, _ = make(n_requests=3)
-    assert runner.run([answer(i) for i in range(20)], limit()) == list(range(20))
-    assert runner.run([], limit()) == []
-
-
 def test_a_request_that_hangs_is_hedged_and_the_second_answer_is_returned(make):
     clock = FakeClock()
     runner, counters = make(clock=clock)
@@ -137,19 +131,6 @@ def test_an_error_that_is_not_worth_repeating_ends_the_call_and_its_other_reques
     with pytest.raises(StoreError, match="no"):
         runner.run([hanging, refuse], limit())
     hanging.gate.set()
-
-
-def test_an_attempt_knows_that_its_call_has_ended(make):
-    runner, _ = make()
-    seen = []
-
-    def send(attempt):
-        seen.append(attempt)
-        assert wait_for(lambda: attempt.is_over, GATE_S)
-
-    with pytest.raises(StoreError, match="not done within"):
-        runner.run([send], limit(deadline_s=0.1))
-    assert seen[0].is_over
 
 
 def test_an_error_of_a_hedge_does_not_end_the_request(make):
@@ -288,50 +269,6 @@ def test_a_wait_of_2_s_is_reported_once_for_all_calls_and_again_after_progress(m
 
 
 # Retries
-
-
-def failing(n_times, **facts):
-    calls = []
-
-    def attempt():
-        calls.append(1)
-        if len(calls) <= n_times:
-            raise StoreError("no", url="u", **facts)
-        return len(calls)
-
-    return attempt, calls
-
-
-def test_pauses_are_random_and_bounded_by_growing_limits():
-    policy = RetryPolicy(first_s=0.1, longest_s=1.0)
-    for n_failed, most_s in ((1, 0.1), (2, 0.2), (4, 0.8), (5, 1.0), (50, 1.0)):
-        drawn = [policy.pause_s(n_failed) for _ in range(50)]
-        assert all(0 <= s <= most_s for s in drawn)
-        assert len(set(drawn)) > 10
-
-
-def test_only_retryable_errors_without_effect_are_retried():
-    for facts in ({"retryable": False}, {"retryable": True, "maybe_done": True}):
-        attempt, calls = failing(1, **facts)
-        with pytest.raises(StoreError):
-            with_retries(attempt, RetryPolicy(), limit(FakeClock()))
-        assert len(calls) == 1
-    attempt, calls = failing(3, retryable=True)
-    assert with_retries(attempt, RetryPolicy(), limit(FakeClock())) == 4
-
-
-def test_attempts_timeout_and_deadline_limit_retries():
-    for policy, options, most_s in (
-        (RetryPolicy(n_attempts=3), {}, 1e9),
-        (RetryPolicy(n_attempts=10**6), {"timeout_s": 20.0}, 20.0),
-        (RetryPolicy(n_attempts=10**6), {"deadline_s": 7.0}, 7.0),
-    ):
-        clock = FakeClock()
-        attempt, calls = failing(10**9, retryable=True)
-        with pytest.raises(StoreError):
-            with_retries(attempt, policy, limit(clock, **options))
-        assert sum(clock.slept) <= most_s
-        assert len(calls) == len(clock.slept) + 1
 
 
 def test_an_unwanted_call_is_not_retried():
