@@ -600,7 +600,7 @@ _LEFT_ALONE = {
     "differing": "different copies in two tiers",
 }
 _SHOWN = 3
-_OFFLINE, _UNAVAILABLE = "not asked", "cannot be seen"
+_UNAVAILABLE = "cannot be seen"
 
 
 @verb(after_ctrl_c="nothing was changed; run the same command again")
@@ -608,7 +608,6 @@ def check(
     output: Output,
     rules: Rules = None,
     prices: Annotated[bool, flag("--prices", "Print only the built-in price table.")] = False,
-    offline: Annotated[bool, flag("--offline", "Only check the rule file, without reaching any tier.")] = False,
 ) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
@@ -617,13 +616,6 @@ def check(
     """
     if prices:
         print_prices(output)
-    elif offline:
-        file = load_rule_file(rules)
-        refuse_shared_folders(file)
-        _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
-        print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
-        print_rule_warnings(output, rule_warnings(file))
-        _sum_up(output, file, 0)
     else:
         with open_tiers(rules) as tiers:
             _check(output, tiers)
@@ -670,7 +662,8 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
         facts = {"storage_class": tier.storage_class, "capacity": tier.capacity, "prices": prices}
         answer = reached[tier.name]
         rows.append({**shown, **facts, "home": tier is file.home_tier, "reached": answer == "yes", "answer": answer})
-        words = {"class": tier.storage_class or "", "capacity": tier.capacity or "", "prices": prices or ""}
+        words = {"home": "yes" if tier is file.home_tier else "", "class": tier.storage_class or ""}
+        words |= {"capacity": tier.capacity or "", "prices": prices or ""}
         texts.append({**shown, **words, "reached": answer})
     output.table("tier", rows, texts)
 

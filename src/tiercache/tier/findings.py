@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.keep import BestMetric, scores_of
 from tiercache.store.access import ParsedUrl
 from tiercache.tier.checkpoint_names import metrics_in_name
-from tiercache.tier.policy import covered_folders, rules_of, span
+from tiercache.tier.policy import covered_folders, rules_of
 from tiercache.tier.snapshot import CHECKPOINT, FILE
-from tiercache.tier.text_columns import first_match, sample_path
+from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import Rule, RuleFile, Tier
@@ -34,59 +33,28 @@ if TYPE_CHECKING:
 _SHOWN = 10  # names in a message
 _MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
 _NO_WORD = re.compile(r"[^a-z0-9]+")
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
 class RuleWarning:
-    kind: Literal["no_match", "order", "durations", "no_metric", "unmatched"]
+    kind: Literal["no_match", "no_metric", "unmatched"]
     rule: str  # name of the rule, or "pins[N]"
     text: str  # message for people
 
 
 def rule_warnings(
-    file: RuleFile, snapshot: Snapshot | None = None, in_files: Mapping[int, frozenset[str]] | None = None
+    file: RuleFile, snapshot: Snapshot, in_files: Mapping[int, frozenset[str]]
 ) -> tuple[RuleWarning, ...]:
-    """Return what is probably wrong with rules and pins.
-
-    snapshot: None: nothing is known of the tiers. in_files: Group to the names of the metrics in its files.
-    """
-    found = [*_bad_durations(file), *_bad_order(file)]
-    if snapshot is not None and snapshot.n_groups:
+    """Return what is probably wrong with rules and pins. in_files: Group to the names of the metrics in its files."""
+    found: list[RuleWarning] = []
+    if snapshot.n_groups:
         rule_of = rules_of(snapshot, file)
         found += [*_unused_rules(file, snapshot, rule_of), *_unused_pins(file, snapshot)]
         for number, rule in enumerate(file.rules):
             if rule.keep:
-                found += _missing_metrics(rule, snapshot, np.flatnonzero(rule_of == number), in_files or {})
+                found += _missing_metrics(rule, snapshot, np.flatnonzero(rule_of == number), in_files)
                 found += _unmatched(rule, snapshot, np.flatnonzero((rule_of == number) & (snapshot.kind == FILE)))
     return tuple(found)
-
-
-def _bad_durations(file: RuleFile) -> Iterator[RuleWarning]:
-    for rule in file.rules:
-        if None not in (rule.delete_after_s, rule.after_s) and rule.delete_after_s <= rule.after_s:  # type: ignore[operator]
-            text = f"{rule.name}: delete_after ({span(rule.delete_after_s or 0)}) is not longer than after "
-            text += f"({span(rule.after_s or 0)}), so that objects are deleted and never move to {rule.then or rule.to}"
-            yield RuleWarning("durations", rule.name, text)
-
-
-def _bad_order(file: RuleFile) -> Iterator[RuleWarning]:
-    for number, rule in enumerate(file.rules):
-        paths = pa.array([sample_path(glob) for glob in rule.match], pa.large_string())
-        for above in file.rules[:number]:
-            harm = _harm(above, rule)
-            if harm and (first_match(paths, [(above.match, above.exclude)]) >= 0).all():
-                text = f"{rule.name}: protects nothing, because {above.name}, which {harm}, stands above it and matches"
-                text += f" the same paths: move {rule.name} above {above.name}"
-                yield RuleWarning("order", rule.name, text)
-                break
-
-
-def _harm(above: Rule, rule: Rule) -> str:
-    if above.delete_after_s is not None and rule.delete_after_s is None:
-        return "deletes"
-    is_idle = rule.to is None and not rule.keep and rule.delete_after_s is None
-    return "moves" if is_idle and (above.to is not None or above.keep) else ""
 
 
 def _unused_rules(file: RuleFile, snapshot: Snapshot, rule_of: NDArray[np.int16]) -> Iterator[RuleWarning]:
@@ -95,8 +63,7 @@ def _unused_rules(file: RuleFile, snapshot: Snapshot, rule_of: NDArray[np.int16]
         matched = first_match(paths, [(rule.match, ())]) >= 0
         left = matched & (first_match(paths, [(rule.exclude, ())]) < 0)
         if not matched.any():
-            text = f"{rule.name}: matches no object{_near_globs(rule.match, paths)}"
-            yield RuleWarning("no_match", rule.name, text)
+            yield RuleWarning("no_match", rule.name, f"{rule.name}: matches no object")
             continue
         if not left.any():
             text = f"{rule.name}: matches nothing, because `except` matches all {int(matched.sum()):,} objects"
@@ -108,7 +75,7 @@ def _unused_rules(file: RuleFile, snapshot: Snapshot, rule_of: NDArray[np.int16]
         for glob in rule.exclude:
             if not (first_match(paths.filter(pa.array(matched)), [((glob,), ())]) >= 0).any():
                 text = f"{rule.name}: except = {glob!r} matches none of the objects that `match` matches"
-                yield RuleWarning("no_match", rule.name, text + _near_globs((glob,), paths))
+                yield RuleWarning("no_match", rule.name, text)
 
 
 def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
@@ -118,30 +85,7 @@ def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
             globs = (glob, *covered_folders((glob,)))
             if not (first_match(paths, [(globs, ())]) >= 0).any():
                 text = f"pins[{number}]: {glob!r} matches no object, and protects nothing"
-                yield RuleWarning("no_match", f"pins[{number}]", text + _near_globs((glob,), paths))
-
-
-def _near_globs(globs: Sequence[str], paths: pa.Array) -> str:
-    near = [found for glob in globs if (found := _nearest_glob(glob, paths)) is not None]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _nearest_glob(glob: str, paths: pa.Array) -> str | None:
-    """Return the glob with the first folder or name in it that no path has replaced by a similar one; None: none is.
-
-    paths: large_string.
-    """
-    segments, above = glob.split("/"), ""
-    for number, segment in enumerate(segments):
-        if _WILDCARD.search(segment):
-            return None
-        rest = pc.utf8_slice_codeunits(paths.filter(pc.starts_with(paths, above)), start=len(above))
-        names = pc.replace_substring_regex(rest, "/(?s:.*)", "").unique().to_pylist()
-        if segment not in names:
-            near = get_close_matches(segment, names, n=1)
-            return "/".join([*segments[:number], near[0], *segments[number + 1 :]]) if near else None
-        above += f"{segment}/"
-    return None
+                yield RuleWarning("no_match", f"pins[{number}]", text)
 
 
 # -- what keep lists leave alone ---------------------------------------------------------------------------------------

@@ -99,12 +99,11 @@ class Inventory:
 
     `facts` contains further findings, by name:
 
-    - `datasets`: tuple of FoundDataset; `unlisted`: tiers that were not listed.
-    - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
+    - `datasets`: tuple of FoundDataset.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
       has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys),
       `conflicts` (groups of which two tiers have different objects), `differing` (objects of other groups that differ
-      between two tiers), `unread` (checkpoints whose metrics cannot be read).
+      between two tiers).
     - `incomplete`: number of incomplete checkpoints, by what they lack; `incomplete_names`: example names of each.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     """
@@ -136,15 +135,13 @@ def take_inventory(
     *,
     now_s: float,
     on_progress: ListingProgress | None = None,
-    may_miss: Collection[str] = (),
 ) -> Inventory:
     """List all tiers and return their content.
 
-    on_progress: Called from several threads. may_miss: Tiers that are left out if they cannot be listed;
-    `facts["unlisted"]` names them. Raises StoreError if a tier cannot be listed, or an object that decides about moves
-    cannot be read now.
+    on_progress: Called from several threads. Raises StoreError if a tier cannot be listed, or an object that decides
+    about moves cannot be read now.
     """
-    listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
+    listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress)
     release_memory()
     own = match_regex(listed.keys, OWN_KEY)
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
@@ -177,7 +174,7 @@ def take_inventory(
         grouped,
         copies,
         now_s=now_s,
-        links=_links(file, stores, listed, grouped.paths, copies),
+        links=_links(file, stores, grouped.paths, copies),
         complete=complete,
         metrics=found.columns,
         unread=unread,
@@ -186,7 +183,6 @@ def take_inventory(
         held=_held_groups(holds.in_force(), grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets, conflicts)
-    facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
     return Inventory(snapshot, facts | {"in_files": found.in_files}, listed, copies)
 
 
@@ -287,12 +283,12 @@ def _complete(grouped: Grouped, copies: Copies, *, now_s: float) -> NDArray[np.b
     return complete
 
 
-def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:
+def _links(file: RuleFile, stores: Stores, paths: pa.Array, copies: Copies) -> dict[int, str]:
     """Return the symbolic links of local tiers, by each copy that a link leads to or lies in."""
     folders = {
         number: store
-        for number in listed.tiers
-        if isinstance(store := stores.store(file.tiers[number].name), LocalFolder)
+        for number, tier in enumerate(file.tiers)
+        if isinstance(store := stores.store(tier.name), LocalFolder)
     }
     roots = {number: os.path.realpath(store.root).rstrip("/") + "/" for number, store in folders.items()}
     links: dict[int, str] = {}
@@ -377,8 +373,8 @@ def _last_uses(file: RuleFile, listed: Listing, grouped: Grouped) -> NDArray[np.
         uses = read_uses()
     except (OSError, ValueError):  # there is no usable state folder, so that no use is known
         uses = {}
-    for number in listed.tiers if uses else ():
-        found = uses_under(uses, file.tiers[number].url)
+    for number, tier in enumerate(file.tiers if uses else ()):
+        found = uses_under(uses, tier.url)
         rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
         keys = take_rows(listed.keys, grouped.objects.row[rows])
         at = index_in(keys, pa.array(list(found), pa.large_string()))
@@ -445,8 +441,6 @@ def _facts(
     differing = copies.differing[~np.isin(group_of, [*conflicts])]
     return {
         "datasets": datasets,
-        "unlisted": listed.unlisted,
-        "n_objects": len(listed),
         "orphans": _some(grouped.orphans),
         "missing": _some(missing),
         "unfinished": _some(grouped.unfinished),

@@ -59,8 +59,6 @@ _COLUMNS = {
 class Listing:
     """The objects of all tiers. Row i of every column is one object."""
 
-    tiers: tuple[int, ...]  # numbers of the tiers that were listed
-    unlisted: tuple[str, ...]  # names of the tiers that could not be listed
     classes: tuple[str, ...]  # names of storage classes; "" is the store's default
     keys: pa.Array  # large_string
     etags: pa.Array  # large_string, null where the store gives none
@@ -81,17 +79,11 @@ def list_tiers(
     *,
     now_s: float,
     on_progress: ListingProgress | None = None,
-    may_miss: Collection[str] = (),
 ) -> Listing:
-    """List all tiers; tiers with the same URL share one listing, which one thread makes.
-
-    may_miss: Tiers that are left out if they cannot be listed. Raises StoreError if another tier cannot be listed.
-    """
+    """List all tiers; tiers with the same URL share one listing, which one thread makes."""
     stop = Event()
-    unlisted: set[str] = set()
 
     def batches(names: tuple[str, ...]) -> list[pa.RecordBatch]:
-        """List the URL of these tiers; empty if it cannot be listed and may be left out."""
         n_objects = dict.fromkeys(names, 0)
         found = []
         try:
@@ -105,17 +97,14 @@ def list_tiers(
                 if stop.is_set():
                     break
         except StoreError:
-            if not set(names).issubset(may_miss):
-                stop.set()
-                raise
-            unlisted.update(names)
-            return []
+            stop.set()
+            raise
         return found
 
     urls = list(dict.fromkeys(stores.sharing(tier.name) for tier in file.tiers))
     with ThreadPoolExecutor(len(urls), "tiercache-listing") as pool:
         parts = [batch for some in pool.map(batches, urls) for batch in some]
-    return _joined(file, pa.Table.from_batches(parts, pa.schema(_COLUMNS)), now_s, unlisted)
+    return _joined(pa.Table.from_batches(parts, pa.schema(_COLUMNS)), now_s)
 
 
 def _batches(file: RuleFile, stores: Stores, names: tuple[str, ...]) -> Iterator[list[tuple[int, ObjectInfo]]]:
@@ -146,7 +135,7 @@ def _columns(batch: list[tuple[int, ObjectInfo]], now_s: float) -> pa.RecordBatc
     return pa.record_batch(columns, pa.schema(_COLUMNS))
 
 
-def _joined(file: RuleFile, table: pa.Table, now_s: float, unlisted: Collection[str]) -> Listing:
+def _joined(table: pa.Table, now_s: float) -> Listing:
     pairs = pc.binary_join_element_wise(table["storage_class"], table["restore"], pa.scalar("\n", _LARGE))
     pair = pairs.combine_chunks().dictionary_encode()
     words = [word.split("\n", 1) for word in pair.dictionary.to_pylist()]
@@ -155,8 +144,6 @@ def _joined(file: RuleFile, table: pa.Table, now_s: float, unlisted: Collection[
     class_of = [classes.index(storage_class) for storage_class, _ in words]
     states = [state_of(ObjectInfo("", 0, storage_class=word[0], restore=word[1]), now_s) for word in words]
     return Listing(
-        tiers=tuple(number for number, tier in enumerate(file.tiers) if tier.name not in unlisted),
-        unlisted=tuple(tier.name for tier in file.tiers if tier.name in unlisted),
         classes=tuple(classes),
         keys=table["key"].combine_chunks(),
         etags=table["etag"].combine_chunks(),
@@ -343,7 +330,7 @@ class _ObjectFacts:
         crc32c = listed.crc32c[row].copy()
         verified, self.recorded = np.zeros(len(row), np.bool_), np.zeros(len(row), np.bool_)
         self.written_s = np.full(len(row), np.inf)
-        for number in listed.tiers:
+        for number in np.unique(listed.tier).tolist():
             at = np.flatnonzero(listed.tier[row] == number)
             for recorded, found, has_date, is_same in _look_up(
                 listed, row, at[np.argsort(key[at])], checksums_of(number)

@@ -803,9 +803,6 @@ def decide(
     prices, capacity_bytes: Of each tier; None: unknown, so that costs are not considered, and unlimited. unavailable:
     Reason by tier that is perhaps not mounted. Nothing moves to such a tier, and nothing is deleted while there is one.
     """
-    for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
-        if len(values) != len(file.tiers):
-            raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
     return _Policy(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, unavailable or {}).decide()
 
 

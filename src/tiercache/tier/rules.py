@@ -236,6 +236,8 @@ class Rule(RuleTable):
             raise ValueError("then: needs a keep list; without one, write `to`")
         if self.after_s is not None and self.to is None and self.then is None:
             raise ValueError("after: needs `to` or `then`, and the rule has neither")
+        if self.delete_after_s is not None and self.delete_after_s <= (self.after_s or 0):
+            raise ValueError("delete_after: is not longer than `after`: objects would be deleted and never moved")
         if self.delete_after_s is None and "max_delete" in self.model_fields_set:
             raise ValueError("max_delete: needs `delete_after`: this rule deletes nothing")
         return self
@@ -351,11 +353,6 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{where}: the name of a tier must consist of letters, digits, '_' and '-'")
         values = dict(_table(table, where))
-        if "role" in values:
-            raise ValueError(
-                f"{where}.role: no such key: tiers are written from the fastest to the coldest, and the tier that has"
-                f" the versions of data sets is named {HOME_NAME!r}"
-            )
         tier = _built(Tier, values, where, name=name)
         if "://" not in tier.url:
             tier = tier.model_copy(update={"url": os.path.normpath(folder / Path(tier.url).expanduser())})

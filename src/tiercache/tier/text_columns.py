@@ -95,7 +95,6 @@ _NOTHING = rf"[^\x{{0}}-\x{{{_LAST_CODE:X}}}]"
 _CLASS = re.compile(r"\[[!^]?\]?[^]]*\]")
 # Begins and ends the number that replaces a class, before segments are split and searched. No key contains a NUL.
 _CLASS_SIGN = "\0"
-_ANY = "\x01"
 # What a glob may contain only in a class.
 _REFUSED = {
     "\\": "there is no escape by '\\'; write '[*]' for a star",
@@ -125,12 +124,6 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
             if not is_open.any():
                 break
     return found
-
-
-def sample_path(glob: str) -> str:
-    """Return a path that a glob matches: with other characters than names have, where it allows any."""
-    text = _CLASS.sub(lambda found: _ANY if found[0][1] in "!^" else found[0][1], glob)
-    return text.replace("**", f"{_ANY}/{_ANY}").replace("*", _ANY).replace("?", _ANY)
 
 
 def check_globs(globs: tuple[str, ...]) -> None:

@@ -102,39 +102,30 @@ class TestMassDeletions:
 
 @pytest.mark.parametrize("verb", ["check", "plan"])
 class TestWarnings:
-    def test_a_rule_that_matches_nothing_is_named_with_the_nearest_glob(self, folder, verb):
+    def test_a_rule_that_matches_nothing_is_named(self, folder, verb):
         folder.rules('[[rules]]\nname = "cold"\nmatch = "run/**"\nafter = "1d"\nto = "archive"\n')
-        assert folder.warnings(verb) == ["cold: matches no object; did you mean 'runs/**'?"]
+        assert folder.warnings(verb) == ["cold: matches no object"]
 
-    def test_a_pin_that_matches_nothing_is_named_with_the_nearest_glob(self, folder, verb):
+    def test_a_pin_that_matches_nothing_is_named(self, folder, verb):
         folder.rules('[[pins]]\nmatch = ["runs/1.bin", "runs/33.bin", "keep/**"]\n')
         (warning,) = folder.warnings(verb)
-        assert warning.startswith(
-            "pins[1]: 'runs/33.bin' matches no object, and protects nothing; did you mean 'runs/3"
-        )
+        assert warning == "pins[1]: 'runs/33.bin' matches no object, and protects nothing"
 
     def test_an_exception_that_matches_nothing_is_named(self, folder, verb):
         rule = '[[rules]]\nname = "cold"\nmatch = "runs/**"\nafter = "99d"\nto = "archive"\n'
         folder.rules(f'{rule}except = ["keeep/*", "runs/3.bin"]\n')
         (warning,) = folder.warnings(verb)
-        assert warning.startswith("cold: except = 'keeep/*' matches none of the objects that `match` matches")
-        assert warning.endswith("did you mean 'keep/*'?")
+        assert warning == "cold: except = 'keeep/*' matches none of the objects that `match` matches"
 
     def test_a_rule_that_protects_what_a_rule_above_it_deletes_is_in_the_wrong_place(self, folder, verb):
         rules = '[[rules]]\nname = "all"\nmatch = "**"\ndelete_after = "99d"\n'
         folder.rules(rules + '[[rules]]\nname = "stays"\nmatch = "keep/**"\n')
         assert (
-            "stays: protects nothing, because all, which deletes, stands above it and matches the same paths: "
-            "move stays above all"
+            "stays: applies to nothing, because rules above it apply to all 2 objects that it matches: "
+            "the first of these is all"
         ) in folder.warnings(verb)
         folder.rules('[[rules]]\nname = "stays"\nmatch = "keep/**"\n' + rules)
         assert folder.warnings(verb) == []
-
-    def test_a_deletion_before_the_move_is_named(self, folder, verb):
-        text = '[[rules]]\nname = "r"\nmatch = "runs/**"\nkeep_hot = {last = 1}\nthen = "archive"\nafter = "99d"\n'
-        folder.rules(text + 'delete_after = "90d"\n')
-        (warning,) = folder.warnings(verb)
-        assert warning.startswith("r: delete_after (90 days) is not longer than after (99 days), so that objects are")
 
     def test_a_partial_copy_of_a_checkpoint_is_named_with_the_reason(self, folder, verb):
         folder.rules('[[rules]]\nmatch = "ck/**"\nkeep_hot = {last = 1}\nthen = "archive"\nafter = "1d"\n')
@@ -162,12 +153,11 @@ def test_a_partial_copy_of_the_newest_checkpoint_deletes_none_of_the_complete_on
 
 
 class TestOneFolder:
-    @pytest.mark.parametrize("options", [(), ("--offline",)])
-    def test_check_refuses_a_tier_that_is_another_tier_by_a_link(self, folder, options):
+    def test_check_refuses_a_tier_that_is_another_tier_by_a_link(self, folder):
         (folder.root / "cold").rmdir()
         (folder.root / "cold").symlink_to("hot")
         folder.rules("")
-        done = folder.tier("check", *options, code=2)
+        done = folder.tier("check", code=2)
         assert "tiers.archive.url" in done.err
         assert "are one folder by a link or a mount" in done.err
 

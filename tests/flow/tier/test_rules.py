@@ -263,6 +263,7 @@ WRONG = [
     (f'{RULE}idle = "5d"', "rules[1].idle: is a condition of `to`"),
     (f'{RULE}after = "5d"', "rules[1].after: needs `to` or `then`"),
     (f'{RULE}then = "archive"', "rules[1].then: needs a keep list"),
+    (f'{KEEP}then = "archive"\nafter = "9d"\ndelete_after = "9d"', "rules[1].delete_after: is not longer than `after`"),
     (f'{RULE}max_delete = "60%"', "rules[1].max_delete: needs `delete_after`"),
     (f'{KEEP}to = "archive"', "rules[1].to: cannot be combined with keep lists"),
     (f'{KEEP}idle = "5d"', "rules[1].idle: cannot be combined with keep lists"),
@@ -284,10 +285,6 @@ WRONG = [
 ]
 WRONG_TIERS = [
     ("", "tiers: no tier is given; write [tiers.NAME]"),
-    (
-        '[tiers.a]\nrole = "hot"\nurl = "/a"',
-        "tiers.a.role: no such key: tiers are written from the fastest to the coldest",
-    ),
     ("[tiers.hot]", "tiers.hot.url: is missing"),
     ('[tiers.hot]\nurl = ""', "tiers.hot.url: a tier needs a URL or path"),
     ('[tiers.hot]\nurl = "/a\\u0000b"', "tiers.hot.url: a URL or path cannot contain a NUL"),
