@@ -110,6 +110,7 @@ Verdict: TypeAlias = Literal["go", "done", "wait", "cancel"]
 
 # Small batches: between the checks and the deletions lie the queries of one batch, and the reading of its local copies.
 _BATCH_LIMITS = BatchLimits(64, 1000, 64 << 30)
+_CLOCK_SKEW_S = 60.0
 # Maximum age of DeletionFacts when a batch begins.
 _FACTS_MAX_AGE_S = 600.0
 
@@ -211,12 +212,17 @@ class DeferredDeletions:
             self._end(batch)
 
     def _due(self, *, only_begun: bool) -> list[DueDeletion]:
-        due = []
+        due, again = [], []
         for row in self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"):
             if row.state == "dropping" or (not only_begun and row.due_s <= self._now_s):
                 due.append(DueDeletion(row, is_begun=row.state == "dropping"))
-            else:
-                self._n_waiting += 1
+                continue
+            self._n_waiting += 1
+            if row.since_s > self._now_s + _CLOCK_SKEW_S:
+                # The clock was ahead when the grace period began: without this it would last that much longer.
+                due_s = self._now_s + self._file.tiering.grace_s
+                again.append(replace(row, since_s=self._now_s, due_s=due_s, changed_s=self._now_s))
+        self._catalog.write(again)
         return due
 
     def _needs_proof(self, row: JournalRow) -> bool:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.support.faults import Fault, FaultStore
 from tests.support.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
@@ -115,11 +114,3 @@ def test_versions_are_read_from_the_home_tier_and_not_from_an_old_copy(local):
     by_name = local.take()
     (dataset,) = by_name.facts["datasets"]
     assert (dataset.tier, dataset.n_versions, by_name.facts["orphans"]) == ("standard", 3, (0, ()))
-
-
-def test_shards_of_a_data_set_whose_tier_is_missed_are_left_out(local):
-    shutil.copytree(local.root / "standard", local.root / "archive")
-    shutil.rmtree(local.root / "archive" / "sets" / "a" / "_tiercache")
-    home = FaultStore(LocalFolder(local.root / "standard"), [Fault("list")])
-    by_name = local.take(stores={"standard": home}, may_miss=["standard"])
-    assert (by_name.paths, by_name.facts["orphans"][0]) == ([], len(local.names))
