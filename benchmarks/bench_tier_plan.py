@@ -20,7 +20,6 @@ import pyarrow as pa
 from cases import Bench, mib, peak_bytes
 from rows import spread
 from tiercache.keep import KeepList
-from tiercache.prices import prices_if_known
 from tiercache.tier.policy import decide
 from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.snapshot import CHECKPOINT, FILE, NO_RUN, NO_STEP, READABLE, SHARD, Snapshot
@@ -132,7 +131,7 @@ def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
     """Measure one case in this process."""
     n, n_rules, repetitions = (options[name] for name in ("objects", "rules", "repetitions"))
     snapshot, file = made_snapshot(n), made_file(case, n_rules)
-    prices = [prices_if_known(tier) for tier in TIERS]
+    prices = [tier.known_prices for tier in TIERS]
     before, times, processor, matching = peak_bytes(), [], [], []
     for _ in range(repetitions):
         start_s, start_cpu_s = time.perf_counter(), time.process_time()

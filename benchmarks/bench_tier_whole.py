@@ -30,7 +30,6 @@ from tiercache.cli.common import Output
 from tiercache.cli.tier import OpenTiers, plan_facts, plan_text, plan_tiers, print_plan
 from tiercache.keep import BestMetric, KeepList
 from tiercache.model import ObjectInfo
-from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore
 from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.listing import list_tiers
@@ -116,7 +115,7 @@ def once(case: str, options: Mapping[str, int], folder: Path) -> dict[str, Any]:
     made = {name: MadeStore(name, case, numbers) for name, numbers in ranges_of(n).items()}
     places = {tier.name: tier.url for tier in file.tiers}
     with Stores(file, stores=made) as stores, TierCatalog(folder / "tiers.sqlite", places) as catalog:
-        tiers = OpenTiers(file, stores, catalog, tuple(prices_if_known(tier) for tier in file.tiers))
+        tiers = OpenTiers(file, stores, catalog, file.prices)
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         facts = planned(tiers, folder / "plan.jsonl")
         seconds, cpu_s, peak = time.perf_counter() - start_s, time.process_time() - start_cpu_s, peak_bytes()

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,19 +102,6 @@ _LIKE = "like"
 _MOST = 1e15  # largest value of a price key, in dollars, days or bytes
 
 
-class HasPrices(Protocol):
-    """A tier of a rule file; its prices are a name, a table, or None."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def prices(self) -> str | dict[str, Any] | None: ...
-
-
 @cache
 def _built_in() -> dict[str, Any]:
     text = files("tiercache").joinpath("prices.json").read_text(encoding="utf-8")
@@ -177,21 +164,6 @@ def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
     base = named_prices(given[_LIKE])
     changed = _values({key: value for key, value in given.items() if key != _LIKE})
     return replace(base, name=f"{base.name} ({name})", **changed)
-
-
-def prices_if_known(tier: HasPrices) -> Prices | None:
-    """Return the prices of a tier; FREE for a local path without prices, None for another tier without prices.
-
-    Raises ValueError for an unknown name, or an invalid table; the message names tier and key.
-    """
-    try:
-        if isinstance(tier.prices, str):
-            return named_prices(tier.prices)
-        if tier.prices is not None:
-            return parse_prices(f"tiers.{tier.name}", tier.prices)
-    except ValueError as error:
-        raise ValueError(f"tiers.{tier.name}.prices: {error}") from error
-    return FREE if is_free(tier.url) else None
 
 
 def is_free(url: str) -> bool:

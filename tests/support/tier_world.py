@@ -31,7 +31,6 @@ from tests.support.tier_oracle import DAY_S, Group, Oracle, Picture, Seen
 import tiercache as tc
 from tiercache import store as stores_of_urls
 from tiercache.data.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
-from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
 from tiercache.tier import mover
 from tiercache.tier import stores as tier_stores
@@ -315,7 +314,7 @@ class World:
     def plan(self) -> Plan:
         with self.opened() as (file, stores, catalog):
             inventory = take_inventory(file, stores, catalog, now_s=time.time())
-            prices = [prices_if_known(tier) for tier in file.tiers]
+            prices = file.prices
             capacity = [stores.capacity(tier.name) for tier in file.tiers]
             decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity)
             return make_plan(decisions, inventory, file, prices)

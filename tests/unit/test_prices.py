@@ -13,7 +13,6 @@ from tiercache.prices import (
     parse_prices,
     price_notes,
     price_table,
-    prices_if_known,
 )
 from tiercache.tier.rules import Tier
 
@@ -129,14 +128,14 @@ class TestATableOfOnesOwn:
 
 class TestOfATier:
     def test_a_local_path_is_free_unless_it_has_prices(self):
-        assert prices_if_known(tier("/nvme")) == prices_if_known(tier("file:///nvme")) == FREE
-        assert prices_if_known(tier("/nvme", {"store_gb_month": 0.1})).store_gb_month == 0.1
+        assert tier("/nvme").known_prices == tier("file:///nvme").known_prices == FREE
+        assert tier("/nvme", {"store_gb_month": 0.1}).known_prices.store_gb_month == 0.1
 
     def test_a_name_is_looked_up_in_the_table(self):
-        assert prices_if_known(tier(prices="gcs:us-central1:ARCHIVE")).min_days == 365
+        assert tier(prices="gcs:us-central1:ARCHIVE").known_prices.min_days == 365
 
     def test_a_remote_tier_may_have_no_prices(self):
-        assert prices_if_known(tier()) is None
+        assert tier().known_prices is None
 
     def test_an_own_table_is_named_after_its_tier(self):
-        assert prices_if_known(tier(prices={"store_gb_month": 1})).name == "tiers.cold"
+        assert tier(prices={"store_gb_month": 1}).known_prices.name == "tiers.cold"

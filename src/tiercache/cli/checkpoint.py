@@ -60,7 +60,6 @@ from tiercache.cli.tier import (
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.model import ObjectInfo, format_bytes
-from tiercache.prices import prices_if_known
 from tiercache.store.access import ParsedUrl
 from tiercache.tier.checkpoint_names import group_keys, metrics_in_name
 from tiercache.tier.deletions import Removal, remove_groups
@@ -327,7 +326,7 @@ def _opened(
     file, chosen, prefix = _one_tier(arguments)
     urls = {tier.name: tier.url for tier in file.tiers}
     with Stores(file) as stores, TierCatalog(catalog_path(file), urls) as catalog:
-        yield OpenTiers(file, stores, catalog, tuple(prices_if_known(tier) for tier in file.tiers)), chosen, prefix
+        yield OpenTiers(file, stores, catalog, file.prices), chosen, prefix
 
 
 def _rule_file(rules: Path | None) -> RuleFile | None:

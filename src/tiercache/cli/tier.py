@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,6 @@ from tiercache.prices import (
     month_dollars,
     price_notes,
     price_table,
-    prices_if_known,
 )
 from tiercache.store import redact
 from tiercache.store.access import ParsedUrl
@@ -116,7 +116,7 @@ def print_holdings(
 
 
 _HERE = ("./", "../")
-_SIGNS = "*?[{"
+_SIGNS = "*?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +175,9 @@ def print_notes(output: Output, notes: Iterable[str]) -> None:
 @contextmanager
 def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
     file = load_rule_file(rules)
-    prices = tuple(prices_if_known(tier) for tier in file.tiers)
     urls = {tier.name: tier.url for tier in file.tiers}
     with Stores(file) as stores, TierCatalog(catalog_path(file), urls) as catalog:
-        yield OpenTiers(file, stores, catalog, prices)
+        yield OpenTiers(file, stores, catalog, file.prices)
 
 
 def tier_path(file: RuleFile, text: str) -> str:
@@ -271,7 +270,7 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
     made = make_plan(decisions, inventory, file, tiers.prices)
     print_unavailable(output, file, unavailable)
-    print_rule_warnings(output, rule_warnings(file, snapshot, inventory.facts["in_files"]))
+    print_rule_warnings(output, rule_warnings(file, snapshot))
     _print_incomplete(output, inventory.facts)
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
@@ -281,9 +280,9 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
 def print_plan(output: Output, made: Plan, max_rows: int) -> None:
     """Print the moves, the refusals, and what each tier holds before and after. max_rows: 0: all."""
     most = None if output.as_json or max_rows == 0 else max_rows
-    print_moves(output, made.moves[:most])
+    print_moves(output, [*islice(made.moves, most)])
     _say_more(len(made.moves), most, "move")
-    print_refusals(output, made.refusals[:most])
+    print_refusals(output, [*islice(made.refusals, most)])
     _say_more(len(made.refusals), most, "refusal")
     print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
     for one in made.exceeded:
@@ -389,7 +388,7 @@ def apply(
 
 def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     with output.byte_progress("moving") as advance, open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
-        applied = apply_plan(context, plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+        applied = apply_plan(context, plan, on_progress=advance)
     print_stopped(output, applied.stopped)
     return applied
 
@@ -446,7 +445,7 @@ def run(
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
     file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
-        report = run_once(file, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+        report = run_once(file, confirmed=yes, on_progress=advance)
     print_unavailable(output, file, report.unavailable)
     print_stopped(output, report.stopped)
     if report.is_unconfirmed:
@@ -633,7 +632,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         inventory = tiers.read_inventory(output)
         _print_rules(output, file, inventory)
         _print_left_alone(output, inventory.facts)
-        print_rule_warnings(output, rule_warnings(file, inventory.snapshot, inventory.facts["in_files"]))
+        print_rule_warnings(output, rule_warnings(file, inventory.snapshot))
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
     n_unreached = len(failed) + len(unavailable)

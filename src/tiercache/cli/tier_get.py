@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -164,16 +165,16 @@ class _Recall:
 
     def _print(self, plan: RecallPlan) -> None:
         most = None if self._output.as_json or not self._rows else self._rows
-        print_moves(self._output, plan.copies.moves[:most])
+        print_moves(self._output, [*islice(plan.copies.moves, most)])
         texts = [
             {"restores": move.path, "from": move.src, "to": move.dst or "", "size": format_bytes(move.n_bytes)}
-            for move in plan.later.moves[:most]
+            for move in islice(plan.later.moves, most)
         ]
         facts = [
             {"path": move.path, "tier": move.src, "to": move.dst, "n_bytes": move.n_bytes} for move in plan.later.moves
         ]
         self._output.table("restore", facts[:most], texts)
-        print_refusals(self._output, plan.copies.refusals[:most])
+        print_refusals(self._output, [*islice(plan.copies.refusals, most)])
         for shown in (plan.copies.moves, plan.later.moves, plan.copies.refusals):
             if most is not None and len(shown) > most:
                 typer.echo(f"... and {count(len(shown) - most, 'more row')}: --rows 0 shows all")

@@ -23,10 +23,9 @@ import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -47,10 +46,6 @@ from tiercache.tier.text_columns import (
     split_keys,
     take_rows,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 NO_GROUP = -1
 
@@ -88,7 +83,6 @@ _IN_FOLDER = (
     rf"(?i)^(?P<parent>(?:[^/]+/)*?)(?P<name>{_HEAD}"
     rf"(?P<rest>{_REST}(?:[-_][a-z][^/]*?)?|{OWN_TIME})(?P<suffix>{SUFFIXES}*))/"
 )
-_IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
 _STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
 # The parts of a name that differ between the checkpoints of one run.
 _VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})|{OWN_TIME}"
@@ -107,11 +101,6 @@ _NO_KEY = r"^/|/$|//|(?:^|/)\.\.?(?:/|$)|\\|\x00|://|^$"
 
 _WEIGHTS = r"(?i)\.(?:pt|pth|ckpt|bin|safetensors|distcp|msgpack|h5)$"
 _NO_WEIGHTS = r"^(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)[^/]*$"
-# Names of which a numbered folder must contain one to be a checkpoint: data may lie in x/0/17.pt and x/1/17.bin too.
-_HOLDS_STATE = (
-    r"(?i)^(?:[a-z]+_)*(?:model|optim|state|weights|checkpoint|ckpt|trainer)[^/]*\.(?:pt|pth|ckpt|bin|safetensors|msgpack)$"
-    r"|\.(?:distcp|ocdbt)$|^\.metadata$|^_CHECKPOINT_METADATA$"
-)
 _COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
 # Objects in a folder that prove that the folder itself is a checkpoint, whatever the name of the folder above.
 _PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoint.json")
@@ -126,7 +115,6 @@ _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
-_NUMBER_NAME = re.compile(r"[0-9]{1,18}")
 _PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
 
 
@@ -257,22 +245,13 @@ def _checkpoint_folders(
     by_name = np.flatnonzero(is_named)
     columns = _name_columns(parts.take(pa.array(by_name)))
     path = _joined([columns["parent"], columns["name"]], "")
-    is_taken = is_named.copy()
-    is_taken[user_row] = True
-    by_number = dict(_number_folders(folders, folder, names, is_taken))
-    numbered = pa.array(list(by_number.values()), pa.large_string())
-    more = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
-    empty = pa.array([""] * len(numbered), pa.large_string())
-    for name in (*_NAME_PARTS, "number"):
-        rest = pc.struct_field(more, name) if name in ("parent", "number") else empty
-        columns[name] = pa.concat_arrays([columns[name], rest])
     table = pa.concat_tables([users.drop_columns(["path"]), _step_and_series(columns)])
-    paths = pa.concat_arrays([_one(users["path"]), path, numbered]).dictionary_encode()
+    paths = pa.concat_arrays([_one(users["path"]), path]).dictionary_encode()
     number = as_numpy(paths.indices, np.int64)
     first = np.unique(number, return_index=True)[1]
     table = table.append_column("path", paths.cast(pa.large_string())).take(pa.array(first))
     row = np.full(len(folders), -1, np.int64)
-    row[np.concatenate([user_row, by_name, np.fromiter(by_number, np.int64, len(by_number))])] = number
+    row[np.concatenate([user_row, by_name])] = number
     return table.combine_chunks(), row, uncertain
 
 
@@ -355,36 +334,6 @@ def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.
     pattern = pa.array([layout.pattern] * len(parts), pa.large_string())
     run = _joined([parent, pc.struct_field(parts, "head"), pc.struct_field(parts, "tail"), pattern], "\n")
     return pa.Table.from_arrays([step, run.dictionary_encode()], schema=_STEP_AND_RUN)
-
-
-def _number_folders(
-    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.bool_]
-) -> Iterator[tuple[int, str]]:
-    """Yield (folder, path of its checkpoint) for folders inside a checkpoint folder whose name is only a number.
-
-    A numbered folder is a checkpoint if it has a numbered sibling and both contain files with names of weights: folders
-    are numbered by class, day and part too.
-    """
-    numbered = match_regex(folders, _IN_NUMBER) & ~named & ~match_regex(folders, _TEMPORARY)
-    if not numbered.any():
-        return
-    holding = np.zeros(len(folders), np.bool_)
-    holding[folder[match_regex(names, _HOLDS_STATE)]] = True
-    like: dict[str, set[str]] = defaultdict(set)
-    for i in np.flatnonzero(numbered & holding).tolist():
-        for path in _numbered_above(folders[i].as_py()):
-            like[path.rpartition("/")[0]].add(path)
-    for i in np.flatnonzero(numbered).tolist():
-        for path in _numbered_above(folders[i].as_py()):
-            siblings = like.get(path.rpartition("/")[0], set())
-            if len(siblings) > 1 and path in siblings:
-                yield i, path
-                break
-
-
-def _numbered_above(folder: str) -> Iterator[str]:
-    parts = folder[:-1].split("/")
-    return ("/".join(parts[: n + 1]) for n, part in enumerate(parts) if _NUMBER_NAME.fullmatch(part))
 
 
 def _checkpoint_files(

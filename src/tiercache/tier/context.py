@@ -74,14 +74,6 @@ class ApplyResult:
         return ApplyResult(self.n_made + later.n_made, stopped + later.stopped, later.waiting_drops, n_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    done_moves: int
-    n_moves: int
-    done_bytes: int
-    n_bytes: int
-
-
 class HasRow(Protocol):
     row: JournalRow
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 
 from tiercache.keep import BestMetric, scores_of
 from tiercache.store.access import ParsedUrl
-from tiercache.tier.checkpoint_names import metrics_in_name
 from tiercache.tier.policy import covered_folders, rules_of
 from tiercache.tier.snapshot import CHECKPOINT, FILE
 from tiercache.tier.text_columns import first_match
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 10  # names in a message
-_MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
-_NO_WORD = re.compile(r"[^a-z0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +38,15 @@ class RuleWarning:
     text: str  # message for people
 
 
-def rule_warnings(
-    file: RuleFile, snapshot: Snapshot, in_files: Mapping[int, frozenset[str]]
-) -> tuple[RuleWarning, ...]:
-    """Return what is probably wrong with rules and pins. in_files: Group to the names of the metrics in its files."""
+def rule_warnings(file: RuleFile, snapshot: Snapshot) -> tuple[RuleWarning, ...]:
+    """Return what is probably wrong with rules and pins."""
     found: list[RuleWarning] = []
     if snapshot.n_groups:
         rule_of = rules_of(snapshot, file)
         found += [*_unused_rules(file, snapshot, rule_of), *_unused_pins(file, snapshot)]
         for number, rule in enumerate(file.rules):
             if rule.keep:
-                found += _missing_metrics(rule, snapshot, np.flatnonzero(rule_of == number), in_files)
+                found += _missing_metrics(rule, snapshot, np.flatnonzero(rule_of == number))
                 found += _unmatched(rule, snapshot, np.flatnonzero((rule_of == number) & (snapshot.kind == FILE)))
     return tuple(found)
 
@@ -91,9 +85,7 @@ def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
 # -- what keep lists leave alone ---------------------------------------------------------------------------------------
 
 
-def _missing_metrics(
-    rule: Rule, snapshot: Snapshot, rows: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]
-) -> Iterator[RuleWarning]:
+def _missing_metrics(rule: Rule, snapshot: Snapshot, rows: NDArray[np.int64]) -> Iterator[RuleWarning]:
     """Yield a warning for each run of which no complete checkpoint has a metric of a keep list: all of it is kept."""
     complete = rows[(snapshot.kind[rows] == CHECKPOINT) & snapshot.complete[rows]]
     used: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
@@ -107,23 +99,8 @@ def _missing_metrics(
             folder, slash, name = snapshot.paths[int(run[0])].as_py().rpartition("/")
             checkpoints = f"{folder}{slash}{re.sub('[0-9]+', '*', name)}"
             text = f"{rule.name}: no checkpoint of {checkpoints} has the metric {' or '.join(map(repr, metrics))}, "
-            text += f"so that {', '.join(dict.fromkeys(lists))} keeps all {len(run):,} of them and none is deleted; "
-            yield RuleWarning("no_metric", rule.name, text + _metrics_that_exist(snapshot, run, metrics, in_files))
-
-
-def _metrics_that_exist(
-    snapshot: Snapshot, run: NDArray[np.int64], metrics: Sequence[str], in_files: Mapping[int, frozenset[str]]
-) -> str:
-    names = {name for group in run.tolist() for name in in_files.get(group, ())}
-    for group in run[:_MOST_NAMES].tolist():
-        names |= metrics_in_name(snapshot.paths[group].as_py().rpartition("/")[2]).keys()
-    found = sorted(names)
-    if not found:
-        return "no metric was found, neither in names nor in readable files"
-    plain = {_NO_WORD.sub("_", name.lower()): name for name in reversed(found)}
-    near = [near for one in metrics for near in get_close_matches(_NO_WORD.sub("_", one.lower()), plain, n=1)]
-    likely = f"; did you mean {plain[near[0]]!r}?" if near else ""
-    return f"found: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}{likely}"
+            text += f"so that {', '.join(dict.fromkeys(lists))} keeps all {len(run):,} of them and none is deleted"
+            yield RuleWarning("no_metric", rule.name, text)
 
 
 def _unmatched(rule: Rule, snapshot: Snapshot, files: NDArray[np.int64]) -> Iterator[RuleWarning]:

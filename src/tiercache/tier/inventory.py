@@ -105,7 +105,6 @@ class Inventory:
       `conflicts` (groups of which two tiers have different objects), `differing` (objects of other groups that differ
       between two tiers).
     - `incomplete`: number of incomplete checkpoints, by what they lack; `incomplete_names`: example names of each.
-    - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     """
 
     snapshot: Snapshot
@@ -182,8 +181,7 @@ def take_inventory(
         **read_own_pins(file, stores, listed, grouped, copies),
         held=_held_groups(holds.in_force(), grouped.paths),
     )
-    facts = _facts(listed, grouped, copies, complete, datasets, conflicts)
-    return Inventory(snapshot, facts | {"in_files": found.in_files}, listed, copies)
+    return Inventory(snapshot, _facts(listed, grouped, copies, complete, datasets, conflicts), listed, copies)
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -719,7 +717,6 @@ def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
 class CheckpointMetrics:
     columns: Mapping[str, NDArray[np.float64]]  # by name, of all groups; NaN where there is none
     unread: NDArray[np.int64]  # ascending: groups with files that may hold metrics, none of which can be read
-    in_files: Mapping[int, frozenset[str]]  # by group: names of all metrics in its files, where these were read
 
 
 def find_metrics(
@@ -734,7 +731,7 @@ def find_metrics(
     names = sorted({name for some in used for name in some})
     columns = {name: np.full(len(paths), np.nan) for name in names}
     if not names:
-        return CheckpointMetrics(columns, np.empty(0, np.int64), {})
+        return CheckpointMetrics(columns, np.empty(0, np.int64))
     for groups in _parts(checkpoints):
         texts = paths.take(pa.array(groups))
         may_name = match_regex(texts, _MAY_NAME)
@@ -761,18 +758,15 @@ def find_metrics(
                 raise
             return None
 
-    in_files: dict[int, frozenset[str]] = {}
-    interned: dict[frozenset[str], frozenset[str]] = {}  # a million checkpoints have equal sets
     with ThreadPoolExecutor(_THREADS, "tiercache-metrics") as pool:
         for group, metrics in zip(readable, pool.map(read, readable), strict=True):
             if metrics is None:
                 unread.append(group)
                 continue
-            in_files[group] = interned.setdefault(frozenset(metrics), frozenset(metrics))
             for name, column in columns.items():
                 if name in metrics and np.isnan(column[group]):  # a metric in the name has precedence
                     column[group] = metrics[name]
-    return CheckpointMetrics(columns, np.array(sorted(unread), np.int64), in_files)
+    return CheckpointMetrics(columns, np.array(sorted(unread), np.int64))
 
 
 def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) -> dict[int, int | None]:

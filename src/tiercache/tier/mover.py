@@ -20,13 +20,12 @@ import pyarrow as pa
 
 from tiercache import config
 from tiercache.crash_points import crash_point
-from tiercache.prices import prices_if_known
-from tiercache.tier.context import ApplyResult, MoveContext, Progress, StoppedMove, track_ruled
+from tiercache.tier.context import ApplyResult, MoveContext, StoppedMove, track_ruled
 from tiercache.tier.deletions import deletion_facts_of, run_due_deletions
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.lock import TierLock
-from tiercache.tier.moves import MoveExecutor, MoveJob, apply_plan, withdraw_copy
+from tiercache.tier.moves import ByteProgress, MoveExecutor, MoveJob, apply_plan, withdraw_copy
 from tiercache.tier.plans import Plan, make_plan
 from tiercache.tier.policy import decide_now
 from tiercache.tier.recall import RULE
@@ -140,13 +139,13 @@ def run_once(
     file: RuleFile,
     *,
     confirmed: bool = False,
-    on_progress: Callable[[Progress], object] | None = None,
+    on_progress: ByteProgress | None = None,
     stores: Stores | None = None,
 ) -> RunReport:
     """Do everything that is due now. A run may be killed at any instant and run again.
 
     confirmed: Whether rules may delete more than their `max_delete`. Otherwise a run that would do so ends before it
-    moves or deletes anything that it planned. on_progress: Called from several threads. stores: Stay the caller's.
+    moves or deletes anything that it planned. on_progress: See ByteProgress. stores: Stay the caller's.
 
     Raises:
         CommitConflict: Another process moves data between these tiers.
@@ -196,7 +195,7 @@ def _plan(
     snapshot = inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, stores, catalog)
     report = RunReport(
-        make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers]),
+        make_plan(decisions, inventory, file, file.prices),
         unavailable=unavailable,
         n_groups=snapshot.n_groups,
         n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
@@ -222,7 +221,7 @@ def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:
 # -- interrupted copies ------------------------------------------------------------------------------------------------
 
 
-def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], object] | None = None) -> ApplyResult:
+def finish_copies(context: MoveContext, *, on_progress: ByteProgress | None = None) -> ApplyResult:
     """Finish the copies that were interrupted, or remove their parts. Raises as apply_plan().
 
     A run does so before it lists, ranks or plans anything. The journal has each copy from before its first byte until
@@ -254,5 +253,5 @@ def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], obj
         if reason:
             stopped.append(StoppedMove(row.number, reason, row.path, row.plan))
     crash_point("tier_run.withdrawn")
-    made = MoveExecutor(context, on_progress, n_moves=len(jobs)).run(jobs)
+    made = MoveExecutor(context, on_progress).run(jobs)
     return replace(made, stopped=(*stopped, *made.stopped))

@@ -22,11 +22,11 @@ from __future__ import annotations
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
@@ -39,7 +39,6 @@ from tiercache.tier.context import (
     Infos,
     MoveContext,
     PlacementUpdates,
-    Progress,
     RowChanges,
     StoppedMove,
     earliest,
@@ -57,6 +56,9 @@ if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.tier.plans import Move, Plan
 
+
+# Receives the bytes that were copied, and all bytes to copy; called from several threads.
+ByteProgress: TypeAlias = Callable[[int, int], object]
 
 # A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again. What
 # is smaller is recorded when its group is complete, at most this often.
@@ -77,6 +79,7 @@ class MoveJob:
         absent: Keys of the objects that dst lacked when the move began.
         restarts_grace: Whether the grace period starts again, because the catalog did not have a copy in dst before.
         is_withdrawn: Whether the parts that the move had copied were removed.
+        n_left: Number of objects that are not copied yet, without the completing object.
     """
 
     row: JournalRow
@@ -88,6 +91,7 @@ class MoveJob:
     absent: frozenset[str] = frozenset()
     restarts_grace: bool = False
     is_withdrawn: bool = False
+    n_left: int = 0
     lock: Lock = field(default_factory=Lock)
 
     def stop(self, reason: str, *, may_continue: bool = False) -> None:
@@ -109,41 +113,14 @@ class MoveJob:
         return not (self.stop_reason or self.is_finished)
 
 
-@dataclass(slots=True, eq=False)
-class _GroupCopy:
-    """The copy of one group in progress. members: Objects that no thread has begun, without the completing object."""
-
-    job: MoveJob
-    members: list[PlannedObject]
-    left_bytes: int
-    n_running: int = 0
-    is_begun: bool = False
-    is_last_begun: bool = False
-
-    def next_object(self) -> PlannedObject | None:
-        """Return the object to copy next; None: there is none, or the completing object must wait for the others."""
-        if not self.job.is_active or self.is_last_begun:
-            return None
-        if self.members:
-            return self.members.pop(0)
-        if self.n_running:
-            return None
-        self.is_last_begun = True
-        return self.job.row.objects[-1]
-
-    @property
-    def is_over(self) -> bool:
-        return self.n_running == 0 and (self.is_last_begun or not self.job.is_active)
-
-
 class CopyMaker:
     """Makes the copies of jobs. Use it from one thread at a time."""
 
     def __init__(self, context: MoveContext, on_bytes: Callable[[int], object]) -> None:
         self._context, self._on_bytes = context, on_bytes
-        self._lock = Lock()  # guards the queue, and what is not recorded yet
+        self._lock = Lock()  # guards what is not recorded or not ended yet
         self._withdrawing = Lock()  # the lock of the tiers announces one withdrawal at a time
-        self._queue: list[_GroupCopy] = []
+        self._unended_bytes: Counter[str] = Counter()  # of the groups that were begun, by name of their tier
         self._unrecorded: list[tuple[str, str, CatalogEntry]] = []
         self._recorded_s = 0.0
 
@@ -166,73 +143,55 @@ class CopyMaker:
         The groups are copied in their order; further threads begin the next ones. A failure stops its job only, and
         the parts that the job has copied are removed. A group that has no room in dst is not begun.
         """
-        self._queue = [_group_copy(job) for job in jobs]
         crash_point("tier_move.intended")
-        n_threads = min(self._context.transfer.jobs, sum(len(job.row.objects) for job in jobs))
-        threads: list[Future[None]] = [self._context.pool.submit(self._work) for _ in range(n_threads)]
+        tasks: list[Future[None]] = []
         try:
-            for thread in threads:
-                thread.result()
+            for job in jobs:
+                if self._no_room_reason(job):
+                    _wait_for(tasks)  # what unended groups have written already is counted twice: look again
+                    job.stop_if(self._no_room_reason(job))
+                if job.is_active:
+                    self._unended_bytes[job.row.dst] += _absent_bytes(job)
+                    members = job.row.objects[:-1]
+                    job.n_left = len(members)
+                    submit = self._context.pool.submit
+                    tasks += [submit(self._copy_member, job, obj) for obj in members] or [submit(self._finish, job)]
+            _wait_for(tasks)
         finally:
-            with self._lock:
-                self._queue = []
+            for task in tasks:
+                task.cancel()
         self._record()
         crash_point("tier_move.recorded")
 
-    def _work(self) -> None:
-        """Copy objects until none is left that this thread can copy; the entry of a pool thread.
+    def _copy_member(self, job: MoveJob, obj: PlannedObject) -> None:
+        """Copy an object, and after the last one the completing object."""
+        if job.is_active:
+            self._copy_object(job, obj)
+        with job.lock:
+            job.n_left -= 1
+            is_last = job.n_left == 0
+        if is_last:
+            self._finish(job)
 
-        A thread may end while another one copies the last member of a group: that thread copies the completing object.
-        """
-        try:
-            while (task := self._next()) is not None:
-                group, obj = task
-                self._copy_object(group.job, obj)
-                with self._lock:
-                    group.n_running -= 1
-                    group.left_bytes -= obj.n_bytes if obj.key in group.job.absent else 0
-                    is_over = group.is_over
-                    if is_over and group in self._queue:
-                        self._queue.remove(group)
-                if is_over:
-                    self._end_group(group.job)
-        except BaseException:
-            with self._lock:
-                self._queue = []  # the other threads end, too
-            raise
-
-    def _next(self) -> tuple[_GroupCopy, PlannedObject] | None:
-        with self._lock:
-            for group in [*self._queue]:
-                if not group.is_begun:
-                    reason = self._no_room_reason(group)
-                    if reason and any(other.n_running for other in self._queue):
-                        continue  # what these write is counted twice; the thread that ends the last of them looks again
-                    group.is_begun = True
-                    group.job.stop_if(reason)
-                if (obj := group.next_object()) is not None:
-                    group.n_running += 1
-                    return group, obj
-                if group.is_over:
-                    self._queue.remove(group)
-        return None
-
-    def _no_room_reason(self, group: _GroupCopy) -> str:
-        row, store = group.job.row, self._context.stores.store(group.job.row.dst)
+    def _no_room_reason(self, job: MoveJob) -> str:
+        row, store = job.row, self._context.stores.store(job.row.dst)
         if not isinstance(store, LocalFolder):
             return ""
         try:
             free_bytes = shutil.disk_usage(store.root).free
         except OSError:  # there is no such folder yet
             return ""
-        others = (other for other in self._queue if other is not group and other.is_begun and other.n_running)
-        free_bytes -= sum(other.left_bytes for other in others if other.job.row.dst == row.dst)
-        if group.left_bytes <= free_bytes:
+        with self._lock:
+            free_bytes -= self._unended_bytes[row.dst]
+        n_bytes = _absent_bytes(job)
+        if n_bytes <= free_bytes:
             return ""
-        need, free = format_bytes(group.left_bytes), format_bytes(max(free_bytes, 0))
+        need, free = format_bytes(n_bytes), format_bytes(max(free_bytes, 0))
         return f"{store.url}: expected room for {row.path}, {need}, found {free} free: nothing of it was copied"
 
-    def _end_group(self, job: MoveJob) -> None:
+    def _finish(self, job: MoveJob) -> None:
+        if job.is_active:
+            self._copy_object(job, job.row.objects[-1])
         if job.is_active:
             crash_point("tier_move.copied")
             with self._lock:
@@ -245,6 +204,8 @@ class CopyMaker:
             with self._withdrawing:
                 # If a part cannot be removed now, the end of the move tries again.
                 job.is_withdrawn = not withdraw_copy(self._context, job.row)
+        with self._lock:
+            self._unended_bytes[job.row.dst] -= _absent_bytes(job)
 
     def _record(self) -> None:
         with self._lock:
@@ -388,9 +349,13 @@ def _is_by_etag(info: ObjectInfo, obj: PlannedObject) -> bool:
     return not has_sum and info.etag is not None and info.etag == obj.etag and is_md5(info.etag)
 
 
-def _group_copy(job: MoveJob) -> _GroupCopy:
-    n_bytes = sum(obj.n_bytes for obj in job.row.objects if obj.key in job.absent)
-    return _GroupCopy(job, list(job.row.objects[:-1]), n_bytes)
+def _absent_bytes(job: MoveJob) -> int:
+    return sum(obj.n_bytes for obj in job.row.objects if obj.key in job.absent)
+
+
+def _wait_for(tasks: Sequence[Future[None]]) -> None:
+    for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+        task.result()
 
 
 # -- withdrawal -------------------------------------------------------------------------------------------------------
@@ -552,13 +517,11 @@ def change_classes(
 _BATCH_LIMITS = BatchLimits(1024, 4096, 4 << 30)
 
 
-def apply_plan(
-    context: MoveContext, plan: Plan, *, on_progress: Callable[[Progress], object] | None = None
-) -> ApplyResult:
+def apply_plan(context: MoveContext, plan: Plan, *, on_progress: ByteProgress | None = None) -> ApplyResult:
     """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
 
     A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
-    run_due_deletions(). on_progress: Called from several threads.
+    run_due_deletions(). on_progress: See ByteProgress.
 
     Raises CommitConflict if the tier lock was lost, StoreError if the store of the home tier failed, and OSError if the
     catalog of this machine cannot be written.
@@ -576,7 +539,7 @@ def apply_plan(
             stopped.append(StoppedMove(move.number, reason, move.path, plan.id))
         else:
             jobs.append(MoveJob(_row(context, plan, move)))
-    made = MoveExecutor(context, on_progress, n_moves=len(plan.moves), n_earlier=n_earlier + len(stopped)).run(jobs)
+    made = MoveExecutor(context, on_progress).run(jobs)
     n_waiting = len(catalog.open_moves(home, "waiting", "dropping"))
     return replace(made, n_made=n_earlier + made.n_made, stopped=(*stopped, *made.stopped), waiting_drops=n_waiting)
 
@@ -654,16 +617,8 @@ class _PlanChecks:
 class MoveExecutor:
     """Takes moves through the steps, batch by batch. Use it from one thread."""
 
-    def __init__(
-        self,
-        context: MoveContext,
-        on_progress: Callable[[Progress], object] | None,
-        *,
-        n_moves: int,
-        n_earlier: int = 0,
-    ) -> None:
-        """Do nothing yet. n_moves, n_earlier: For the progress: number of all moves, and of those that are over."""
-        self._context, self._on_progress, self._n_moves, self._n_over = context, on_progress, n_moves, n_earlier
+    def __init__(self, context: MoveContext, on_progress: ByteProgress | None) -> None:
+        self._context, self._on_progress = context, on_progress
         self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
         self._placements = PlacementUpdates(context)
         self._copies = CopyMaker(context, self._count_bytes)
@@ -683,13 +638,8 @@ class MoveExecutor:
     def _count_bytes(self, n_bytes: int) -> None:
         with self._count_lock:
             self._done_bytes += n_bytes
-        self._report_progress()
-
-    def _report_progress(self) -> None:
         if self._on_progress is not None:
-            n_over = self._n_over + self._n_done + len(self._stopped)
-            n_bytes = max(self._n_bytes, self._done_bytes)
-            self._on_progress(Progress(n_over, self._n_moves, self._done_bytes, n_bytes))
+            self._on_progress(self._done_bytes, max(self._n_bytes, self._done_bytes))
 
     # -- a batch, step by step --------------------------------------------------------------------------------------
 
@@ -897,7 +847,6 @@ class MoveExecutor:
                 self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
             else:
                 self._n_done += 1
-        self._report_progress()
 
     def _stopped_row(self, job: MoveJob) -> JournalRow:
         self._merge_parts(job)

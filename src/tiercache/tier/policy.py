@@ -30,7 +30,6 @@ from tiercache.prices import (
     early_dollars,
     leaves_and_streams,
     month_dollars,
-    prices_if_known,
     reclass_dollars,
 )
 from tiercache.tier.snapshot import (
@@ -83,8 +82,6 @@ class SnapshotIndex:
     @classmethod
     def of(cls, snapshot: Snapshot, file: RuleFile, prices: Sequence[Prices | None]) -> SnapshotIndex:
         names = tuple(tier.name for tier in file.tiers)
-        if snapshot.tiers != names:
-            raise ValueError(f"the snapshot has tiers {snapshot.tiers}, and {file.path} has {names}: take a new one")
         shape = len(names), snapshot.n_groups
 
         def spread(column: NDArray[np.bool_]) -> Flags:
@@ -815,9 +812,8 @@ def decide_now(
     that a person must confirm.
     """
     unavailable = unavailable_tiers(file, stores, catalog)
-    prices = [prices_if_known(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
+    decisions = decide(snapshot, file, file.prices, capacity_bytes=capacity, unavailable=unavailable)
     journal = catalog.open_moves(file.home_tier.url, "waiting", "dropping")
     return replace(decisions, exceeded=exceeded_limits(decisions, snapshot, file, journal)), unavailable
 

@@ -13,9 +13,8 @@ any instant: the same command continues, because each step is one of the mover's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.crash_points import crash_point
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import StoreError
 from tiercache.keep import Flags, Rows
 from tiercache.prices import RESTORE_DAYS, Speed, restored_home_dollars
 from tiercache.tier.plans import Plan, make_plan
@@ -217,11 +216,12 @@ def _split_restored(
     """
     if not len(cold):
         return cold, cold, None
-    keys, file = _keys(inventory, cold), index.file
-    plan = plan_restore(file, stores, keys, index.prices, speed=speed, to=file.tiers[int(cold.dst[0])].name)
+    keys, tiers = _keys(inventory, cold), index.file.tiers
+    row = np.repeat(np.arange(len(cold)), np.diff(inventory.objects_of(cold.group, cold.src).start))
+    archived = [(tiers[src].name, key) for src, key in zip(cold.src[row].tolist(), keys, strict=True)]
+    to = tiers[int(cold.dst[0])].name
+    plan = plan_restore(index.file, stores, archived, index.prices, speed=speed, to=to)
     waiting = {one.key for one in plan.objects if one.state != RESTORED}
-    n_objects = np.diff(inventory.objects_of(cold.group, cold.src).start)
-    row = np.repeat(np.arange(len(cold)), n_objects)
     is_open = np.ones(len(cold), np.bool_)
     is_open[row[[key in waiting for key in keys]]] = False
     restored, left = cold.take(is_open), cold.take(~is_open)
@@ -269,7 +269,7 @@ class ArchivedObject:
 class RestorePlan:
     """Plan of a restore."""
 
-    objects: tuple[ArchivedObject, ...]  # sorted by key; each once, from the tier whose copy is readable soonest
+    objects: tuple[ArchivedObject, ...]
     speed: Speed
     cost: float | None  # dollars for requests that are not made yet, and the copy; None if a price is unknown
     hours: float | None  # most hours until the last object can be read; None if the price table does not say
@@ -278,46 +278,28 @@ class RestorePlan:
 def plan_restore(
     file: RuleFile,
     stores: Stores,
-    keys: Iterable[str],
+    archived: Sequence[tuple[str, str]],
     prices: Sequence[Prices | None],
     *,
     to: str,
     speed: Speed = "standard",
 ) -> RestorePlan:
-    """Plan the restore of some objects, as far as no tier has a readable copy. Asks every tier for every key.
+    """Plan the restore of some objects, as far as they are not readable. Asks for each of them.
 
-    keys: Relative to the URLs of the tiers. prices: Of each tier; None where they are unknown. to: Name of the tier to
+    archived: Tier and key of each object. prices: Of each tier; None where they are unknown. to: Name of the tier to
     which the objects are copied afterwards.
 
-    Raises:
-        NotFound: A key is in no tier.
-        ValueError: The storage class has no such speed.
-        StoreError: A tier could not be asked.
+    Raises NotFound if an object is gone, ValueError if the storage class has no such speed, StoreError if a tier could
+    not be asked.
     """
-    wanted = sorted(dict.fromkeys(keys))
-    found = _in_parallel(lambda key: _copies_of(file, stores, key), wanted)
-    objects = []
-    for key, copies in zip(wanted, found, strict=True):
-        if not copies:
-            names = ", ".join(tier.name for tier in file.tiers)
-            raise NotFound(f"{key} is in none of the tiers {names}", url=stores.store(file.home_tier.name).url)
-        if all(copy.state in _NEARER for copy in copies):
-            objects.append(max(copies, key=lambda copy: _NEARER[copy.state]))
+
+    def ask(pair: tuple[str, str]) -> ArchivedObject:
+        info = stores.head(*pair)
+        return ArchivedObject(*pair, info.n_bytes, state_of(info), info.storage_class)
+
+    objects = [one for one in _in_parallel(ask, archived) if one.state != READABLE]
     by_name = dict(zip((tier.name for tier in file.tiers), prices, strict=True))
     return RestorePlan(tuple(objects), speed, *_estimate(file, objects, by_name, speed, to))
-
-
-_NEARER = {ARCHIVED: 0, RESTORING: 1, RESTORED: 2}
-
-
-def _copies_of(file: RuleFile, stores: Stores, key: str) -> list[ArchivedObject]:
-    copies = []
-    for name in (tier.name for tier in file.tiers):
-        with suppress(NotFound):
-            info = stores.head(name, key)
-            if stores.tier_of(stores.sharing(name), info) == name:
-                copies.append(ArchivedObject(name, key, info.n_bytes, state_of(info), info.storage_class))
-    return copies
 
 
 def _estimate(

@@ -33,7 +33,7 @@ from pydantic import (
 from tiercache import config
 from tiercache.keep import KeepList, parse_keep_list
 from tiercache.model import parse_bytes, parse_duration
-from tiercache.prices import named_prices, parse_prices
+from tiercache.prices import FREE, Prices, is_free, named_prices, parse_prices
 from tiercache.tier.checkpoint_names import UserLayout, layout_pattern
 from tiercache.tier.snapshot import STANDARD
 from tiercache.tier.text_columns import check_globs
@@ -165,6 +165,15 @@ class Tier(RuleTable):
     def is_percentage(self) -> bool:
         return self.capacity is not None and self.capacity.strip().endswith("%")
 
+    @property
+    def known_prices(self) -> Prices | None:
+        """Prices of the tier; FREE for a local path without prices; None: unknown."""
+        if isinstance(self.prices, str):
+            return named_prices(self.prices)
+        if self.prices is not None:
+            return parse_prices(f"tiers.{self.name}", self.prices)
+        return FREE if is_free(self.url) else None
+
     def capacity_bytes(self, disk_bytes: int | None) -> int | None:
         """Return the capacity in bytes; None: unlimited. disk_bytes: Size of the disk, for a capacity in percent.
 
@@ -178,7 +187,7 @@ class Tier(RuleTable):
 
     @field_validator("prices", mode="before")
     @classmethod
-    def _known_prices(cls, prices: object) -> object:
+    def _valid_prices(cls, prices: object) -> object:
         if isinstance(prices, str):
             named_prices(prices)
         elif isinstance(prices, dict):
@@ -286,6 +295,11 @@ class RuleFile(RuleTable):
         )
 
     @property
+    def prices(self) -> tuple[Prices | None, ...]:
+        """Prices of each tier; None: unknown."""
+        return tuple(tier.known_prices for tier in self.tiers)
+
+    @property
     def home_tier(self) -> Tier:
         """The tier with the versions of data sets, the placements and the lock: "standard", or else the first."""
         return next((tier for tier in self.tiers if tier.name == HOME_NAME), self.tiers[0])
@@ -328,6 +342,8 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     for key in tables:
         if key not in known:
             raise ValueError(f"{key}: {_unknown(key, known)}")
+        if key in config.SETTINGS and path.name != config.FILE_NAME:
+            raise ValueError(f"{key}: settings are read from a {config.FILE_NAME} only, or from the environment")
     if not tables.get("tiers"):
         raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with a url, the fastest first")
     tiers = _tiers(tables["tiers"], path.parent)

@@ -1,7 +1,6 @@
 """Operations on columns of strings without Python objects per row: split, search, sort and globs.
 
-In globs, `*` and `?` match within a path segment; `**` as a whole segment matches any number of segments; `[a-z]` and
-`[!a-z]` match one character except `/`. There is no escape character: `[*]` matches a star.
+In globs, `*` and `?` match within a path segment, and `**` as a whole segment matches any number of segments.
 """
 
 from __future__ import annotations
@@ -89,19 +88,8 @@ def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[Any]) -> NDArray[Any
     return np.asarray(column.to_numpy(zero_copy_only=False), kind) if len(column) else np.empty(0, kind)
 
 
-_SLASH_CODE, _LAST_CODE = ord("/"), 0x10FFFF
-_NOTHING = rf"[^\x{{0}}-\x{{{_LAST_CODE:X}}}]"
-# A character class; a closing bracket right after the opening one is literal.
-_CLASS = re.compile(r"\[[!^]?\]?[^]]*\]")
-# Begins and ends the number that replaces a class, before segments are split and searched. No key contains a NUL.
-_CLASS_SIGN = "\0"
-# What a glob may contain only in a class.
-_REFUSED = {
-    "\\": "there is no escape by '\\'; write '[*]' for a star",
-    "[": "a '[' is not closed; write '[[]' for the character",
-    "{": "braces have no meaning: write a list of globs, or '[{]' for the character",
-    "}": "braces have no meaning: write a list of globs, or '[}]' for the character",
-}
+_NOTHING = r"[^\x{0}-\x{10FFFF}]"
+_REFUSED = re.compile(r"[\\\[{}\0]")
 
 
 def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> NDArray[np.int16]:
@@ -141,51 +129,14 @@ def _pattern(globs: tuple[str, ...]) -> str:
 
 
 def _translated(glob: str) -> str:
-    if _CLASS_SIGN in glob:
-        raise ValueError("a path cannot contain a NUL character")
-    for sign, message in _REFUSED.items():
-        if sign in _CLASS.sub("", glob):
-            raise ValueError(message)
-    classes = [_class(found) for found in _CLASS.findall(glob)]
-    numbers = iter(range(len(classes)))
-    *folders, name = _CLASS.sub(lambda _: f"{_CLASS_SIGN}{next(numbers)}{_CLASS_SIGN}", glob).split("/")
+    if found := _REFUSED.search(glob):
+        raise ValueError(f"{found[0]!r} has no meaning: write a list of globs, or '?' for any one character")
+    *folders, name = glob.split("/")
     if any("**" in segment and segment != "**" for segment in (*folders, name)):
         raise ValueError("'**' must be a whole path segment; within a name write '*'")
-    above = ("(?s:.*/)?" if segment == "**" else f"{_segment(segment, classes)}/" for segment in folders)
-    return "".join(above) + ("(?s:.+)" if name == "**" else _segment(name, classes))
+    above = ("(?s:.*/)?" if segment == "**" else f"{_segment(segment)}/" for segment in folders)
+    return "".join(above) + ("(?s:.+)" if name == "**" else _segment(name))
 
 
-def _segment(segment: str, classes: Sequence[str]) -> str:
-    texts = segment.split(_CLASS_SIGN)  # every second one is the number of a class
-    texts[1::2] = [classes[int(number)] for number in texts[1::2]]
-    texts[::2] = [re.escape(text).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for text in texts[::2]]
-    return "".join(texts)
-
-
-def _class(sign: str) -> str:
-    """Translate a character class to RE2. No class matches the slash."""
-    body = sign[1:-1]
-    negated = body[:1] in ("!", "^")
-    body = body[1:] if negated else body
-    ranges, at = [], 0
-    while at < len(body):
-        ranged = body[at + 1 : at + 2] == "-" and at + 2 < len(body)
-        first, last = ord(body[at]), ord(body[at + 2 if ranged else at])
-        if first > last:
-            raise ValueError(f"the range {body[at : at + 3]!r} is reversed")
-        ranges.append((first, last))
-        at += 3 if ranged else 1
-    if negated:
-        return "[^" + "".join(map(_range, [*ranges, (_SLASH_CODE, _SLASH_CODE)])) + "]"
-    parts = [part for first, last in ranges for part in _around_slash(first, last)]
-    return "[" + "".join(map(_range, parts)) + "]" if parts else _NOTHING
-
-
-def _around_slash(first: int, last: int) -> list[tuple[int, int]]:
-    if not first <= _SLASH_CODE <= last:
-        return [(first, last)]
-    return [(a, b) for a, b in ((first, _SLASH_CODE - 1), (_SLASH_CODE + 1, last)) if a <= b]
-
-
-def _range(ends: tuple[int, int]) -> str:
-    return rf"\x{{{ends[0]:X}}}-\x{{{ends[1]:X}}}"
+def _segment(segment: str) -> str:
+    return re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")

@@ -4,7 +4,6 @@ import pytest
 from tests.support import ROOT, guide_session
 from tests.support.guide_session import differences
 
-from tiercache.prices import prices_if_known
 from tiercache.tier.rules import load_rule_file
 
 PAGE = ROOT / "docs" / "guide" / "tiers.md"
@@ -24,4 +23,4 @@ def test_rule_file_examples_of_the_guide_are_valid(part, tmp_path):
     path = tmp_path / "tiercache.toml"
     path.write_text(part if "[tiers." in part else TIERS + part)
     file = load_rule_file(path)
-    assert file.rules or file.pins or prices_if_known(file.home_tier).store_gb_month == 0.021
+    assert file.rules or file.pins or file.home_tier.known_prices.store_gb_month == 0.021

@@ -239,22 +239,3 @@ def test_a_plan_of_another_version_is_refused(tmp_path):
     path.write_bytes(data.replace(b'"version": 1', b'"version": 2', 1))
     with pytest.raises(ValueError, match="expected a plan of version 1, got 2"):
         read_plan(path)
-
-
-def test_a_move_that_no_planner_writes_is_refused(tmp_path):
-    path = tmp_path / "plan.jsonl"
-    for change, said in [
-        ({"path": "../x"}, "line 2: not a valid key"),
-        ({"path": "data/\udcff"}, "line 2: "),
-        ({"path": "data/_tiercache/versions"}, "line 2: .* belongs to tiercache"),
-        ({"path": "other"}, "line 2: objects: expected other or a key below it, got data/x/0"),
-        ({"number": 7}, "moves with the numbers from 1"),
-        ({"number": "x"}, "line 2: number: Input should be "),
-        ({"objects": [["../other/x", 1, None, None, None]]}, "line 2: .*not a valid key"),
-        ({"objects": [["data/x/0", -1, None, None, None]]}, "line 2: objects: a size is negative"),
-    ]:
-        lines = lines_of(tmp_path, made(OLD, TO_ARCHIVE))
-        lines[1] |= change
-        path.write_text("".join(f"{line}\n" for line in summed(lines)))
-        with pytest.raises(ValueError, match=said):
-            read_plan(path)

@@ -10,7 +10,6 @@ import pytest
 from tests.support.tier_moves import World, moved_away
 
 import tiercache as tc
-from tiercache.prices import prices_if_known
 from tiercache.store import uses as read_log
 from tiercache.tier.deletions import DeletionFacts, deletion_facts_of
 from tiercache.tier.inventory import take_inventory
@@ -52,7 +51,7 @@ class Tiers:
         file = load_rule_file(self.root / "tiercache.toml")
         with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
             snapshot = take_inventory(file, stores, catalog, now_s=time.time()).snapshot
-            found = decide(snapshot, file, [prices_if_known(tier) for tier in file.tiers], capacity_bytes=[None, None])
+            found = decide(snapshot, file, file.prices, capacity_bytes=[None, None])
         self.snapshot = snapshot
         paths = snapshot.paths.to_pylist()
         refusals = zip(found.refusals.group.tolist(), found.refusals.reason.tolist(), strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
@@ -72,7 +72,7 @@ class World:
         )
 
     def plan(self, *keys, prices=(FREE, GLACIER), **more):
-        return plan_restore(self.file, self.stores, keys, prices, to="home", **more)
+        return plan_restore(self.file, self.stores, [("vault", key) for key in keys], prices, to="home", **more)
 
     def archive(self, **objects):
         for key, n_bytes in objects.items():
@@ -108,9 +108,6 @@ def test_an_unsupported_speed_is_refused_with_the_supported_ones(world):
         world.plan("a", speed="expedited")
 
 
-def test_a_key_that_is_in_no_tier_is_not_found(world):
-    with pytest.raises(NotFound, match="in none of the tiers home, vault"):
-        world.plan("a")
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------
@@ -145,4 +142,4 @@ def test_on_seaweedfs_a_restore_reports_that_classes_are_only_labels(s3_server):
             upload.put_part(0, b"x")
             upload.complete()
         with pytest.raises(StoreError, match="only labels"):
-            request_restore(stores, plan_restore(file, stores, ["a"], [None], to="vault"))
+            request_restore(stores, plan_restore(file, stores, [("vault", "a")], [None], to="vault"))

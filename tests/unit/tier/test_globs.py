@@ -31,16 +31,10 @@ def name_matches(glob: str, name: str) -> bool:
         return any(name_matches(glob[1:], name[n:]) for n in range(len(name) + 1))
     if not name:
         return False
-    if glob[0] == "[":
-        end = glob.index("]", 2)
-        body, negated = glob[1:end], glob[1] == "!"
-        body = body[1:] if negated else body
-        allowed = [*map(chr, range(ord(body[0]), ord(body[2]) + 1))] if body[1:2] == "-" else [*body]
-        return (name[0] in allowed) != negated and name_matches(glob[end + 1 :], name[1:])
     return glob[0] in ("?", name[0]) and name_matches(glob[1:], name[1:])
 
 
-ATOMS = ["a", "b", "ab", ".", "*", "?", "[ab]", "[!a]", "[a-c]", "[!.]", "é", "+", "\n"]
+ATOMS = ["a", "b", "ab", ".", "*", "?", "]", "é", "+", "\n"]
 names = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=3).map("".join).filter(lambda name: "**" not in name)
 globs = st.lists(st.one_of(names, st.just("**")), min_size=1, max_size=4).map("/".join)
 paths = st.lists(st.text("abc.é+\n", min_size=1, max_size=3), min_size=1, max_size=4).map("/".join)
@@ -67,12 +61,12 @@ def test_paths_are_matched_in_parts_in_their_order():
 
 
 MATCHES = (
-    "checkpoints/** checkpoints/a/step-1", "a/**/b a/b", "a/**/b a/x/y/b", "**/*.pt x.pt", "a[]]b a]b", "a[*] a*",
-    "a[{]b a{b", ".* .hidden", "* .hidden", "** a/", "a/** a/b/", "a/** a//", "a/* a/", "a/ a/", "**/ a/b/",
+    "checkpoints/** checkpoints/a/step-1", "a/**/b a/b", "a/**/b a/x/y/b", "**/*.pt x.pt",
+    ".* .hidden", "* .hidden", "** a/", "a/** a/b/", "a/** a//", "a/* a/", "a/ a/", "**/ a/b/",
 )  # fmt: skip
 DIFFERS = (
     "checkpoints/** checkpoints", "checkpoints/** checkpoints2/a", "a/**/b axb", "**/*.pt x.pt/y", "* a/b", "a?b a/b",
-    "a[!x]b a/b", "a[+-9]b a/b", "a[/]b a/b", "a[!]]b a]b", "a[*] ab", "a.b axb", "A a", "** ", "a/** a/", "a/**/** a/",
+    "a.b axb", "A a", "** ", "a/** a/", "a/**/** a/",
     "**/b b/",
 )  # fmt: skip
 
@@ -84,8 +78,8 @@ def test_a_glob_matches_as_the_reference_says():
 
 
 MALFORMED = {
-    "a[b": "not closed", "a{b": "write a list of globs", "a}b": "write a list of globs", "a**": "a whole path segment",
-    "**b/c": "a whole path segment", "***": "a whole path segment", "[z-a]": "is reversed", "a\\*": "no escape",
+    "a[b": "has no meaning", "a{b": "write a list of globs", "a}b": "write a list of globs", "a**": "a whole path segment",
+    "**b/c": "a whole path segment", "***": "a whole path segment", "a\\*": "has no meaning",
 }  # fmt: skip
 
 

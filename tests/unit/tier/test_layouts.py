@@ -100,10 +100,6 @@ LAYOUTS = {  # keys, and the step of each checkpoint
         "o/step2000/model_and_optim/__0_0.distcp o/step2000/train/rank0.pt"),
         {"o/step1000-unsharded": 1000, "o/step2000": 2000},
     ),
-    "Orbax": (
-        "x/1000/state/manifest.ocdbt x/1000/_CHECKPOINT_METADATA x/2000/state/manifest.ocdbt",
-        {"x/1000": 1000, "x/2000": 2000},
-    ),
     **{name: (f"a/{name}", {f"a/{name}": step}) for name, step in {
         "step-10.pt": 10, "step_20.pth": 20, "ckpt-30.safetensors": 30, "checkpoint_40.pth.tar": 40, "iter_50.npz": 50,
         "epoch-6.bin": 6, "model_step_70.tar": 70, "global_step80.pt": 80, "ckpt_epoch_3_step_700.pt": 700,
@@ -138,12 +134,12 @@ def test_keys_that_name_no_checkpoint_are_single_files():
         assert (found.paths.to_pylist(), found.checkpoint.tolist(), found.step.tolist()) == ([key], [False], [NO_STEP])
 
 
-def test_numbered_folders_are_checkpoints_only_beside_another_and_with_weights_and_the_outermost_of_nested_ones():
-    assert steps("a/1000/model.pt", "a/readme.txt") == {}
-    assert steps("a/1000/model.pt", "a/2000/model.pt") == {"a/1000": 1000, "a/2000": 2000}
-    assert steps("train/0/a.jpg", "train/1/a.jpg", "2024/01/events.parquet", "2025/01/events.parquet") == {}
-    assert steps("results/0/file-7.bin", "results/1/file-8.bin", "features/0/1.pt", "features/1/2.pt") == {}
-    assert steps("a/1000/0/model.pt", "a/1000/1/model.pt", "a/2000/0/model.pt") == {"a/1000": 1000, "a/2000": 2000}
+def test_folders_named_by_a_number_alone_are_checkpoints_if_a_rule_says_so_and_the_outermost_of_nested_ones():
+    keys = ("a/1000/state/manifest.ocdbt", "a/1000/_CHECKPOINT_METADATA", "a/2000/0/model.pt", "a/2000/1/model.pt")
+    assert steps(*keys) == {}
+    layout = group_keys(pa.array(keys), [UserLayout("{step}/")])
+    assert layout.paths.to_pylist() == ["a/1000", "a/2000"]
+    assert (layout.step.tolist(), layout.run.tolist()) == ([1000, 2000], [0, 0])
 
 
 # -- folders of runs that are named like a checkpoint ----------------------------------------------------------------
@@ -202,7 +198,6 @@ ONE_RUN = (
     ("c/val_loss=0.5-epoch=1.ckpt", "c/val_loss=0.25-epoch=12.ckpt"),
     ("c/m-epoch02-acc0.32.ckpt", "c/m-epoch03-acc0.5.ckpt"),
     ("o/checkpoint-5/model.safetensors", "o/checkpoint-10/model.safetensors"),
-    ("x/100/optim.pt", "x/200/optim.pt"),
 )
 TWO_RUNS = (
     ("a/step-1.pt", "b/step-1.pt"),

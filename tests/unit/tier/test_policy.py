@@ -338,11 +338,3 @@ def test_moves_take_the_room_that_there_is_and_a_move_to_a_full_tier_is_refused(
     assert refusal.reason == "no room in archive: its capacity is 900 B"
     rules = [TO_ARCHIVE.model_copy(update={"match": (one.path,)}) for one in groups]
     assert [path for path, *_ in moves_of(groups, *rules, **options)] == ["f400", "f300"], "one rule after the other"
-
-
-def test_a_snapshot_of_other_tiers_and_prices_or_capacities_of_fewer_are_refused():
-    with pytest.raises(ValueError, match="the snapshot has tiers"):
-        decided(snapshot_of([], tiers=("hot", "standard")), tier_file(), PRICES, capacity_bytes=UNPRICED)
-    for prices, limits in ((PRICES[:2], (None,) * 3), (PRICES, (None,) * 2)):
-        with pytest.raises(ValueError, match="of 3 tiers, got 2"):
-            decided(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)

@@ -80,7 +80,7 @@ to_rules = st.builds(
     to=st.sampled_from(["standard", "archive", "archive"]),
     idle_s=in_days,
     after_s=in_days,
-    delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
+    delete_after_s=st.none() | st.integers(11, 40).map(lambda n: n * DAY_S),
 )
 keeps = st.builds(
     KeepList,
@@ -100,7 +100,7 @@ def keep_rules(draw) -> Rule:
         keep=draw(st.dictionaries(st.sampled_from(TIERS[:2]), keeps, min_size=1)),
         then=then,
         after_s=draw(in_days) if then else None,
-        delete_after_s=draw(st.none() | st.integers(5, 40).map(lambda n: n * DAY_S)),
+        delete_after_s=draw(st.none() | st.integers(11, 40).map(lambda n: n * DAY_S)),
     )
 
 
