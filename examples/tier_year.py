@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.prices import prices_if_known
 from tiercache.tier.policy import decide
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.snapshot import (
@@ -163,7 +162,7 @@ class World:
         n = len(self.groups.born_s)
         self.present = np.zeros((n, len(file.tiers)), bool)
         self.since_s = np.zeros((n, len(file.tiers)))
-        self._prices = [prices_if_known(tier) for tier in file.tiers]
+        self._prices = file.prices
         self._capacity = [tier.capacity_bytes(None) for tier in file.tiers]
         self._is_local = ["://" not in tier.url for tier in file.tiers]
         self._archived = np.array([bool(prices.restore) for prices in self._prices])

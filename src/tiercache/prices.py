@@ -27,55 +27,33 @@ _FREE_SCHEMES = ("file", "memory")
 
 @dataclass(frozen=True, slots=True)
 class RestorePrice:
-    """Price of restoring archived objects at one speed.
+    """Price of restoring archived objects at one speed."""
 
-    Attributes:
-        gb: Dollars per GB.
-        per_1000: Dollars per 1000 objects.
-        hours: Maximum hours until the first byte can be read.
-    """
-
-    gb: float = 0.0
-    per_1000: float = 0.0
-    hours: float = 0.0
+    gb: float = 0.0  # dollars per GB
+    per_1000: float = 0.0  # dollars per 1000 objects
+    hours: float = 0.0  # most hours until the first byte can be read
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Prices of a storage class.
+    """Prices of a storage class, in dollars."""
 
-    Attributes:
-        name: Name in the price table; "free"; or the tier that has its own table.
-        store_gb_month: Dollars for storing 1 GB for a month.
-        put_1000: Dollars per 1000 requests that write.
-        get_1000: Dollars per 1000 requests that read.
-        transition_1000: Dollars per 1000 changes into this class.
-        retrieve_gb: Dollars for reading 1 GB, in addition to the requests.
-        egress_gb: Dollars for 1 GB that leaves the provider's region.
-        min_days: Minimum days that are billed.
-        min_bytes: Minimum bytes for which an object is billed.
-        overhead_bytes: Bytes billed in addition to each object, at the price of this class.
-        standard_overhead_bytes: Bytes billed in addition to each object, at the price of the standard class.
-        standard_gb_month: Dollars for storing 1 GB for a month in the standard class; applies to
-            standard_overhead_bytes and to the temporary copy of a restored object. None: store_gb_month.
-        standard_put_1000: Dollars per 1000 requests that begin a multipart upload into this class, or write a part.
-            None: put_1000.
-        restore: Speed -> price, for a class that must be restored before a read; otherwise empty.
-    """
-
-    name: str
+    name: str  # in the price table; "free"; or the tier that has its own table
     store_gb_month: float = 0.0
-    put_1000: float = 0.0
-    get_1000: float = 0.0
-    transition_1000: float = 0.0
-    retrieve_gb: float = 0.0
-    egress_gb: float = 0.0
-    min_days: float = 0.0
-    min_bytes: int = 0
-    overhead_bytes: int = 0
+    put_1000: float = 0.0  # 1000 requests that write
+    get_1000: float = 0.0  # 1000 requests that read
+    transition_1000: float = 0.0  # 1000 changes into this class
+    retrieve_gb: float = 0.0  # reading 1 GB, in addition to the requests
+    egress_gb: float = 0.0  # 1 GB that leaves the provider's region
+    min_days: float = 0.0  # minimum days that are billed
+    min_bytes: int = 0  # minimum bytes for which an object is billed
+    overhead_bytes: int = 0  # billed in addition to each object, at the price of this class
+    # Speed -> price, for a class that must be restored before a read; otherwise empty.
     restore: Mapping[str, RestorePrice] = field(default_factory=dict)
-    standard_overhead_bytes: int = 0
+    standard_overhead_bytes: int = 0  # billed in addition to each object, at the price of the standard class
+    # Of the standard class, for standard_overhead_bytes and temporary copies of restored objects; None: store_gb_month.
     standard_gb_month: float | None = None
+    # 1000 requests that begin a multipart upload into this class, or write a part; None: put_1000.
     standard_put_1000: float | None = None
 
     @property
@@ -238,9 +216,7 @@ class Sizes:
 def billed_bytes(prices: Prices, sizes: Sizes) -> NDArray[np.int64]:
     """Return the billed bytes: each object counts at least min_bytes, plus overhead_bytes per object; int64[n].
 
-    The result is exact for copies of one object. For several objects only the sum and the smallest size are known; the
-    result is then a lower bound: the larger of (all objects at min_bytes) and (the smallest raised to min_bytes, the
-    others unchanged).
+    For copies of several objects, of which only the sum and the smallest size are known, it is a lower bound.
     """
     raised = sizes.n_bytes + np.maximum(prices.min_bytes - sizes.smallest_bytes, 0)
     return np.maximum(raised, sizes.n_objects * prices.min_bytes) + sizes.n_objects * prices.overhead_bytes
@@ -257,16 +233,11 @@ def month_dollars(prices: Prices, sizes: Sizes) -> Dollars:
 
 
 def early_days(prices: Prices, age_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the days that remain of the storage class's minimum duration for copies of this age."""
     return np.maximum(prices.min_days - np.maximum(age_s, 0.0) / DAY_S, 0.0)
 
 
 def early_dollars(prices: Prices, sizes: Sizes, age_s: NDArray[np.float64]) -> Dollars:
-    """Return the early-deletion fee: the storage cost of the remaining part of min_days.
-
-    AWS: "objects that are deleted, overwritten or transitioned before the minimum are charged a pro-rated fee equal to
-    the storage charge for the remaining days".
-    """
+    """Return the early-deletion fee: the storage cost of the remaining part of min_days."""
     return month_dollars(prices, sizes) * early_days(prices, age_s) / MONTH_DAYS
 
 
@@ -296,11 +267,7 @@ def _requests_dollars(src: Prices, dst: Prices, sizes: Sizes, *, streams: bool) 
 
 
 def restore_dollars(archive: Prices, speed: RestorePrice, n_bytes: NDArray[np.int64], days: float) -> Dollars:
-    """Return the cost to restore each object for some days: the retrieval, and a temporary copy in the standard class.
-
-    AWS ("Restoring an archived object"): the retrieval makes a temporary copy in S3 Standard and leaves the archived
-    object; both are billed.
-    """
+    """Return the cost to restore each object for some days: retrieval, and a temporary copy in the standard class."""
     per_gb = speed.gb + archive.temporary_gb_month * days / MONTH_DAYS
     return n_bytes / GB * per_gb + speed.per_1000 / 1000
 
@@ -316,11 +283,9 @@ def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
 def restored_home_dollars(
     archive: Prices, speed: RestorePrice, home: Prices, n_bytes: NDArray[np.int64], *, urls: tuple[str, str]
 ) -> Dollars:
-    """Return the cost to copy each archived object home.
+    """Return the cost to restore each archived object for RESTORE_DAYS, and to copy it home or change its class.
 
-    The cost includes a restore for RESTORE_DAYS, and the copy or the change of class.
-
-    urls: URLs of the archive tier and of the home tier. If they are equal, only the storage class changes.
+    urls: Of the archive tier and of the home tier.
     """
     sizes = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes)
     dollars = restore_dollars(archive, speed, n_bytes, RESTORE_DAYS)

@@ -155,8 +155,6 @@ def _written_in_own_names(paths: pa.Array) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyGroups:
-    """Groups of keys. Row g of a group column is group g, row k of a key column is key k."""
-
     paths: pa.Array  # large_string, sorted, unique
     checkpoint: NDArray[np.bool_]  # whether the group is a checkpoint; the other groups are files
     step: NDArray[np.int64]  # NO_STEP for files
@@ -173,10 +171,7 @@ class KeyGroups:
 
 
 def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
-    """Return the groups that these keys form.
-
-    keys: string or large_string, unique, without nulls. layouts: Layouts of users, which have precedence.
-    """
+    """Return the groups that unique keys form. layouts: Layouts of users, which have precedence."""
     keys = keys.cast(pa.large_string())
     folders, folder, names = split_keys(keys)
     in_folders, folder_row, uncertain = _checkpoint_folders(
@@ -231,10 +226,7 @@ _STEP_AND_RUN = pa.schema([("step", pa.int64()), ("run", pa.dictionary(pa.int32(
 def _checkpoint_folders(
     folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, layouts: Sequence[UserLayout]
 ) -> tuple[pa.Table, NDArray[np.int64], set[str]]:
-    """Return step, run and path of the checkpoints that are folders, and the row of each folder; -1: none.
-
-    The last value is the paths of those that may contain checkpoints instead of being one.
-    """
+    """Return step, run and path of the checkpoints that are folders, the row of each folder, and uncertain paths."""
     parts = pc.extract_regex(folders, _IN_FOLDER)
     # A temporary folder is still being written; the writer renames it at the end.
     is_named = _as_flags(pc.is_valid(parts)) & ~match_regex(folders, _TEMPORARY)
@@ -388,11 +380,7 @@ def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
 def _numbered(
     keys: pa.Array, row: NDArray[np.int64], folders: pa.ChunkedArray, rest: NDArray[np.int64], no_key: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], pa.Array, NDArray[np.int64]]:
-    """Assign keys to groups.
-
-    Returns the group of each key; the sorted paths of groups; and the group of each folder (-1: none), then of each key
-    in rest.
-    """
+    """Return the group of each key, the sorted paths of groups, and the group of each folder, then of each of rest."""
     inside, n_folders = np.flatnonzero((row >= 0) & ~no_key), len(folders)
     is_used = np.zeros(n_folders + 1, np.bool_)  # index -1 (no folder) is the last entry
     is_used[row[inside]] = True
@@ -437,8 +425,6 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
 
 
 class _Members:
-    """The objects of groups, by name. Patterns that apply only to checkpoints are not searched in other files."""
-
     def __init__(
         self,
         names: pa.Array,
@@ -568,7 +554,6 @@ def _fewer_files_than_neighbours(
 def _plain_names(
     members: _Members, rows: NDArray[np.int64], folders: pa.Array, path_bytes: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Return the number of each key's path in its checkpoint, without numbers and hashes, and these paths."""
     inner, folder = np.unique(members.folder[rows], return_inverse=True)
     group = np.zeros(len(inner), np.int64)
     group[folder] = members.group[rows]
@@ -648,7 +633,6 @@ def finite_metric(name: str, value: float) -> dict[str, float]:
 
 
 def metrics_in_names(names: pa.Array, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Return the given metrics of each name, as metrics_in_name(): float64[n] each, NaN where there is none."""
     found = {name: np.full(len(names), np.nan) for name in metrics}
     rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, metrics))))
     for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):

@@ -55,19 +55,15 @@ class StoppedMove:
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """Result of apply_plan() or run_due_deletions().
+    """Result of apply_plan() or run_due_deletions()."""
 
-    n_made includes moves whose deletions wait for the grace period, unlike the journal's state "done". n_bytes: Bytes
-    that were copied; of run_due_deletions(): bytes that were deleted.
-    """
-
-    n_made: int = 0
+    n_made: int = 0  # with moves whose deletions wait for the grace period, unlike the journal's state "done"
     stopped: tuple[StoppedMove, ...] = ()
     waiting_drops: int = 0
-    n_bytes: int = 0
+    n_bytes: int = 0  # that were copied; of run_due_deletions(): that were deleted
 
     def followed_by(self, later: ApplyResult) -> ApplyResult:
-        """Return the results of two calls as one. The second call has checked again what the first one left."""
+        """Return the results of two calls as one. The second one has checked again what the first one left."""
         again = {(move.plan, move.number) for move in later.stopped}
         stopped = tuple(move for move in self.stopped if (move.plan, move.number) not in again)
         n_bytes = self.n_bytes + later.n_bytes
@@ -269,7 +265,6 @@ class MoveContext:
         return reasons
 
     def changed_tiers_reason(self, row: JournalRow) -> str:
-        """Return why the rule file no longer has the tiers of a move; "" if it has."""
         urls = {tier.name: tier.url for tier in self.file.tiers}
         for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
             if name and urls.get(name) != url:
@@ -308,8 +303,6 @@ class MoveContext:
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Maximum size of a batch of moves. A single larger move is a batch too."""
-
     n_moves: int
     n_objects: int
     n_bytes: int
@@ -345,10 +338,7 @@ def earliest(*dates_s: float | None) -> float | None:
 def entry_after_class_change(
     obj: PlannedObject, entry: CatalogEntry | None, changed: CatalogEntry
 ) -> CatalogEntry | None:
-    """Return the new catalog entry of an object whose class was changed; None if nothing changes.
-
-    entry: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
-    """
+    """Return the new catalog entry of an object whose class was changed; None: nothing changes. entry: The old one."""
     crc = changed.crc32c if changed.crc32c is not None else obj.crc32c
     first_s = obj.modified_s if entry is None else first_written_s(obj, entry)
     if crc is not None:
@@ -359,7 +349,6 @@ def entry_after_class_change(
 
 
 def is_readable(info: ObjectInfo) -> bool:
-    """Return whether an object can be read permanently. A temporarily restored object cannot."""
     return state_of(info) == READABLE
 
 
@@ -405,11 +394,9 @@ class PlacementUpdates:
         return self._stores.same_url(tier, self.home_name)
 
     def deciding_tiers(self, row: JournalRow) -> list[str]:
-        """Return the tiers whose copies decide about the placement: dst, and home where it is neither src nor dst."""
         return [row.dst] if self.is_home(row.src) or self.is_home(row.dst) else [row.dst, self.home_name]
 
     def copies_at_home(self, row: JournalRow, heads: Heads) -> Infos:
-        """Return the metadata of a move's objects at home; nothing where home is src or dst."""
         return heads.infos(self.home_name, row) if len(self.deciding_tiers(row)) > 1 else {}
 
     # -- writing placements -----------------------------------------------------------------------------------------
@@ -521,7 +508,6 @@ class PlacementUpdates:
         return folder, {key: back[key] for key in led}
 
     def _rows_of_last_copies(self, row: JournalRow, folder: str) -> RowChanges:
-        """Return rows for the objects of a cancelled delete, if the placement has none of them and home has no copy."""
         if any(self.is_home(obj.tier) or self._row(folder, obj.key) for obj in row.objects):
             return {}
         keys = {obj.key for obj in row.objects}

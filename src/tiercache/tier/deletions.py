@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeletionFacts:
-    """State of the tiers, as far as deletions depend on it."""
-
     in_use: frozenset[str] = frozenset()  # paths that a reader uses now
     protected: frozenset[str] = frozenset()  # newest complete checkpoint of each run, and newest that can be read
     deletes: frozenset[str] = frozenset()  # paths whose last copies the rules delete now
@@ -128,7 +126,7 @@ class DueDeletion:
     is_unwanted: bool = False  # cancelled because a rule, a pin, a hold or a reader speaks against it
 
     def set_verdict(self, verdict: Verdict, reason: str) -> None:
-        """Set the verdict, if there is no earlier one. reason: As a check returns it; "": the verdict stays.
+        """Set the verdict, if there is a reason and no earlier verdict.
 
         Where some objects are gone already, a deletion is not cancelled: the rest is deleted when that is possible.
         """
@@ -136,10 +134,7 @@ class DueDeletion:
             self.verdict, self.reason = "wait" if verdict == "cancel" and self.is_half_made else verdict, reason
 
     def cancel_changed(self, reason: str) -> None:
-        """Cancel the deletion, even a half-made one, because its objects have changed.
-
-        reason: As a check returns it; "": they have not changed, and the verdict stays.
-        """
+        """Cancel the deletion, even a half-made one, because its objects have changed; "": they have not."""
         if reason and self.verdict == "go":
             self.verdict, self.reason = "cancel", reason
 
@@ -147,7 +142,7 @@ class DueDeletion:
         """Cancel the deletion because a rule, a pin, a hold or a reader speaks against it.
 
         Nothing has failed then, and the result does not count it among the stopped moves. A half-made drop is finished
-        nevertheless: what is left in src is of no use, and dst has all of it. reason: As set_verdict().
+        nevertheless: what is left in src is of no use, and dst has all of it.
         """
         if not (self.is_half_made and self.row.action in ("move", "drop")):
             self.is_unwanted |= bool(reason) and self.verdict == "go"
@@ -226,7 +221,6 @@ class DeferredDeletions:
         return due
 
     def _needs_proof(self, row: JournalRow) -> bool:
-        """Return whether a source is deleted whose copy must be read back from disk: no store verifies its bytes."""
         return row.action in ("move", "drop") and self._context.transfer.needs_disk_check(row.dst)
 
     def _run_batch(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
@@ -648,9 +642,6 @@ def _row(context: MoveContext, inventory: Inventory, group: int, plan: str, numb
         rules=file.sha256,
         rule="ckpt rm",
         state="cancelled",
-        since_s=0.0,
-        due_s=0.0,
         objects=tuple(objects),
-        note="",
         changed_s=context.clock(),
     )

@@ -282,7 +282,6 @@ def _complete(grouped: Grouped, copies: Copies, *, now_s: float) -> NDArray[np.b
 
 
 def _links(file: RuleFile, stores: Stores, paths: pa.Array, copies: Copies) -> dict[int, str]:
-    """Return the symbolic links of local tiers, by each copy that a link leads to or lies in."""
     folders = {
         number: store
         for number, tier in enumerate(file.tiers)
@@ -529,7 +528,6 @@ def _no_shards() -> LiveShards:
 def read_datasets(
     file: RuleFile, stores: Stores, listed: Listing, own: pa.Array, *, now_s: float
 ) -> tuple[LiveShards, tuple[FoundDataset, ...]]:
-    """Read all data sets whose versions are among the listed objects. own: Rows of tiercache's own objects."""
     shards, found = [], []
     own_keys = listed.keys.take(own)
     for (folder, tier), numbers in sorted(_versions_of(file, listed, own, own_keys).items()):
@@ -543,7 +541,6 @@ def read_datasets(
 def _versions_of(
     file: RuleFile, listed: Listing, own: pa.Array, own_keys: pa.Array
 ) -> dict[tuple[str, int], list[int]]:
-    """Return the version numbers of each data set by (folder, tier): from the home tier, or else the first with any."""
     parts = pc.extract_regex(own_keys, _VERSION_KEY)
     rows = np.flatnonzero(np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), np.bool_))
     parts = parts.take(pa.array(rows, pa.int64()))
@@ -658,11 +655,7 @@ def _file_name(key: str) -> str:
 
 
 def read_metrics(store: Store, objects: Sequence[ObjectInfo]) -> dict[str, float]:
-    """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
-
-    Reads at most four objects of at most MAX_BYTES each. Raises StoreError if a
-    file exists and cannot be read now, so that the best checkpoints are unknown.
-    """
+    """Return the metrics in the small files of a checkpoint. Raises StoreError if one cannot be read now."""
     found: dict[str, float] = {}
     for one in files_of(objects):
         try:
@@ -708,7 +701,6 @@ _MAY_NAME = r"=|\d\.\d"
 
 
 def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
-    """Return the metrics that keep lists use, sorted; a run uses the first name that any of its checkpoints has."""
     keeps = [keep for rule in file.rules for keep in rule.keep.values()]
     return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
 

@@ -90,62 +90,32 @@ class CatalogEntry(NamedTuple):
     While size and ETag are equal, the object is the one of the entry. A verified entry proves that the copy is good: it
     describes the object as it was when its bytes were compared. An entry that is not verified, with a checksum, is that
     of a damaged copy; without one, nobody has compared the bytes.
-
-    Attributes:
-        n_bytes: Size, in bytes.
-        etag: ETag; None if unknown.
-        crc32c: CRC-32C that the object must have; None if unknown.
-        written_s: Time at which the object was first written, whichever copy this is. None: the object's own date
-            counts.
-        verified: False if nobody has compared its bytes, or if they were found wrong since.
     """
 
     n_bytes: int
     etag: str | None
-    crc32c: int | None
-    written_s: float | None = None
-    verified: bool = True
+    crc32c: int | None  # that the object must have; None if unknown
+    written_s: float | None = None  # when it was first written, whichever copy this is; None: its own date counts
+    verified: bool = True  # False if nobody has compared its bytes, or if they were found wrong since
 
 
 class PlannedObject(NamedTuple):
-    """An object of a move, as it was listed. The mover does not move an object that has changed since.
+    """An object of a move, as it was listed. The mover does not move an object that has changed since."""
 
-    Attributes:
-        key: Key relative to the tier's URL.
-        n_bytes: Size.
-        etag: ETag of the store; None: the store gives none.
-        modified_s: Modification time, in seconds since the epoch.
-        crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
-        tier: Name of its tier, in the journal of a move that covers several tiers.
-        was_absent: Whether dst lacked the object when the journal recorded a copy or move, before its first byte was
-            copied: an object that dst has now under this key was made by this move.
-    """
-
-    key: str
+    key: str  # below the tier's URL
     n_bytes: int
     etag: str | None = None
     modified_s: float | None = None
-    crc32c: int | None = None
-    tier: str = ""
+    crc32c: int | None = None  # if the store, the manifest or the catalog knows it
+    tier: str = ""  # in the journal of a move that covers several tiers
+    # Whether dst lacked the object when the journal recorded a copy or move, before its first byte was copied: an
+    # object that dst has now under this key was made by this move.
     was_absent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JournalRow:
-    """A move in the journal.
-
-    Attributes:
-        plan, number: Identify the move.
-        path, kind, action, src, dst, rule: As in the plan; dst is "" where there is none.
-        src_url, dst_url, home: URLs of src, of dst and of the home tier, because the names may mean other tiers
-            later.
-        rules: SHA-256 of the rule file that asked for the move.
-        state: Progress of the move. A move in the state "begun" is in progress, or was interrupted.
-        since_s, due_s: Start and end of the grace period, in seconds since the epoch; 0 before it begins.
-        objects: Objects of the move; the completing object of the group is last.
-        note: Reason why the move stopped last time, for people.
-        changed_s: Time at which this row was written.
-    """
+    """A move in the journal, which plan and number identify. URLs, because the names may mean other tiers later."""
 
     plan: str
     number: int
@@ -153,18 +123,18 @@ class JournalRow:
     kind: str
     action: str
     src: str
-    dst: str
+    dst: str  # "" where there is none
     src_url: str
     dst_url: str
-    home: str
-    rules: str
+    home: str  # URL of the home tier
+    rules: str  # SHA-256 of the rule file that asked for the move
     rule: str
-    state: MoveState
-    since_s: float
-    due_s: float
-    objects: tuple[PlannedObject, ...]
-    note: str
-    changed_s: float
+    state: MoveState  # "begun": in progress, or interrupted
+    since_s: float = 0.0  # start and end of the grace period, in seconds since the epoch; 0 before it begins
+    due_s: float = 0.0
+    objects: tuple[PlannedObject, ...]  # the completing object of the group is last
+    note: str = ""  # reason why the move stopped last time, for people
+    changed_s: float  # when this row was written
 
 
 _COPY = ", ".join(CatalogEntry._fields)

@@ -57,8 +57,6 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listing:
-    """The objects of all tiers. Row i of every column is one object."""
-
     classes: tuple[str, ...]  # names of storage classes; "" is the store's default
     keys: pa.Array  # large_string
     etags: pa.Array  # large_string, null where the store gives none
@@ -210,8 +208,6 @@ _TIERS = 256  # above every tier number
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objects:
-    """The listed objects that belong to groups. Row i of row and key is one object."""
-
     row: NDArray[np.int64]  # row in the listing
     key: NDArray[np.int64]  # number of the key, in sorted order
     # Columns of keys.
@@ -398,7 +394,6 @@ def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_
 
 
 def _without_ctime(etags: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return ETags, those of local files without their last part (see file_info() of store/local.py)."""
     return pc.replace_substring_regex(etags, r'^("[0-9a-f]+-[0-9a-f]+-[0-9a-f]+)-[0-9a-f]+"$', r"\1")
 
 
@@ -414,7 +409,6 @@ def _reduced(what: np.ufunc, column: NDArray[np.generic], first: NDArray[np.int6
 
 
 def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the largest object of each copy, the first among equals: the copy has its storage class."""
     if not len(first):
         return first
     most = np.repeat(_reduced(np.maximum, n_bytes, first), n_objects)

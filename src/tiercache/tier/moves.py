@@ -68,34 +68,22 @@ _RECORD_S = 1.0
 
 @dataclass(slots=True)
 class MoveJob:
-    """A move in progress. The lock guards the fields that pool threads change.
-
-    Attributes:
-        stop_reason: Reason why the move was stopped; "" while it was not.
-        may_continue: Whether the reason may pass, so that the parts of the copy stay for the next run: the network.
-        is_finished: Whether nothing is left to do.
-        made: Verified copies that are not in the catalog yet, as (tier, key, entry).
-        n_bytes: Bytes that were copied.
-        absent: Keys of the objects that dst lacked when the move began.
-        restarts_grace: Whether the grace period starts again, because the catalog did not have a copy in dst before.
-        is_withdrawn: Whether the parts that the move had copied were removed.
-        n_left: Number of objects that are not copied yet, without the completing object.
-    """
+    """A move in progress. The lock guards the fields that pool threads change."""
 
     row: JournalRow
-    stop_reason: str = ""
-    may_continue: bool = False
-    is_finished: bool = False
-    made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
-    n_bytes: int = 0
-    absent: frozenset[str] = frozenset()
-    restarts_grace: bool = False
-    is_withdrawn: bool = False
-    n_left: int = 0
+    stop_reason: str = ""  # why the move was stopped; "" while it was not
+    may_continue: bool = False  # whether the reason may pass, so that the parts stay for the next run: the network
+    is_finished: bool = False  # whether nothing is left to do
+    made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)  # verified, not in the catalog yet
+    n_bytes: int = 0  # bytes that were copied
+    absent: frozenset[str] = frozenset()  # keys of the objects that dst lacked when the move began
+    restarts_grace: bool = False  # whether the grace period starts again: the catalog did not have a copy in dst
+    is_withdrawn: bool = False  # whether the parts that the move had copied were removed
+    n_left: int = 0  # number of objects that are not copied yet, without the completing object
     lock: Lock = field(default_factory=Lock)
 
     def stop(self, reason: str, *, may_continue: bool = False) -> None:
-        """Stop the move. Only the first reason is kept. reason: Not empty; see stop_if()."""
+        """Stop the move. Only the first reason is kept."""
         with self.lock:
             if not self.stop_reason:
                 self.stop_reason, self.may_continue = reason, may_continue
@@ -279,10 +267,7 @@ class CopyMaker:
             job.made.extend(pair)
 
     def _is_there(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
-        """Return whether dst has an equal copy.
-
-        Stop the job if dst has a different object that must not be overwritten.
-        """
+        """Return whether dst has an equal copy. Stop the job if dst has another object, not to be overwritten."""
         context, dst = self._context, job.row.dst
         entry = context.catalog.entries(dst, [obj.key]).get(obj.key)
         expected = self._expected_checksum(job, obj)
@@ -462,11 +447,7 @@ def _record_complete(context: MoveContext, row: JournalRow, heads: Heads) -> Non
 
 
 def remove_empty_folders(context: MoveContext, row: JournalRow, tier: str) -> None:
-    """Remove the folders that deletions of a group have emptied in a local tier.
-
-    Frameworks would try to resume from the empty folder of a checkpoint. A copy that comes back creates the folders
-    that it needs.
-    """
+    """Remove the folders that deletions of a group have emptied: frameworks would try to resume from an empty one."""
     store = context.stores.store(tier)
     if isinstance(store, LocalFolder):
         with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
@@ -483,10 +464,7 @@ def change_classes(
     moves: Sequence[tuple[T, str, Sequence[PlannedObject]]],
     on_failure: Callable[[T, str], object],
 ) -> None:
-    """Give the objects of moves the storage class of a tier, in parallel, and record them in the catalog.
-
-    moves: Each with the tier and its objects. on_failure: Receives a move and the reason; the others go on.
-    """
+    """Give the objects of moves the storage class of a tier, in parallel. on_failure: The other moves go on."""
 
     def change(work: tuple[T, str, PlannedObject]) -> list[tuple[str, str, CatalogEntry]]:
         move, dst, obj = work
@@ -560,10 +538,7 @@ def _row(context: MoveContext, plan: Plan, move: Move) -> JournalRow:
         rules=file.sha256,
         rule=move.rule,
         state="begun",
-        since_s=0.0,
-        due_s=0.0,
         objects=tuple(obj._replace(tier=move.src) for obj in move.objects),
-        note="",
         changed_s=context.clock(),
     )
 
@@ -576,7 +551,6 @@ def _with_absent_of(row: JournalRow, old: JournalRow) -> tuple[PlannedObject, ..
 class _PlanChecks:
     def __init__(self, context: MoveContext, plan: Plan) -> None:
         self._context, self._plan = context, plan
-        self._n_of_path = Counter(move.path for move in plan.moves)
         self._open = defaultdict(list)
         for row in context.catalog.open_moves(context.file.home_tier.url):
             self._open[row.path].append(row)
@@ -586,10 +560,6 @@ class _PlanChecks:
         }
 
     def unfit_reason(self, move: Move) -> str:
-        if not move.objects:
-            return "expected the objects of the move, found none in the plan"
-        if self._n_of_path[move.path] > 1:
-            return "expected one move of it in the plan"
         planned = {tier.name: tier for tier in self._plan.tiers}
         now = {tier.name: tier for tier in self._context.file.tiers}
         for name in planned if move.action == "delete" else [n for n in (move.src, move.dst) if n is not None]:
@@ -604,14 +574,13 @@ class _PlanChecks:
             if added:
                 return f"expected the tiers of the plan, found {', '.join(added)} too: plan anew"
             return deletion_block_reason(self._unavailable)
-        if move.dst is None or move.dst == move.src:
-            return f"expected two different tiers, found {move.src} and {move.dst}"
-        is_one = self._context.stores.same_url(move.src, move.dst)
+        dst = move.dst or ""  # only deletes have none
+        is_one = self._context.stores.same_url(move.src, dst)
         if is_one != (move.action == "reclass"):
-            return f"expected {'one location' if not is_one else 'two locations'}, found {move.src} and {move.dst}"
+            return f"expected {'one location' if not is_one else 'two locations'}, found {move.src} and {dst}"
         if any(row.state == "dropping" for row in self._open[move.path]):
             return "deletions of an earlier move of it were interrupted: `tiercache tier run --once` finishes them"
-        return self._unavailable.get(move.dst, "")
+        return self._unavailable.get(dst, "")
 
 
 class MoveExecutor:

@@ -138,7 +138,6 @@ def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
 
 
 def covered_folders(globs: Sequence[str]) -> tuple[str, ...]:
-    """Return the folders that `**` globs cover completely: "a/b" for "a/b/**"."""
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
 
 
@@ -181,7 +180,6 @@ def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Reasons
 
 
 def append_to_reasons(texts: Reasons, mask: Flags, end: str) -> Reasons:
-    """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
     new: dict[str, str] = {}
     out = texts.copy()
     out[mask] = [new.setdefault(text, text + end) for text in texts[mask].tolist()]
@@ -189,7 +187,7 @@ def append_to_reasons(texts: Reasons, mask: Flags, end: str) -> Reasons:
 
 
 def hours(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Round down to whole hours, and from two days on to whole days (in hours): the precision that reasons show."""
+    """Round down to the precision that reasons show: whole hours, and from two days on whole days (in hours)."""
     whole = np.floor(np.maximum(seconds, 0.0) / 3600).astype(np.int64)
     return np.where(whole < 48, whole, whole // 24 * 24)
 
@@ -213,10 +211,7 @@ def ago(n_hours: int) -> str:
 def propose_move(
     index: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Reasons]
 ) -> tuple[MoveColumns, MoveColumns]:
-    """Propose how groups get from any of their source tiers to dst. Returns (proposed, refused).
-
-    A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
-    cost. A group is refused if none of its source copies can be read.
+    """Propose how groups get from any of their source tiers to dst, at the lowest cost. Returns (proposed, refused).
 
     sources: bool[n_tiers, n_rows], copies that may be moved: at least one of each row, none in dst. reasons: Number of
     the rule, and the reason of each row.
@@ -330,7 +325,7 @@ def _untracked_reasons(index: SnapshotIndex, waiting: MoveColumns) -> Reasons:
 
 
 def _left(index: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
-    """Return the rows that will not be deleted; a newest checkpoint never is, so that the rule moves it as others."""
+    """Return the rows that will not be deleted, with the newest checkpoints, which never are."""
     out = np.zeros(index.snapshot.n_groups, np.bool_)
     out[deletes.group] = True
     return rows[~out[rows] | index.newest[rows]]
@@ -348,7 +343,6 @@ def _conditions_hold(index: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flag
 
 
 def _unused_s(index: SnapshotIndex, rows: Rows) -> NDArray[np.float64]:
-    """Return the idle time of each row in seconds, at most the time since which uses are tracked."""
     unused_s, since_s = index.unused_s[rows], index.snapshot.uses_tracked_since_s[rows]
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, index.snapshot.now_s - since_s))
 
@@ -440,11 +434,7 @@ def _then(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Mo
 def propose_down(
     index: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Reasons], kept_below: Flags | None = None
 ) -> tuple[MoveColumns, MoveColumns]:
-    """Propose to send copies in a tier down. Returns (proposed, refused).
-
-    A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier. reasons: See
-    propose_move(). kept_below: Rows that must get a copy in the next tier.
-    """
+    """Propose to send copies in a tier down, as propose_move(). kept_below: Rows that need a copy in the next tier."""
     dst = np.full(len(rows), tier + 1, np.int8)
     for lower in range(index.n_tiers - 1, tier, -1):
         drops = droppable(index, rows, tier, lower)
@@ -482,10 +472,7 @@ class KeepReason:
 
 
 def keep_reasons(snapshot: Snapshot, file: RuleFile) -> Mapping[int, tuple[KeepReason, ...]]:
-    """Return by group, for each checkpoint that is kept, every reason.
-
-    The planner's own function evaluates the keys. A checkpoint without a reason may be moved, or deleted, by its rule.
-    """
+    """Return by group, for each checkpoint that is kept, every reason. Others may be moved or deleted by their rule."""
     index = SnapshotIndex.of(snapshot, file, [None] * len(file.tiers))
     found: dict[int, list[KeepReason]] = defaultdict(list)
     _always(index, found)
@@ -591,7 +578,7 @@ def _seconds_until_deletion(index: SnapshotIndex, moves: MoveColumns) -> NDArray
 
 
 def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Reasons | str) -> MoveColumns:
-    """Refuse the proposed moves of a mask, and return the others. text: Reason of each refused move, or of all."""
+    """Refuse the moves of a mask, and return the others. text: Reason of each refused move, or of all."""
     if not mask.any():
         return moves
     refused.append(replace(moves.take(mask), reason=np.full(int(mask.sum()), text, np.object_)))
@@ -625,10 +612,9 @@ def _protected_by_hold(index: SnapshotIndex) -> Flags:
 
 
 def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves that would remove the newest complete checkpoint of a run.
+    """Refuse moves that would remove the newest complete checkpoint of a run, or its last readable copy.
 
-    The checkpoint may be copied, and dropped where another copy is readable. A move of it becomes a copy, so that a
-    later plan drops the source once the new copy is known to be verified.
+    A move of it becomes a copy, so that a later plan drops the source once the new copy is known to be verified.
     """
     of_newest = index.newest[moves.group]
     lasts = of_newest & ((moves.action == DELETE) | (moves.action == RECLASS))
@@ -659,7 +645,6 @@ def refuse_linked(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveCo
 def refuse_unavailable(
     index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns], unavailable: Mapping[str, str]
 ) -> MoveColumns:
-    """Refuse moves to tiers that may not be mounted, and all deletions while there is such a tier."""
     if reason := deletion_block_reason(unavailable):
         moves = refuse(moves, refused, moves.action == DELETE, reason)
     for name, reason in unavailable.items():
@@ -678,8 +663,7 @@ def _readable_elsewhere(index: SnapshotIndex, moves: MoveColumns) -> Flags:
 def refuse_unprofitable(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
     """Refuse moves that do not pay back within BREAK_EVEN_DAYS, or before their rule deletes the group.
 
-    The costs include minimum sizes and durations, overheads, requests and fees. The policy does not apply this check to
-    moves of a watermark, whose purpose is room.
+    Moves of a watermark, whose purpose is room, are not checked.
     """
     moves = with_costs(index, moves)
     deleted_in_days = _seconds_until_deletion(index, moves) / DAY_S
@@ -722,13 +706,11 @@ def figures(values: NDArray[Any]) -> Dollars:
 
 
 def dollars_in_reason(dollars: float) -> str:
-    """Format US dollars for reasons, which are part of the plan file: "$1.50", or "$0.00123" with three digits."""
     sign = "-" if dollars < 0 else ""
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
 
 def _refuse_immovable(index: SnapshotIndex) -> MoveColumns:
-    """Return a refusal for each group that no move may touch and that a rule applies to, with the reason."""
     groups = np.array(sorted(group for group in index.snapshot.immovable if index.rule[group] >= 0), np.int64)
     reasons = np.array([index.snapshot.immovable[group] for group in groups.tolist()], np.object_)
     lies = index.at[:, groups] >= 0
@@ -756,7 +738,7 @@ class CapacityLedger:
         return fits
 
     def admit(self, moves: MoveColumns, refused: list[MoveColumns]) -> Flags:
-        """Return which proposed moves fit, as fitting(). Counts these, and refuses the others."""
+        """Return which moves fit. Counts these, and refuses the others."""
         fits = self.fitting(moves)
         capacities = zip(self._index.snapshot.tiers, self.limits, strict=True)
         full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in capacities]
@@ -777,7 +759,6 @@ def bytes_of(index: SnapshotIndex, moves: MoveColumns) -> NDArray[np.int64]:
 
 
 def _first_fit(n_bytes: NDArray[np.int64], left_bytes: int) -> Flags:
-    """Return which sizes fit into left_bytes, in order; a size that does not fit is skipped."""
     if int(n_bytes.sum()) <= left_bytes:
         return np.ones(len(n_bytes), np.bool_)
     fits = []
@@ -806,11 +787,7 @@ def decide(
 def decide_now(
     snapshot: Snapshot, file: RuleFile, stores: Stores, catalog: TierCatalog
 ) -> tuple[Decisions, Mapping[str, str]]:
-    """Return the decisions for tiers as they are now, and the reason for each unavailable tier, by name.
-
-    Unlike decide(), it asks the tiers for their capacity, and whether their copies can be seen, and finds the deletions
-    that a person must confirm.
-    """
+    """Return the decisions for tiers as they are now, and the reason for each unavailable tier, by name."""
     unavailable = unavailable_tiers(file, stores, catalog)
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
     decisions = decide(snapshot, file, file.prices, capacity_bytes=capacity, unavailable=unavailable)
@@ -909,11 +886,7 @@ class _Policy:
         self._admit(with_costs(self.index, moves.take(np.arange(len(moves))[:n])))
 
     def _may_go(self, tier: int, proposals: Sequence[RuleProposals]) -> Rows:
-        """Return the groups whose copy in the tier the watermark may send down.
-
-        A move of its own, a pin, a hold, a reader, an incomplete or newest checkpoint, a symbolic link and a keep list
-        keep a copy.
-        """
+        """Return the groups whose copy in the tier the watermark may send down."""
         index = self.index
         must_stay = (
             self.is_moved | index.snapshot.in_use | (index.pin >= 0) | _protected_by_hold(index) | (index.at[tier] < 0)

@@ -62,8 +62,6 @@ _NOT_WHOLE = "no copy of it is whole: it is being written, or objects of it are 
 
 @dataclass(frozen=True, slots=True)
 class RecallPlan:
-    """Plan of a recall."""
-
     paths: tuple[str, ...]  # of all selected groups that are, or will be, in their tier
     here: tuple[str, ...]  # of groups that are in their tier already
     copies: Plan  # moves that can be made now, and refusals
@@ -94,13 +92,9 @@ def plan_recall(
 ) -> RecallPlan:
     """Plan the recall of some groups. Asks the tiers about objects that must be restored; changes nothing.
 
-    prices: Of each tier; None where they are unknown. groups: Numbers in the snapshot. to: Name of the destination
-    tier; None: the first tier, for shards always the home tier. unavailable: Reason by tier that may be unmounted.
-
-    Raises:
-        ValueError: There is no such tier, what is in it must be restored before it can be read, or an archive has no
-            such speed.
-        StoreError: A tier could not be asked.
+    groups: Numbers in the snapshot. to: Name of the destination tier; None: the first tier, for shards always the home
+    tier. unavailable: Reason by tier that may be unmounted. Raises ValueError as destination(), or if an archive has no
+    such speed, and StoreError if a tier could not be asked.
     """
     index = SnapshotIndex.of(inventory.snapshot, file, prices)
     dst = destination(file, to)
@@ -145,7 +139,6 @@ def plan_recall(
 def _refuse_immovable(
     index: SnapshotIndex, groups: Rows, dst: int, here: list[Rows], refused: list[MoveColumns]
 ) -> Rows:
-    """Return the groups that may be recalled. The others are refused, or are `here` if dst has their only copy."""
     snapshot, mask = index.snapshot, np.isin(groups, [*index.snapshot.immovable])
     rows, lies = groups[mask], index.at[:, groups[mask]] >= 0
     is_here = lies[dst] & (lies.sum(axis=0) == 1)
@@ -157,10 +150,7 @@ def _refuse_immovable(
 
 
 def destination(file: RuleFile, to: str | None) -> int:
-    """Return the number of the tier with a name; None: the first tier.
-
-    Raises ValueError if there is none, or if its objects must be restored before they can be read.
-    """
+    """Return the number of a tier; None: the first. Raises ValueError if its objects must be restored to be read."""
     if to is None:
         return 0
     number = file.index(to)
@@ -267,8 +257,6 @@ class ArchivedObject:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """Plan of a restore."""
-
     objects: tuple[ArchivedObject, ...]
     speed: Speed
     cost: float | None  # dollars for requests that are not made yet, and the copy; None if a price is unknown
@@ -305,10 +293,7 @@ def plan_restore(
 def _estimate(
     file: RuleFile, objects: Sequence[ArchivedObject], prices: Mapping[str, Prices | None], speed: Speed, to: str
 ) -> tuple[float | None, float | None]:
-    """Return the dollars for requests that are not made yet, and the hours until all objects can be read.
-
-    Each is None where a price is unknown.
-    """
+    """Return `cost` and `hours` of the plan of a restore."""
     cost: float | None = 0.0
     hours: float | None = 0.0
     for name in {one.tier: None for one in objects}:
@@ -332,9 +317,7 @@ def _estimate(
 def request_restore(stores: Stores, plan: RestorePlan) -> None:
     """Request the restore of all objects without a request, and extend restored copies. Repeatable.
 
-    Raises:
-        StoreError: .unable where a store cannot restore at all; otherwise the first error. Requests made before it
-            stand: call again.
+    Raises the first StoreError, .unable where a store cannot restore at all. Requests made before it stand: call again.
     """
 
     def request(one: ArchivedObject) -> None:
@@ -391,6 +374,5 @@ def _is_restored(stores: Stores, one: ArchivedObject) -> bool:
 
 
 def _in_parallel(work: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """Return the results in order. The first error ends the work."""
     with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="tiercache-restore") as pool:
         return list(pool.map(work, items))

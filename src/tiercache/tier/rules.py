@@ -36,7 +36,7 @@ from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import FREE, Prices, is_free, named_prices, parse_prices
 from tiercache.tier.checkpoint_names import UserLayout, layout_pattern
 from tiercache.tier.snapshot import STANDARD
-from tiercache.tier.text_columns import check_globs
+from tiercache.tier.text_columns import translate_globs
 
 _LONGEST_S = 10_000 * 365.0 * 86400.0
 
@@ -57,14 +57,10 @@ def read_seconds(value: object) -> float:
     return seconds
 
 
-def read_bytes(value: object) -> int:
+def read_rate(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"expected a size such as '64KiB', '2TB' or a number of bytes, got {value!r}")
-    return parse_bytes(value)
-
-
-def read_rate(value: object) -> int:
-    n_bytes = read_bytes(value.strip().removesuffix("/s") if isinstance(value, str) else value)
+    n_bytes = parse_bytes(value.strip().removesuffix("/s") if isinstance(value, str) else value)
     if n_bytes < 1:
         raise ValueError(f"expected a rate of at least 1 byte per second, got {value!r}")
     return n_bytes
@@ -97,7 +93,7 @@ def read_globs(value: object) -> tuple[str, ...]:
             raise ValueError(
                 f"a glob matches paths below a tier's URL: no '/' at its start, no '//' and no '\\', got {glob!r}"
             )
-    check_globs(globs)
+    translate_globs(globs)
     return globs
 
 

@@ -132,9 +132,7 @@ class Stores:
             return store
 
     def s3_classes(self, name: str) -> S3StorageClasses | None:
-        """Return the client for storage classes, restores and batches of any tier on S3, not only of an archive tier.
-
-        None: The tier is not on S3, or boto3 is missing.
+        """Return the client for storage classes, restores and batches; None: the tier is not on S3, or no boto3.
 
         Raises ValueError if the tier has a storage class, but is not S3 or boto3 is missing.
         """
@@ -147,15 +145,11 @@ class Stores:
             return self._s3_classes[name]
 
     def head(self, name: str, key: str) -> ObjectInfo:
-        """Return an object's info with storage class, restore state and checksum, where the store has them."""
         client = self.s3_classes(name)
         return self.store(name).head(key) if client is None else client.head(key)
 
     def listing(self, name: str, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List the objects of a tier below a folder ("": all), with storage class and restore state; unordered.
-
-        If tiers share a URL, each lists only the objects of its own class; see tier_of().
-        """
+        """List the objects of a tier below a folder, unordered; of tiers with one URL, each its own: see tier_of()."""
         client = self.s3_classes(name)
         found = self.store(name).list(prefix) if client is None else client.list(prefix)
         sharing = self.sharing(name)
@@ -178,7 +172,6 @@ class Stores:
         return self.file.tier(name).storage_class or STANDARD
 
     def same_url(self, first: str, second: str) -> bool:
-        """Return whether two tiers have one URL: a move between them changes the class and copies no bytes."""
         return first == second or self._location(first) == self._location(second)
 
     def same_endpoint(self, first: str, second: str) -> bool:
@@ -274,10 +267,7 @@ def unavailable_reason(tier: Tier, store: Store, catalog: TierCatalog) -> str:
 def unavailable_tiers(
     file: RuleFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return the reason for each unavailable tier: it may be unmounted, or cannot be reached. Writes nothing.
-
-    Not included is a local tier that was never used and has no folder; see missing_folder_message().
-    """
+    """Return the reason for each tier that may be unmounted, or cannot be reached. Writes nothing."""
     found = {}
     for tier in file.tiers:
         if tier.name in but:
@@ -369,8 +359,6 @@ class Hold:
 
 
 class Holds:
-    """The holds of a home at one time. Immutable and thread-safe."""
-
     def __init__(self, holds: Iterable[Hold], now_s: float) -> None:
         self._now_s = now_s
         self._all = sorted(holds, key=lambda hold: (hold.made_s, hold.key))
@@ -392,10 +380,7 @@ class Holds:
         return frozenset(self._newest)
 
     def obsolete(self, keep: Collection[str] = ()) -> tuple[str, ...]:
-        """Return the keys of holds whose removal changes nothing: superseded, or ended with no older one in force.
-
-        keep: Paths whose newest hold stays although it has ended.
-        """
+        """Return the keys of holds whose removal changes nothing. keep: Paths whose newest hold stays in any case."""
         shadowed = {
             path
             for hold in self._all
@@ -414,7 +399,7 @@ def put_hold(store: Store, paths: Iterable[str], *, until_s: float, now_s: float
 
 
 def read_holds(store: Store, now_s: float, keys: Sequence[str] | None = None) -> Holds:
-    """Return the holds of a home. store: Store of the home tier. keys: Keys of the holds, if they were listed already.
+    """Return the holds of a home. keys: Keys of the holds, if they were listed already.
 
     Raises StoreError if the store failed, or if a hold cannot be read: then nobody knows what it protects.
     """

@@ -97,7 +97,7 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
 
     globs: For each rule, the globs that match, and the globs of exceptions. Raises ValueError for a malformed glob.
     """
-    rules = [(_pattern(match), _pattern(excepted)) for match, excepted in globs]
+    rules = [(translate_globs(match), translate_globs(excepted)) for match, excepted in globs]
     found = np.full(len(paths), -1, np.int16)
     paths = paths.cast(pa.large_string())
     for start in range(0, len(paths), ROWS_AT_A_TIME):
@@ -114,11 +114,7 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
     return found
 
 
-def check_globs(globs: tuple[str, ...]) -> None:
-    _pattern(globs)
-
-
-def _pattern(globs: tuple[str, ...]) -> str:
+def translate_globs(globs: tuple[str, ...]) -> str:
     parts: list[str] = []
     for glob in globs:
         try:

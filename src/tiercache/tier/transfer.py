@@ -57,8 +57,6 @@ class PartBufferPool:
 
 
 class _CopiedPart(NamedTuple):
-    """A part that was read. buffer: Its bytes, where they are still to be written."""
-
     crc32c: int
     n_bytes: int
     buffer: memoryview | None
@@ -246,7 +244,7 @@ class Transfer:
         return CatalogEntry(made.n_bytes, made.etag, obj.crc32c if made.crc32c is None else made.crc32c)
 
     def _copy_small(self, request: _CopyRequest) -> CatalogEntry:
-        """Copy an object of one part. One request reads it and its metadata: requests dominate the cost."""
+        """Copy an object of one part by one request for bytes and metadata: requests dominate the cost."""
         src, obj = request.src, request.obj
         self._wait_for_rate(obj.n_bytes)
         try:
@@ -313,7 +311,6 @@ class Transfer:
             yield upload
 
     def _kept_attributes(self, request: _CopyRequest, info: ObjectInfo) -> Sequence[FileAttributes] | None:
-        """Return the attributes of a copy in a local folder and of its new folders; None if the source has no date."""
         store = self._stores.store(request.src)
         if isinstance(store, LocalFolder):
             return store.attributes(info.key)
@@ -417,7 +414,6 @@ class Transfer:
         return CatalogEntry(n_bytes, info.etag, crc)
 
     def needs_disk_check(self, name: str) -> bool:
-        """Return whether copies are read back before sources are deleted: only reading shows what a disk has."""
         return isinstance(self._stores.store(name), LocalFolder)
 
     def checksum_on_disk(self, name: str, info: ObjectInfo) -> int:

@@ -186,14 +186,6 @@ def test_the_placement_does_not_redirect_from_a_home_that_has_the_object(world):
     assert world.where("f") == ["standard", "archive"]
 
 
-def test_a_path_that_a_plan_has_twice_is_not_moved(world):
-    world.put("hot", "f")
-    world.put("archive", "f")
-    moves = (world.move("f", "hot", "archive"), world.move("f", "archive", "hot", number=2))
-    applied = world.apply(world.plan(*moves))
-    assert [one.reason for one in applied.stopped] == ["expected one move of it in the plan"] * 2
-
-
 @pytest.mark.parametrize("keys", [("f",), PARTS])
 def test_an_unverified_archived_copy_is_not_replaced_by_a_corrupt_source(tmp_path, keys):
     """The mover was killed after the copy: it may be the last good one, and the group looks complete."""

@@ -11,8 +11,9 @@ from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject, Tier
 
 OBJECTS = (PlannedObject("a/1", 10, '"e"', 5.5, 7), PlannedObject("a/.metadata", 1, None, None, None, "hot"))
 ROW = JournalRow(
-    "plan", 1, "a", "checkpoint", "move", "hot", "cold", "/nvme", "s3://cold", "s3://home", "sha", "rules[1]", "begun",
-    0.0, 0.0, OBJECTS, "", 100.0,
+    plan="plan", number=1, path="a", kind="checkpoint", action="move", src="hot", dst="cold", src_url="/nvme",
+    dst_url="s3://cold", home="s3://home", rules="sha", rule="rules[1]", state="begun", objects=OBJECTS,
+    changed_s=100.0,
 )  # fmt: skip
 
 

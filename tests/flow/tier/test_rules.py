@@ -253,8 +253,8 @@ UNIT = "a duration needs a unit (s, m, h, d or w)"
 WRONG = [
     ("[[rules]]", "rules[1].match: is missing"),
     ('[[rules]]\nmatch = "/a"', "rules[1].match: a glob matches paths below a tier's URL"),
-    ('[[rules]]\nmatch = "a[b"', "rules[1].match: not a glob: 'a[b': a '[' is not closed"),
-    (f'{RULE}except = "a{{b,c}}"', "rules[1].except: not a glob: 'a{b,c}': braces have no meaning: write a list"),
+    ('[[rules]]\nmatch = "a[b"', "rules[1].match: not a glob: 'a[b': '[' has no meaning"),
+    (f'{RULE}except = "a{{b,c}}"', "rules[1].except: not a glob: 'a{b,c}': '{' has no meaning: write a list"),
     (f'{RULE}excepted = "a"', "rules[1].excepted: no such key; did you mean 'except'?"),
     (f"{RULE}keep = {{}}", "rules[1].keep: no such key"),
     (f'{RULE}to = "archive"\nidle = "soon"', "rules[1].idle: not a duration: 'soon'"),

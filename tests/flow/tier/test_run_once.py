@@ -138,6 +138,8 @@ def run_twice(tiers, clock):
 
 def test_a_checkpoint_that_left_a_local_tier_leaves_no_empty_folder(tiers, clock):
     """Orbax and Trainer list folders, and would resume from an empty one."""
+    rules = tiers.root / "tiercache.toml"
+    rules.write_text(rules.read_text().replace('match = "ck/**"', 'match = "ck/**"\ncheckpoint = "{step}/"'))
     for step in (100, 200):
         for name in ("_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/1", "metrics/metrics"):
             tiers.write("standard", f"ck/run/{step}/{name}")
