@@ -171,7 +171,6 @@ class TestCheck:
         assert steps(root, "cold") == ["step-10", "step-9"]
 
 
-
 class TestApply:
     @pytest.fixture
     def plan(self, tiercache, root):

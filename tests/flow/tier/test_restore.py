@@ -108,8 +108,6 @@ def test_an_unsupported_speed_is_refused_with_the_supported_ones(world):
         world.plan("a", speed="expedited")
 
 
-
-
 # -- waiting ----------------------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,8 @@ def test_a_glob_matches_as_the_reference_says():
 
 
 MALFORMED = {
-    "a[b": "has no meaning", "a{b": "write a list of globs", "a}b": "write a list of globs", "a**": "a whole path segment",
+    "a[b": "has no meaning", "a{b": "write a list of globs", "a}b": "write a list of globs",
+    "a**": "a whole path segment",
     "**b/c": "a whole path segment", "***": "a whole path segment", "a\\*": "has no meaning",
 }  # fmt: skip
 
