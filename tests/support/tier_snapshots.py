@@ -79,9 +79,13 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         for number, group in enumerate(groups)
         for name, copy in sorted(group.copies.items(), key=lambda item: tiers.index(item[0]))
     ]
-    created = np.array([now_s - group.days * DAY_S for group in groups], np.float64)
-    unused = [group.days if group.unused_days is None else group.unused_days for group in groups]
     metrics = sorted({name for group in groups for name in group.metrics})
+
+    def each(of, dtype):
+        return np.array([of(group) for group in groups], dtype)
+
+    def since(days):
+        return each(lambda group: now_s - days(group) * DAY_S, np.float64)
 
     def copies(of, dtype):
         return np.array([of(copy) for _, _, copy, _ in rows], dtype)
@@ -91,20 +95,17 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         tiers=tuple(tiers),
         classes=("",),
         paths=pa.array([group.path for group in groups], pa.string()),
-        kind=np.array([KINDS.index(group.kind) for group in groups], np.uint8),
-        step=np.array([group.step for group in groups], np.int64),
-        run=np.array([group.run for group in groups], np.int32),
-        complete=np.array([group.complete for group in groups], np.bool_),
-        created_s=created,
-        last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
-        uses_tracked_since_s=np.array(
-            [np.inf if group.counted_days is None else now_s - group.counted_days * DAY_S for group in groups],
-            np.float64,
-        ),
-        unreported=np.array([group.unreported for group in groups], np.bool_),
-        in_use=np.array([group.in_use for group in groups], np.bool_),
+        kind=each(lambda group: KINDS.index(group.kind), np.uint8),
+        step=each(lambda group: group.step, np.int64),
+        run=each(lambda group: group.run, np.int32),
+        complete=each(lambda group: group.complete, np.bool_),
+        created_s=since(lambda group: group.days),
+        last_use_s=since(lambda group: group.days if group.unused_days is None else group.unused_days),
+        uses_tracked_since_s=since(lambda group: -np.inf if group.counted_days is None else group.counted_days),
+        unreported=each(lambda group: group.unreported, np.bool_),
+        in_use=each(lambda group: group.in_use, np.bool_),
         metrics={name: np.array([group.metrics.get(name, np.nan) for group in groups]) for name in metrics},
-        unread=np.array([group.unread for group in groups], np.bool_),
+        unread=each(lambda group: group.unread, np.bool_),
         group=np.array([number for number, *_ in rows], np.int32),
         tier=np.array([tier for _, tier, *_ in rows], np.int8),
         n_objects=copies(lambda copy: copy.n_objects, np.int32),

@@ -28,48 +28,36 @@ _numbers = count()
 
 
 class Vault:
-    """An archive over a MemoryStore: every object is in GLACIER, and a restore takes some hours of its clock."""
+    """An archive over a MemoryStore: every object is in GLACIER, and a restore takes five hours of its clock."""
 
-    def __init__(self, clock, hours=5.0):
+    def __init__(self, clock):
         self.store = MemoryStore(f"vault-{next(_numbers)}")
-        self.url = self.store.url
-        self.clock, self.hours = clock, hours
+        self.clock = clock
         self.ready_s: dict[str, float] = {}
-        self.asked: list[tuple[str, int | None, str]] = []
-        self.forgets = False
-        self.n_heads = 0
 
     def head(self, key):
-        self.n_heads += 1
         info, said = self.store.head(key), None
         if key in self.ready_s:
             is_ready = self.ready_s[key] <= self.clock.monotonic()
-            said = (
-                'ongoing-request="false", expiry-date="Fri, 21 Dec 2040 00:00:00 GMT"'
-                if is_ready
-                else 'ongoing-request="true"'
-            )
+            done = 'ongoing-request="false", expiry-date="Fri, 21 Dec 2040 00:00:00 GMT"'
+            said = done if is_ready else 'ongoing-request="true"'
         return ObjectInfo(key, info.n_bytes, info.etag, storage_class="GLACIER", restore=said)
 
     def restore(self, key, *, days, speed):
-        self.asked.append((key, days, speed))
-        if key in self.ready_s:
-            return "done"
-        self.ready_s[key] = self.clock.monotonic() + self.hours * HOUR_S
+        self.ready_s[key] = self.clock.monotonic() + 5 * HOUR_S
         return "started"
 
 
 class World:
     """Two tiers: home, and a vault."""
 
-    def __init__(self, clock, hours=5.0):
-        self.clock, self.vault = clock, Vault(clock, hours)
-        self.home = MemoryStore(f"home-{next(_numbers)}")
-        tiers = (Tier(name="home", url=self.home.url), Tier(name="vault", url=self.vault.url, storage_class="GLACIER"))
+    def __init__(self, clock):
+        self.vault, home = Vault(clock), MemoryStore(f"home-{next(_numbers)}")
+        vault = Tier(name="vault", url=self.vault.store.url, storage_class="GLACIER")
+        tiers = (Tier(name="home", url=home.url), vault)
         self.file = RuleFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
-        self.stores = Stores(
-            self.file, stores={"home": self.home, "vault": self.vault.store}, s3_classes={"vault": self.vault}
-        )
+        stores = {"home": home, "vault": self.vault.store}
+        self.stores = Stores(self.file, stores=stores, s3_classes={"vault": self.vault})
 
     def plan(self, *keys, prices=(FREE, GLACIER), **more):
         return plan_restore(self.file, self.stores, [("vault", key) for key in keys], prices, to="home", **more)
@@ -109,6 +97,17 @@ def test_an_unsupported_speed_is_refused_with_the_supported_ones(world):
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wait_ends_when_all_objects_can_be_read(world, clock):
+    world.archive(**{f"k{number}": 1 for number in range(40)})
+    plan, told = world.plan(*(f"k{number}" for number in range(40))), []
+    request_restore(world.stores, plan)
+    start_s = clock.monotonic()
+    plan = world.plan(*(one.key for one in plan.objects))
+    assert wait_restored(world.stores, plan, clock=clock, on_progress=lambda n, of: told.append((n, of))) == ()
+    assert 5 * HOUR_S <= clock.monotonic() - start_s <= 5 * HOUR_S + 61
+    assert told[-1] == (40, 40)
 
 
 def test_a_wait_returns_the_missing_objects_at_its_deadline(world, clock):
