@@ -1,14 +1,16 @@
-"""What the tiers' tests share: a store in memory."""
-
-from __future__ import annotations
+"""What the tiers' tests share: a clock that jumps, and three tiers in memory."""
 
 import pytest
-
-from tiercache.store import MemoryStore
+from tests.support.clock import JumpingClock
+from tests.support.tier_moves import World
 
 
 @pytest.fixture
-def store(request):
-    store = MemoryStore(f"tier-{request.node.name}")
-    yield store
-    store.delete([info.key for info in store.list()])
+def clock():
+    with JumpingClock() as clock:
+        yield clock
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path / "world")

@@ -9,12 +9,6 @@ from tests.support.tier_moves import HookAt, Killed, World, moved_away
 from tiercache.tier.deletions import DeletionFacts
 from tiercache.tier.journal import TierCatalog
 
-
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path / "world")
-
-
 # -- clocks ------------------------------------------------------------------------------------------------------------
 
 

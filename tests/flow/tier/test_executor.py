@@ -11,12 +11,6 @@ from tiercache.store import placement_log
 from tiercache.tier.deletions import DeletionFacts
 from tiercache.tier.moves import apply_plan
 
-
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path / "world")
-
-
 # -- the straight way ------------------------------------------------------------------------------------------------
 
 

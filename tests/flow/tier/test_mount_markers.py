@@ -5,7 +5,6 @@ from contextlib import closing
 
 import pytest
 from tests.flow.tier.test_run_once import DAY_S, RULES, Tiers
-from tests.support.clock import JumpingClock
 from tests.support.faults import Fault, FaultStore
 
 from tiercache.store import LocalFolder
@@ -14,12 +13,6 @@ from tiercache.tier.journal import TierCatalog
 from tiercache.tier.mover import DONE, PARTLY, catalog_path, open_mover
 from tiercache.tier.moves import apply_plan
 from tiercache.tier.stores import MOUNT_MARKER_KEY, Stores, ensure_mount_marker, unavailable_reason
-
-
-@pytest.fixture
-def clock():
-    with JumpingClock() as clock:
-        yield clock
 
 
 @pytest.fixture

@@ -108,11 +108,6 @@ def test_an_object_created_during_a_copy_is_not_overwritten(tmp_path, monkeypatc
 # -- corrupt sources, and copies that are made again ---------------------------------------------------------------
 
 
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path / "world")
-
-
 def unsummed(move):
     """Return the move with objects whose checksums are unknown."""
     return replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.clock import JumpingClock
 from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc
@@ -66,12 +65,6 @@ class Tiers:
 @pytest.fixture
 def tiers(tmp_path):
     return Tiers(tmp_path)
-
-
-@pytest.fixture
-def clock():
-    with JumpingClock() as clock:
-        yield clock
 
 
 def checkpoints(tiers, *steps):
