@@ -1,4 +1,4 @@
-"""A data set to use the command on."""
+"""A data set to use the command on, and a cache."""
 
 import pytest
 from tests.support.image_files import png
@@ -21,3 +21,9 @@ def data_set(photos, tmp_path):
     """The pictures, packed into some shards."""
     pack(photos, tmp_path / "set", shard_size=8000, block_size=3000)
     return tmp_path / "set"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Flags of a cache that is large enough."""
+    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"

@@ -3,12 +3,6 @@
 import pytest
 
 
-@pytest.fixture
-def cache(tmp_path):
-    """Flags of a cache that is large enough."""
-    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"
-
-
 def used(tiercache, cache):
     return tiercache("status", *cache, "--json").events[-1]["bytes_used"]
 

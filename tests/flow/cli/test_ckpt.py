@@ -50,7 +50,6 @@ def step(root, number, loss, days, tier="nvme"):
 
 def own(root, number, days, tier="nvme"):
     """Write one of our own checkpoints; return its path."""
-    name = checkpoint_name(number, round(time.time() - days * DAY_S, 3), "0123ab")
     files = {"state.json": b"{}", "tensors-00001-of-00001.safetensors": bytes([number]) * 500}
     stored = tuple(StoredFile(path, len(data), crc32c(data)) for path, data in files.items())
     created_s = round(time.time() - days * DAY_S, 3)

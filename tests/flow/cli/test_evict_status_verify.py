@@ -11,11 +11,6 @@ from tiercache.store import open_store
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"
-
-
-@pytest.fixture
 def warmed(tiercache, data_set, cache, tmp_path):
     """The copies of a data set that is in the cache, largest first."""
     tiercache("warm", data_set, *cache)

@@ -18,11 +18,6 @@ from tiercache.shard.versions import commit, latest, read_shards
 from tiercache.store import MemoryStore, open_store
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"
-
-
 def shards_of(url):
     with closing(open_store(url)) as store:
         return read_shards(store, latest(store))

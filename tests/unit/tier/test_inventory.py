@@ -5,17 +5,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.scripted_tiers import NOW_S, OLD_S, SETTLE_S, ListedStore, ScriptedCatalog, Tiers, scripted
+from tests.support.scripted_tiers import NOW_S, OLD_S, SETTLE_S, ListedStore, ScriptedCatalog, Tiers
 
 from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING
-
-
-@pytest.fixture
-def tiers(tmp_path, request):
-    found = scripted(tmp_path, request.node.name)
-    yield found
-    found.clear()
-
 
 # -- groups and copies ------------------------------------------------------------------------------------------------
 

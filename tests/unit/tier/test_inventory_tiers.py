@@ -3,21 +3,13 @@
 import numpy as np
 import pytest
 from tests.support.faults import Fault, FaultStore
-from tests.support.scripted_tiers import NOW_S, scripted
+from tests.support.scripted_tiers import NOW_S
 from tests.support.stores import CountingStore
 
 from tiercache.errors import StoreError
 from tiercache.tier.listing import list_tiers
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
-
-
-@pytest.fixture
-def tiers(tmp_path, request):
-    found = scripted(tmp_path, request.node.name)
-    yield found
-    found.clear()
-
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
