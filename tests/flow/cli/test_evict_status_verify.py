@@ -6,6 +6,7 @@ import os
 import pytest
 
 from tiercache.cache import Cache
+from tiercache.cli.cache import summary_of
 from tiercache.data.dataset import Dataset
 from tiercache.store import open_store
 
@@ -81,6 +82,14 @@ class TestStatus:
         assert done["hits"] >= 2 * (len(warmed) - 1)
         assert 0 < done["hit_ratio"] <= 1
         assert " were hits, " in tiercache("status", *cache).out
+
+    def test_the_summary_names_what_is_being_fetched_and_what_is_corrupt_at_its_source(self):
+        sizes = {"bytes_used": 5, "limit_bytes": 10, "pinned_bytes": 0, "reserved_bytes": 2}
+        figures = {"hits": 3, "misses": 1, "bytes_fetched": 7, "poisoned": 1}
+        assert summary_of({"path": "/c", "hit_ratio": 0.75, "figures": figures, **sizes}) == (
+            "/c: 5 B of 10 B, 0 B pinned; 2 B being fetched; 75.0% of 4 opens were hits, 7 B fetched; "
+            "1 corrupt at their source"
+        )
 
 
 class TestVerify:
