@@ -9,7 +9,6 @@ import gc
 import itertools
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -31,21 +30,12 @@ from tiercache.store import shared_files
 
 @dataclass
 class Report:
-    """Counts of one run.
-
-    calls: what each chapter makes of each kind; struck: positions that failed, by kind and error; slowest: seconds that
-    a round took, and where.
-    """
+    """Counts of one run: calls of each kind in each chapter; positions that failed, by kind and error."""
 
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
     struck: Counter = field(default_factory=Counter)
-    not_reached: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    slowest: list[tuple[float, str]] = field(default_factory=list)
-
-    def note_time(self, seconds: float, where: str) -> None:
-        self.slowest = sorted([*self.slowest, (round(seconds, 2), where)])[-5:]
 
     def to_json(self) -> str:
         return json.dumps(vars(self) | {"n_struck": sum(self.struck.values())})
@@ -73,17 +63,14 @@ class Rounds:
         """Every stride-th position of each kind in each chapter."""
         gc.freeze()
         began_s = time.monotonic()
-        try:
-            for chapter in CHAPTERS:
-                self.turn_to(chapter)
-                for kind in kinds if chapter.work.__name__ in self.only else ():
-                    if self.times == FOR_EVER and kind == "lock":
-                        continue  # SQLite asks again and again, at every statement: right, and too slow for rounds
-                    self.fail_each(kind, stride)
-                self.bring_back()
-                self.without_fault(chapter.work)
-        except KeyboardInterrupt:
-            self.report.problems.append(f"ended by a signal in {self.chapter.work.__name__}: not all positions")
+        for chapter in CHAPTERS:
+            self.turn_to(chapter)
+            for kind in kinds if chapter.work.__name__ in self.only else ():
+                if self.times == FOR_EVER and kind == "lock":
+                    continue  # SQLite asks again and again, at every statement: right, and too slow for rounds
+                self.fail_each(kind, stride)
+            self.bring_back()
+            self.without_fault(chapter.work)
         self.report.seconds = time.monotonic() - began_s
         return self.report
 
@@ -132,16 +119,12 @@ class Rounds:
 
     def round(self, position: Position) -> bool:
         """Whether the position was reached."""
-        began_s = time.monotonic()
         self.bring_back()
         failed = fail_calls(self.work, self.scene.cache_root, position, deadline_s=DEADLINE_S)
         if failed.n_struck:
             self.report.struck[f"{position.kind} {position.error}"] += 1
-        else:
-            self.report.not_reached += 1
         where = f"{self.chapter.work.__name__}, {position} at {failed.where}"
         self.report.problems += [f"{where}: {problem}" for problem in self.look(failed)]
-        self.report.note_time(time.monotonic() - began_s, where)
         return failed.n_struck > 0
 
     def look(self, failed: FailedCalls) -> list[str]:
@@ -168,7 +151,6 @@ def wait_shortly() -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore", RuntimeWarning)  # notices say that the disk fails
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended early, it says how far it got
     wait_shortly()
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

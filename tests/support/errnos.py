@@ -1,11 +1,7 @@
 """Fault injection: the n-th system call of a kind below one folder fails, in our code and in SQLite.
 
-A process is started with the shim library in LD_PRELOAD. It imports what it needs and forks a child for each position.
-The child arms the shim and works::
-
-    subprocess.run([...], env=preload(build_shim(tmp_path)) | ...)
-    ...
-    failed = failing(work, folder, Position("pwrite", "ENOSPC", nth=3))
+A process is started with the shim library in LD_PRELOAD (preload). It forks a child for each position, which arms the
+shim and works.
 """
 
 from __future__ import annotations
@@ -51,7 +47,7 @@ FOR_EVER = -1
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Calls number nth to nth + times - 1 of a kind of KINDS fail, counted from 1. error: Name of an errno."""
+    """Calls number nth to nth + times - 1 of a kind fail with an errno, counted from 1; FOR_EVER: all from nth on."""
 
     kind: str
     error: str
@@ -61,9 +57,8 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class FailedCalls:
-    """How a child ended, n_struck of whose calls failed. where: The first of them, e.g. "pwrite64(/path)"."""
+    """How many calls failed in a child. where: The first of them, e.g. "pwrite64(/path)"."""
 
-    position: Position
     ended: ChildEnd
     n_struck: int
     where: str
@@ -91,13 +86,8 @@ class Shim:
         self._library.tc_errno_count.restype = ctypes.c_long
         self._library.tc_errno_struck.restype = ctypes.c_long
         self._library.tc_errno_where.restype = ctypes.c_char_p
-        self._library.tc_errno_arm.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_int,
-            ctypes.c_long,
-            ctypes.c_long,
-            ctypes.c_int,
-        ]
+        number, long = ctypes.c_int, ctypes.c_long
+        self._library.tc_errno_arm.argtypes = [ctypes.c_char_p, number, long, long, number]
 
     def arm(self, folder: Path, position: Position) -> None:
         number = getattr(errno, position.error)
@@ -156,4 +146,4 @@ def fail_calls(
     notes = [line.split(" ", 2) for line in ended.lines if line.startswith("struck ")]
     _, n_struck, where = notes[-1] if notes else ("", "0", "")
     lines = tuple(line for line in ended.lines if not line.startswith("struck "))
-    return FailedCalls(position, ChildEnd(ended.code, lines, ended.hung, ended.error), int(n_struck), where)
+    return FailedCalls(ChildEnd(ended.code, lines, ended.hung, ended.error), int(n_struck), where)

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,11 +147,19 @@ class Scope:
 
         The data set's id finds copies from a mirror; its URL finds copies of a data set that no longer exists.
         """
-        entries = [e for e in cache.entries() if name_matches(e, self.include, self.exclude)]
+        entries = [
+            e
+            for e in cache.entries()
+            if selected(
+                e.source.removeprefix(data_set_url(e.source)).lstrip("/"), self.include or (), self.exclude or ()
+            )
+        ]
         if self.url is None:
             return entries
         with open_data_set_store(self.url, self.storage_options) as store:
-            prefix, dataset_id = f"{redact(store.url)}/", _dataset_id(store)
+            prefix, dataset_id = f"{redact(store.url)}/", None
+            with suppress(StoreError):
+                dataset_id = latest(store).dataset_id
         return [
             e for e in entries if e.source.startswith(prefix) or (dataset_id is not None and e.dataset_id == dataset_id)
         ]
@@ -211,7 +219,9 @@ def evict(
         what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
         if dry_run:
             for entry in chosen:
-                output.event("copy", entry_facts(entry), f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
+                names = ("source", "in_part", "pinned", "dataset_id", "shard_id")
+                facts = {"bytes": entry.n_bytes} | {name: getattr(entry, name) for name in names}
+                output.event("copy", facts, f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
             facts = {"copies": len(chosen), "bytes": n_bytes, "pinned": n_pinned, "dry_run": True}
             output.summary(facts, f"would evict {what}")
             return
@@ -231,23 +241,6 @@ def evict(
     output.summary(facts, f"evicted {count(len(gone), 'copy', 'copies')}, {format_bytes(gone_bytes)}{kept}")
     if n_left:
         raise typer.Exit(PARTIAL)
-
-
-def entry_facts(entry: Entry) -> dict[str, Any]:
-    names = ("source", "in_part", "pinned", "dataset_id", "shard_id")
-    return {"bytes": entry.n_bytes} | {name: getattr(entry, name) for name in names}
-
-
-def _dataset_id(store: Store) -> str | None:
-    try:
-        return latest(store).dataset_id
-    except StoreError:
-        return None
-
-
-def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
-    path = entry.source.removeprefix(data_set_url(entry.source)).lstrip("/")
-    return selected(path, include or (), exclude or ())
 
 
 @verb(after_ctrl_c="repaired copies stay repaired, nothing else was changed; run the same command again")
@@ -301,7 +294,11 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
         def on_progress(one: CopyCheck) -> None:
             checked.append(one)
             advance(sum(one.n_bytes for one in checked), total_bytes)
-            _print_copy(output, one)
+            if one.where:
+                facts = asdict(one)
+                del facts["n_bytes"]
+                ending = ": removed" if one.removed else ""
+                output.event("copy", facts, f"{one.source or one.name}: {'; '.join(one.where)}{ending}")
 
         cache.verify(names=[entry.name for entry in entries], repair=repair, jobs=jobs, on_progress=on_progress)
     wrong = [one for one in checked if one.where]
@@ -316,14 +313,6 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
     output.summary(facts, text)
     if removed < len(wrong):
         raise typer.Exit(CORRUPT)
-
-
-def _print_copy(output: Output, one: CopyCheck) -> None:
-    if one.where:
-        facts = asdict(one)
-        del facts["n_bytes"]
-        ending = ": removed" if one.removed else ""
-        output.event("copy", facts, f"{one.source or one.name}: {'; '.join(one.where)}{ending}")
 
 
 def _verify_data_set(

@@ -49,7 +49,6 @@ from tiercache.store import LocalStore
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.cli.common import Advance
     from tiercache.order.window import BlockSizes
     from tiercache.shard.versions import ShardTable
 
@@ -71,9 +70,9 @@ Placement: TypeAlias = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A loader's order, and the ranks that read it. seed None: the stored order, of which each rank reads all."""
+    """A loader's order, and the ranks that read it."""
 
-    seed: int | None = None
+    seed: int
     epoch: int = 0
     ranks: tuple[int, ...] = (0,)
     world_size: int = 1
@@ -82,8 +81,8 @@ class Training:
     @property
     def options(self) -> OrderOptions:
         return OrderOptions(
-            seed=self.seed or 0,
-            shuffle=self.seed is not None,
+            seed=self.seed,
+            shuffle=True,
             group_bytes=GROUP_BYTES,
             window_bytes=None,
             streams=self.world_size,
@@ -107,7 +106,7 @@ def epoch_reads(
     reads = {}
     for rank in training.ranks:
         plan = RankPlan(0, training.world_size, rank, order.n_streams, False, order.n_records, order.n_streams)
-        share = OrderShare(order, plan, training.seed or 0, training.epoch)
+        share = OrderShare(order, plan, training.seed, training.epoch)
         shards = np.array(share.shards_ahead(0, 0, _ALL_BYTES), np.int64)
         reads[rank] = ReadOrder(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
     return reads
@@ -325,8 +324,7 @@ def warm(
         objects += data_set.shards.objects(dataset_id, shards)
         ranges: Mapping[str, Sequence[ByteRange]] = {}
         if names is not None:
-            with output.count_progress("reading footers") as advance:
-                ranges = read_column_ranges(data_set, shards, names, advance)
+            ranges = read_column_ranges(data_set, shards, names)
         store = cache.store(inner)
         n_bytes = sum(
             sum(r.n_bytes for r in ranges[key]) if key in ranges else identity.n_bytes for key, identity in objects
@@ -362,11 +360,11 @@ FOOTER_THREADS = 16
 
 
 def read_column_ranges(
-    data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str], advance: Advance
+    data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str]
 ) -> Mapping[str, tuple[ByteRange, ...]]:
     """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
 
-    advance() gets the number of footers read, and their total. Raises SchemaError, StoreError, CorruptShard.
+    Raises SchemaError, StoreError, CorruptShard.
     """
     schema = data_set.version.schema
     numbers = [schema.index(name) for name in schema.select(columns).names]
@@ -374,11 +372,10 @@ def read_column_ranges(
     ranges: dict[str, tuple[ByteRange, ...]] = {}
     with ThreadPoolExecutor(FOOTER_THREADS, "tiercache-footer") as pool:
         footers = pool.map(lambda info: fetch_footer(data_set.store, info.name, info), infos)
-        for n_done, (info, footer) in enumerate(zip(infos, footers, strict=True), start=1):
+        for info, footer in zip(infos, footers, strict=True):
             found = column_ranges(footer, info, numbers)
             if found is not None:
                 ranges[info.name] = found
-            advance(n_done, len(infos))
     return ranges
 
 
@@ -414,12 +411,7 @@ def simulate(
     reads = training_reads(shards.n_records, shards.n_bytes, training, nodes=nodes, epochs=epochs)
     data_bytes = int(shards.n_bytes[np.unique(np.concatenate([node.trace.names for node in reads]))].sum())
     sizes_bytes = sorted({parse_size("--size", one, whole_bytes=data_bytes) for one in size or SIZES})
-    cases = [(policy, size_bytes) for policy in POLICIES for size_bytes in sizes_bytes]
-    results: list[SimulationResult] = []
-    with output.count_progress("replaying") as advance:
-        for policy, size_bytes in cases:
-            results.append(simulate_case(reads, policy, size_bytes))
-            advance(len(results), len(cases))
+    results = [simulate_case(reads, policy, size_bytes) for policy in POLICIES for size_bytes in sizes_bytes]
     rows = [asdict(result) | {"share": result.size_bytes / max(data_bytes, 1)} for result in results]
     texts = [
         {

@@ -59,9 +59,7 @@ SLOWEST_BYTES_S = 1e6
 FIRST_ABSENCE_S, LONGEST_ABSENCE_S = 5.0, 60.0
 RESOLVE_EVERY_S = 30.0
 MOST_IDLE_STORES = 64  # a store keeps some threads and connections
-MOST_DISTRUSTED = 4096
 _UNIT_BYTES = 4096  # of what a peer has sent
-MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at all must not fill the log
 
 _jitter = SystemRandom()  # not the seeded generator: machines must not try in step
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
@@ -233,8 +231,7 @@ class Peers:
         self._members: Members | None = None
         self._resolve_at_s = -np.inf
         self._peers: dict[str, _Peer] = {}
-        self._distrusted: dict[str, None] = {}
-        self._n_reported = 0
+        self._distrusted: set[str] = set()
 
     def store_for(self, name: str, key: str, n_bytes: int, origin: Store) -> Store:
         """Return the store from which the copy with this name is fetched: its peers, and behind them the origin."""
@@ -242,10 +239,7 @@ class Peers:
 
     def distrust(self, name: str) -> None:
         """Fetch a copy from the origin from now on: what the peers sent was corrupt."""
-        with self._lock:
-            self._distrusted[name] = None
-            if len(self._distrusted) > MOST_DISTRUSTED:
-                del self._distrusted[next(iter(self._distrusted))]
+        self._distrusted.add(name)
 
     def ask(
         self, name: str, request: Callable[[RemoteStore], T], refused: set[str], cancel: Event | None = None
@@ -329,8 +323,7 @@ class Peers:
             peer.absent_until_s = self._clock.monotonic() + absence_s
         is_refused = isinstance(error, StoreError) and error.status == HTTPStatus.UNAUTHORIZED
         hint = "; check peers_token" if is_refused else ""
-        self._n_reported += 1
-        level = logging.WARNING if self._n_reported <= MOST_REPORTED else logging.INFO
+        level = logging.WARNING if peer.n_failures == 1 else logging.INFO
         logger.log(level, "peer %s is left out for %.0f s: %s%s", peer.url, absence_s, error, hint)
 
     @contextmanager

@@ -54,15 +54,6 @@ def test_an_object_corrupt_at_its_source_is_not_cached_nor_fetched_again(world):
     assert (status["reserved_bytes"], status["poisoned"]) == (0, 1)
 
 
-def test_an_object_that_is_too_short_is_an_error(world):
-    identity = world.put("a")
-    (world.root / "source" / "a").write_bytes(world.data["a"][:9_999])
-    store = world.store()
-    with store.open_local("a", identity) as lease, pytest.raises(StoreError):
-        lease.wait(WHOLE)
-    assert (world.copies(), world.parts()) == ([], [])
-
-
 @pytest.mark.parametrize("retryable", [True, False])
 def test_a_failed_fetch_leaves_no_files(world, retryable):
     identity = world.put("a")
@@ -184,46 +175,7 @@ def test_a_disk_that_is_full_at_any_step_evicts_once_and_is_then_bypassed(world,
     assert cache.verify().is_right
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied"])
-def test_a_copy_of_the_wrong_size_is_replaced(world, damage):
-    world.put("a")
-    store = world.store()
-    world.fetch(store, "a")
-    copy = world.copy("a")
-    copy.chmod(0o644)
-    copy.write_bytes({"cut": world.data["a"][:5000], "emptied": b""}[damage])
-    world.fetch(store, "a")
-    assert world.n_reads() == 2
-    world.fetch(store, "a")
-    assert world.n_reads() == 2
-
-
 # -- the folder --
-
-
-@pytest.mark.parametrize("damage", ["deleted", "garbage", "torn"])
-def test_a_rebuilt_catalog_contains_partial_copies(world, damage):
-    n_bytes = 4 << 20
-    world.put("a", n_bytes)
-    cache = world.cache()
-    store = world.store(cache)
-    with store.open_local("a", world.identity("a")) as lease:
-        assert lease.wait([ByteRange(0, 9000)])
-    cache.close()
-    before = cache.status()
-    assert (before["n_copies"], before["n_parts"], before["reserved_bytes"]) == (0, 1, 0)
-    assert 0 < before["bytes_used"] < n_bytes
-    cache.close()
-    catalog = world.root / "cache" / "catalog.sqlite"
-    if damage == "deleted":
-        catalog.unlink()
-    else:
-        catalog.write_bytes({"garbage": b"no database" * 1000, "torn": catalog.read_bytes()[:5000]}[damage])
-    after = cache.status()
-    assert (after["n_parts"], after["bytes_used"]) == (1, before["bytes_used"])
-    world.fetch(store, "a")
-    assert cache.counters["bytes_fetched"] == n_bytes
-    assert cache.status()["n_parts"] == 0
 
 
 def test_a_folder_deleted_during_a_fetch_costs_at_most_a_second_download(world):
@@ -308,21 +260,6 @@ def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
     other.close()
 
 
-def test_queries_of_a_deleted_folder_find_nothing_and_create_it_again(world):
-    world.put("a")
-    cache = world.cache()
-    store = world.store(cache)
-    world.fetch(store, "a")
-    shutil.rmtree(world.root / "cache")
-    assert cache.stats()["misses"] == 1
-    assert cache.entries() == []
-    assert cache.status()["n_copies"] == 0
-    shutil.rmtree(world.root / "cache")
-    world.fetch(store, "a")
-    assert not cache.status()["bypassed"]
-    assert len(world.copies()) == 1
-
-
 def test_a_cache_that_cannot_be_reopened_is_bypassed_and_tried_again(world, monkeypatch):
     world.put("a")
     cache = world.cache()
@@ -368,18 +305,3 @@ def test_a_cache_opened_on_a_full_disk_is_written_once_there_is_space(world, mon
     monkeypatch.setattr(Owners, "_make", really_make)
     cache._reopening.reset()
     world.fetch(store, "b")
-
-
-def test_a_fetch_in_a_closed_cache_does_not_count_as_a_disk_failure(world, recwarn):
-    identity = world.put("a")
-    cache = world.cache()
-    world.fetch(world.store(cache), "a")
-    opened = cache._open()
-    cache.close()
-    wanted = world.store(cache).spec_of("a", identity)
-    cache.evict()
-    cache.close()
-    assert opened.open(wanted, world.inner) is None
-    assert not opened.breaker.is_open
-    assert list((world.root / "cache" / "owners").iterdir()) == []
-    assert len(recwarn) == 0

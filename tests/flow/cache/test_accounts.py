@@ -178,19 +178,6 @@ def test_accounts_of_another_boot_are_rebuilt(open_accounts, files, monkeypatch)
     assert today.sums()[0] == 100
 
 
-def test_dead_owners_leave_no_rows(files, open_accounts):
-    for i in range(5):
-        files.living.add(f"worker {i}")
-        open_accounts(f"worker {i}", 100_000).close()
-        files.living.remove(f"worker {i}")
-    mine = open_accounts("me", 50_000)
-    mine.reconcile()
-    assert set(files.buried) == {f"worker {i}" for i in range(5)}
-    files.buried.clear()
-    mine.reconcile()
-    assert files.buried == []
-
-
 class AccountStates(RuleBasedStateMachine):
     """Two owners; the model is a dictionary of reservations and one of copies."""
 

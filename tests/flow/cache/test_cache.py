@@ -34,16 +34,6 @@ def test_warm_fetches_missing_copies_and_reports_progress(world, jobs):
     assert world.n_reads() == 5
 
 
-def test_warm_ends_at_the_first_error_and_continues_when_repeated(world):
-    pairs = pairs_of(world)
-    source = FaultStore(world.inner, [Fault("read_into", nth=3)])
-    cache = world.cache()
-    with pytest.raises(StoreError, match="scripted"):
-        cache.warm(source, pairs, jobs=1)
-    assert len(world.copies()) == 2
-    assert cache.warm(source, pairs, jobs=1).n_fetched == 3
-
-
 def test_warm_raises_for_missing_and_corrupt_objects(world):
     pairs = pairs_of(world)
     with pytest.raises(CorruptShard):
@@ -90,16 +80,6 @@ def test_pin_fetches_copies_and_protects_them_from_eviction(world):
     assert [entry.pinned for entry in cache.entries()] == [True]
     assert cache.unpin(lambda entry: False) == 0
     assert cache.unpin() == 1
-
-
-def test_entries_name_the_source_of_each_copy(world):
-    identity = world.put("train/a")
-    cache = world.cache()
-    world.fetch(world.store(cache), "train/a")
-    (entry,) = cache.entries()
-    assert entry.source == f"{world.inner.url}/train/a"
-    assert (entry.dataset_id, entry.shard_id) == (identity.dataset_id, identity.shard_id)
-    assert (entry.n_bytes, entry.pinned) == (16_384, False)
 
 
 def test_stats_has_the_documented_keys(world):
@@ -207,16 +187,3 @@ def test_status_sums_the_counters_of_all_processes(world):
     assert (status["figures"]["bytes_hit"], status["figures"]["bytes_fetched"]) == (20_000, 10_000)
     assert (status["hits"], status["misses"]) == (2, 0), "of this process"
     assert world.cache(name="new").status()["hit_ratio"] is None
-
-
-def test_evicting_to_a_target_size_removes_the_least_recently_used_copies(world):
-    pairs = pairs_of(world)
-    cache = world.cache()
-    cache.warm(world.inner, pairs, jobs=1)
-    world.fetch(world.store(cache), "s0")
-    one = cache.entries()[0].n_bytes
-    assert cache.evict(target_bytes=3 * one) == 2 * one
-    assert {entry.source[-2:] for entry in cache.entries()} == {"s0", "s3", "s4"}
-    assert cache.evict(target_bytes=3 * one) == 0
-    assert cache.evict(lambda entry: entry.source.endswith("s0"), target_bytes=0) == one
-    assert cache.evict(target_bytes=0) == 2 * one

@@ -10,23 +10,6 @@ from tiercache.errors import NotFound
 from tiercache.model import ByteRange, ObjectInfo
 
 
-def test_only_the_first_read_fetches(world):
-    world.put("shards/a")
-    store = world.store()
-    world.fetch(store, "shards/a")
-    world.fetch(store, "shards/a")
-    assert world.n_reads() == 1
-    counters = store.counters.snapshot()
-    assert (counters["cache_hits"], counters["cache_misses"]) == (1, 1)
-
-
-@pytest.mark.parametrize("n_bytes", [0, 1, (8 << 20) + 1])
-def test_objects_of_any_size_are_cached_whole(world, n_bytes):
-    world.put("a", n_bytes)
-    world.fetch(world.store(world.cache("50MiB")), "a")
-    assert world.n_reads() == -(-n_bytes // (8 << 20))
-
-
 def test_a_lease_has_no_descriptor_until_data_is_cached(world):
     identity = world.put("a")
     gated = GateStore(world.inner)

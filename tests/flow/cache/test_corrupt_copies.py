@@ -1,13 +1,10 @@
 """A corrupt copy, whole or partial, is never served again, is counted, and is fetched again; and verification."""
 
-import errno
 import os
-from pathlib import Path
 
 import pytest
 from tests.support.cache_world import turn
 
-from tiercache.cache.folder import Folder
 from tiercache.cache.many_copies import CopyState
 from tiercache.model import ByteRange
 
@@ -49,43 +46,6 @@ def test_a_corrupt_copy_is_removed_counted_and_fetched_again(world, store, damag
 def test_a_correct_copy_that_a_reader_doubts_stays(world, store):
     assert store.remove_if_corrupt("a", world.identity("a")) is False
     assert (store.cache.stats()["quarantined"], world.n_reads()) == (0, 1)
-
-
-def test_an_unreadable_copy_is_removed(world, store, monkeypatch):
-    really_read, copy = os.preadv, world.copy("a")
-
-    def read(fd, buffers, offset):
-        if os.fstat(fd).st_ino == inode:
-            raise OSError(5, "input/output error")
-        return really_read(fd, buffers, offset)
-
-    inode = copy.stat().st_ino
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", read)
-        assert store.remove_if_corrupt("a", world.identity("a")) is True
-    world.fetch(store, "a")
-    assert store.cache.stats()["quarantined"] == 1
-
-
-@pytest.mark.parametrize("call", ["open_copy", "lstat", "fstat"])
-def test_a_corrupt_copy_that_the_disk_does_not_let_us_check_is_not_served(world, store, monkeypatch, call):
-    world.damage("a")
-    place = Folder if call == "open_copy" else os
-    really, copy = getattr(place, call), world.copy("a")
-    failed = []
-
-    def fail(*args, **options):
-        is_ours = call == "open_copy" or (call == "lstat" and Path(args[0]) == copy) or call == "fstat"
-        if is_ours and not failed:
-            failed.append(args)
-            raise OSError(errno.EIO, "broken disk")
-        return really(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, call, fail)
-        assert store.remove_if_corrupt("a", world.identity("a")) is True
-    assert failed
-    assert world.read(store, "a") in (None, world.data["a"])
 
 
 def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(world, store):

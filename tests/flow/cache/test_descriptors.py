@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from tests.support.cache_world import open_below, write_units
 
-from tiercache.cache import copy_file, fetch
+from tiercache.cache import copy_file
 from tiercache.cache.copy_file import continue_part, create_part, open_part
 from tiercache.cache.folder import Folder
-from tiercache.errors import StoreError
-from tiercache.model import ByteRange
 
 NAME, OTHER, UNIT = "0" * 40, "1" * 40, 4096
 N_BYTES = 3 * UNIT
@@ -88,27 +86,3 @@ def test_a_system_call_that_fails_leaves_nothing_open(folder, part, monkeypatch)
     check_each_call(monkeypatch, folder, lambda: continue_part(folder, NAME, N_BYTES))
     check_each_call(monkeypatch, folder, of_an_earlier_boot)
     check_each_call(monkeypatch, folder, make_anew)
-
-
-def fetch_in_vain(world):
-    """Have an object fetched by a cache, which comes to nothing, and look at what is open when the cache is closed."""
-    cache = world.cache()
-    lease = world.store(cache).open_local("a", world.put("a"))
-    with lease, pytest.raises(StoreError, match="limit of"):
-        lease.wait([ByteRange(0, 1)], deadline_s=30)
-    cache.close()
-    assert open_below(world.root / "cache") == []
-
-
-def test_no_descriptor_stays_open_if_looking_for_a_copy_fails(world, monkeypatch):
-    monkeypatch.setattr(fetch, "open_whole", refuse)
-    fetch_in_vain(world)
-
-
-def test_a_partial_copy_is_closed_if_neither_its_record_nor_its_removal_succeeds(world, monkeypatch):
-    def gone(*_):
-        raise FileNotFoundError(errno.ENOENT, "somebody deleted the folder")
-
-    monkeypatch.setattr(Folder, "write_record", gone)
-    monkeypatch.setattr(Folder, "unlink_part", refuse)
-    fetch_in_vain(world)

@@ -1,6 +1,5 @@
 """Which copies are evicted, and which never are."""
 
-import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -13,18 +12,6 @@ from tiercache.cache.names import name_of_identity
 from tiercache.model import ByteRange, ReadingPlan
 
 WHOLE = [ByteRange(0, 10_000)]
-
-
-def test_a_leased_copy_is_not_evicted(world):
-    identity = world.put("a")
-    cache = world.cache()
-    store = world.store(cache)
-    with store.open_local("a", identity) as lease:
-        assert lease.wait(WHOLE)
-        freed = cache.evict()
-        assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
-    assert freed == 0
-    assert cache.evict() == 16_384
 
 
 def test_a_copy_unlinked_before_it_was_locked_is_a_miss(world, monkeypatch):
@@ -44,19 +31,6 @@ def test_a_copy_unlinked_before_it_was_locked_is_a_miss(world, monkeypatch):
     monkeypatch.setattr(folder, "open_copy", open_and_lose)
     with store.open_local("a", world.identity("a")) as lease:
         assert lease.fd == -1
-
-
-def test_only_the_selected_copies_are_evicted(world):
-    cache = world.cache()
-    store = world.store(cache)
-    for key in ("train/a", "train/b", "test/a"):
-        world.put(key)
-        world.fetch(store, key)
-    assert cache.evict(lambda entry: "/train/" in entry.source) == 2 * 16_384
-    (left,) = cache.entries()
-    assert left.source.endswith("test/a")
-    assert cache.evict([left.name]) == 16_384
-    assert cache.stats()["evicted"] == 3
 
 
 # -- by plan -----------------------------------------------------------------------------------------------------------
@@ -102,19 +76,6 @@ def test_plan_evicts_the_copy_that_is_needed_last(world):
             plan.advance(clock)
         world.fetch(store, "d")
         assert cached(cache) == {"a", "c", "d"}
-
-
-def test_an_object_needed_later_than_all_copies_bypasses_the_cache(world):
-    put_shards(world, "abc")
-    cache = shards_cache(world, 2)
-    store = world.store(cache)
-    with closing(publish(world, cache, {"a": (0, 1, 30), "b": (1, 2, 40), "c": (2, 3, 50)})) as plan:
-        for clock, key in enumerate("ab", start=1):
-            world.fetch(store, key)
-            plan.advance(clock)
-        assert world.read(store, "c") is None
-        assert cached(cache) == {"a", "b"}
-        assert cache.stats()["evicted"] == 0
 
 
 def test_two_processes_keep_the_copies_that_the_other_needs_soon(world):

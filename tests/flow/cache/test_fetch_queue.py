@@ -4,12 +4,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support.stores import CountingStore, GateStore
+from tests.support.stores import GateStore
 
 from tiercache.cache import fetch as fetch_module
 from tiercache.cache import session
 from tiercache.cache.eviction import Evictor
-from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store.contract import WrapperStore
 from tiercache.waiting import wait_for
@@ -89,13 +88,6 @@ def test_reads_bypass_the_cache_if_no_thread_can_be_started(world, monkeypatch):
     world.fetch(store, "a")
 
 
-def test_requesting_an_empty_range_keeps_the_lease_usable(world):
-    identity = world.put("a")
-    with world.store().open_local("a", identity) as lease:
-        lease.wait([ByteRange(5, 5)], deadline_s=30)
-        assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
-
-
 def test_refused_units_are_not_fetched_with_the_rest_of_a_small_file(world, monkeypatch):
     """Their reader reads them from the source: fetching them later transfers the same bytes again."""
     identity, blocker_identity = world.put("a", 60 * UNIT), world.put("blocker", 45 * UNIT)
@@ -120,18 +112,6 @@ def test_refused_units_are_not_fetched_with_the_rest_of_a_small_file(world, monk
                 thread.join(30)
         assert lease.present([later])
         assert not lease.present([ByteRange(0, UNIT)])
-
-
-def test_an_unconverted_network_error_does_not_count_as_a_disk_failure(world):
-    class Leaky(CountingStore):
-        def read_into(self, key, spans, **options):
-            raise ConnectionResetError(104, "connection reset")
-
-    identity = world.put("a")
-    cache = world.cache()
-    with cache.store(Leaky(world.folder)).open_local("a", identity) as lease, pytest.raises(StoreError, match="reset"):
-        lease.wait([ByteRange(0, 10_000)], deadline_s=30)
-    assert not cache.status()["bypassed"]
 
 
 def test_the_first_opening_of_a_prefetched_copy_is_not_a_hit(world):

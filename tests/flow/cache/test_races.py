@@ -4,12 +4,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support.cache_world import open_below
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.cache import fetch
-from tiercache.cache.copy_file import CopyFile
 from tiercache.cache.folder import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
@@ -60,32 +58,6 @@ def test_two_sessions_of_one_folder_download_once_if_flock_works(world):
     assert world.caches[0].stats()["bytes_used"] == 16_384
 
 
-def test_a_waiting_process_that_fails_leaves_no_descriptor_open(world, monkeypatch):
-    """As two processes: one fetches, the other watches the map, and has no memory for what it says."""
-    copies = world.root / "cache" / "copies"
-    identity = world.put("a")
-    gated = GateStore(world.inner)
-    stores = [world.cache().store(gated), world.cache().store(gated)]
-    whole = [ByteRange(0, 10_000)]
-
-    def no_memory(presence):
-        raise MemoryError
-
-    with gated.stop_at("before_read_into") as gate:
-        first, second = (store.open_local("a", identity) for store in stores)
-        first.prefetch(whole)
-        gate.wait_reached()
-        open_before = open_below(copies)
-        with monkeypatch.context() as patch:
-            patch.setattr(CopyFile, "mask", no_memory)
-            with pytest.raises(StoreError, match="MemoryError"):
-                second.wait(whole)
-        assert open_below(copies) == open_before
-        gate.open()
-    with first, second:
-        assert first.wait(whole)
-
-
 def test_reads_during_evictions_return_correct_data(world):
     keys = [f"s{i}" for i in range(6)]
     for key in keys:
@@ -102,20 +74,6 @@ def test_reads_during_evictions_return_correct_data(world):
         assert all(pool.map(read, range(120)))
     cache.close()
     assert sum(path.stat().st_size for path in world.copies()) <= 170_000
-
-
-def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monkeypatch):
-    path = tmp_path / "lock"
-    first = NameLock(path)
-    assert first.try_acquire()
-    second = NameLock(path)
-    assert not second.try_acquire()
-    assert "process" in second.holder()
-    first.release()
-    assert not path.exists()
-    assert second.try_acquire()
-    second.release()
-    second.release()
 
 
 def test_a_reader_reads_past_the_cache_if_the_holder_of_the_lock_never_ends(world, monkeypatch):

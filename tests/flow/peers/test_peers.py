@@ -21,7 +21,6 @@ from tiercache.model import ByteRange
 from tiercache.peers.readers import (
     FIRST_ABSENCE_S,
     LONGEST_ABSENCE_S,
-    MOST_REPORTED,
     RESOLVE_EVERY_S,
     Members,
     PeerOptions,
@@ -265,16 +264,6 @@ def test_a_cancelled_request_says_nothing_about_the_peer(asker):
     assert asker.ask(cancel) is None
     asker.answers.errors[asker.owners[0]] = None
     assert asker.ask() == asker.owners[0]
-
-
-def test_a_job_that_runs_no_servers_logs_some_warnings_and_not_one_for_each_machine(caplog):
-    asker = Asker(100)
-    with closing(asker.peers):
-        for url in asker.urls:
-            asker.answers.errors[url] = unreachable()
-        for key in range(100):
-            assert asker.peers.ask(f"{key:040x}"[::-1], lambda store: store.get("x"), set()) is None
-    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == MOST_REPORTED
 
 
 def test_few_idle_connections_stay_open(monkeypatch):

@@ -143,12 +143,6 @@ def test_ranges_of_a_copy_that_is_not_cached_are_fetched_and_served(service):
     assert service.get(f"/copies/{service.names[3]}", {"Range": "bytes=5-99999999"})[::2] == (206, data[5:])
 
 
-def test_a_segment_is_served_like_a_shard(service):
-    (ref,) = service.version.segments
-    spec = service.store.spec_of(ref.key, ref.identity(service.version.dataset_id))
-    assert service.get(f"/copies/{spec.name}")[::2] == (200, service.store.inner.get(ref.key))
-
-
 def test_other_requests_are_refused(service):
     copy = f"/copies/{service.names[0]}"
     for text in ("bytes=9-5", "bytes=-5", "bytes=5-", "bytes=0-1,5-6", "lines=1-2", "bytes=x-y"):

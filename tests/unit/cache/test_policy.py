@@ -49,21 +49,3 @@ def victims_of(policy, copies, need, want, then):
 def test_a_policy_chooses_the_first_in_its_order_until_enough_is_free(policy, copies, need, want, then):
     chosen = choose_victims(policy, copies, need, want_bytes=want, use_after_next=then)
     assert (None if chosen is None else chosen.tolist()) == victims_of(policy, copies, need, want, then)
-
-
-def example(next_use):
-    n = len(next_use)
-    return CopyTable(np.full(n, 10), np.arange(n), np.zeros(n, np.bool_), np.array(next_use, np.int64))
-
-
-def test_a_copy_without_a_planned_use_does_not_displace_its_like():
-    """One job reads every shard once: then plan keeps what came first, and gives up nothing that it fetched."""
-    copies = example(next_use=[NEVER, NEVER])
-    assert choose_victims(plan, copies, 10, use_after_next=NEVER) is None
-    assert choose_victims(plan, copies, 10, use_after_next=100).tolist() == [0]
-
-
-def test_a_planned_copy_displaces_an_unplanned_one():
-    copies = example(next_use=[UNPLANNED, 5])
-    assert choose_victims(plan, copies, 10, use_after_next=NEVER).tolist() == [0]
-    assert choose_victims(plan, copies, 20, use_after_next=NEVER) is None

@@ -4,21 +4,17 @@ from functools import cache
 from itertools import combinations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.cache.eviction import POLICIES, Trace, simulate
 
 
-def trace_of(names, n_bytes=1, job=0):
-    """A trace without clocks: that of each job advances by the bytes that it reads."""
+def trace_of(names, n_bytes=1):
+    """A trace of one job, whose clock advances by the bytes that it reads."""
     names = np.asarray(names, np.int64)
-    n_bytes, job = (np.broadcast_to(np.asarray(column, np.int64), names.shape) for column in (n_bytes, job))
-    clock = np.empty_like(names)
-    for one in np.unique(job):
-        clock[job == one] = np.cumsum(n_bytes[job == one]) - n_bytes[job == one]
-    return Trace(names, n_bytes, job, clock)
+    n_bytes = np.broadcast_to(np.asarray(n_bytes, np.int64), names.shape)
+    return Trace(names, n_bytes, np.zeros_like(names), np.cumsum(n_bytes) - n_bytes)
 
 
 def fetched(trace, policy, size):
@@ -72,32 +68,6 @@ def test_no_policy_fetches_less_than_the_brute_force_optimum(names, sizes, size)
     least = fewest_fetched(tuple(names), sizes, size)
     for policy in POLICIES:
         assert fetched(trace, policy, size) >= least
-
-
-# -- what the policies are good for ------------------------------------------------------------------------------------
-
-
-def scans(n_shards, n_epochs, seed):
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(n_shards) for _ in range(n_epochs)])
-
-
-def two_jobs(n_shards, n_epochs, seed):
-    """Two jobs on one data set, each in its own order, taking turns."""
-    orders = np.stack([scans(n_shards, n_epochs, seed), scans(n_shards, n_epochs, seed + 1000)], axis=1)
-    return trace_of(orders.reshape(-1), 1, np.tile([0, 1], len(orders)))
-
-
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
-def test_plan_fetches_less_than_lru(share):
-    trace = two_jobs(120, 8, seed=3)
-    size = int(120 * share)
-    assert fetched(trace, "plan", size) < fetched(trace, "lru", size)
-
-
-def test_an_empty_trace_is_served_nothing():
-    for policy in POLICIES:
-        assert simulate(trace_of([]), policy, 10).tolist() == []
 
 
 def test_an_object_larger_than_the_cache_is_not_admitted_and_evicts_nothing():

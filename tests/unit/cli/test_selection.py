@@ -46,17 +46,6 @@ def test_all_ranks_together_read_everything(shards, seed, epoch, world_size, pla
     assert sorted(merge_reads(list(reads.values())).tolist()) == np.flatnonzero(records).tolist()
 
 
-def test_without_a_seed_every_rank_reads_everything_in_stored_order():
-    records, sizes = np.full(5, 10), np.full(5, 1000)
-    reads = epoch_reads(records, sizes, Training(ranks=(0, 2), world_size=3))
-    assert [r.shards.tolist() for r in reads.values()] == [[0, 1, 2, 3, 4]] * 2
-
-
-def test_no_ranks_and_no_shards_give_no_reads():
-    empty = np.zeros(0, np.int64)
-    assert epoch_reads(empty, empty, Training(1))[0].shards.tolist() == []
-
-
 class TestChoice:
     def test_the_whole_data_set_in_stored_order_is_the_default(self):
         assert select_shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
