@@ -104,6 +104,7 @@ _NO_WEIGHTS = r"^(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|t
 _COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
 # Objects in a folder that prove that the folder itself is a checkpoint, whatever the name of the folder above.
 _PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoint.json")
+_ORBAX_PROOF, _ORBAX_NAME = "_CHECKPOINT_METADATA", re.compile(r"(?<![^/])[0-9]{1,18}/")
 # Files that a checkpoint need not have although others of its run have them: results, logs and pictures. Of the
 # descriptions, those that all others have are required.
 _RESULT = re.compile(
@@ -237,13 +238,17 @@ def _checkpoint_folders(
     by_name = np.flatnonzero(is_named)
     columns = _name_columns(parts.take(pa.array(by_name)))
     path = _joined([columns["parent"], columns["name"]], "")
-    table = pa.concat_tables([users.drop_columns(["path"]), _step_and_series(columns)])
-    paths = pa.concat_arrays([_one(users["path"]), path]).dictionary_encode()
+    is_named[user_row] = True
+    orbax_row, orbax = _orbax_folders(folders, folder, names, np.flatnonzero(~is_named))
+    table = pa.concat_tables(
+        [users.drop_columns(["path"]), _step_and_series(columns), orbax.drop_columns(["path"])]
+    ).unify_dictionaries()
+    paths = pa.concat_arrays([_one(users["path"]), path, _one(orbax["path"])]).dictionary_encode()
     number = as_numpy(paths.indices, np.int64)
     first = np.unique(number, return_index=True)[1]
     table = table.append_column("path", paths.cast(pa.large_string())).take(pa.array(first))
     row = np.full(len(folders), -1, np.int64)
-    row[np.concatenate([user_row, by_name])] = number
+    row[np.concatenate([user_row, by_name, orbax_row])] = number
     return table.combine_chunks(), row, uncertain
 
 
@@ -319,6 +324,21 @@ def _user_folders(
         found.append(here[fits])
         rows = np.setdiff1d(rows, here[fits], assume_unique=True)
     return np.concatenate(found), pa.concat_tables(tables).unify_dictionaries()
+
+
+def _orbax_folders(
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], pa.Table]:
+    """Return those of the rows that lie in folders of Orbax, whose names are numbers; and these folders, row by row."""
+    proven = np.unique(folder[_as_flags(pc.equal(names, _ORBAX_PROOF))])
+    roots = {path for path in folders.take(pa.array(proven)).to_pylist() if _ORBAX_NAME.search(path)}
+    found: list[tuple[int, str]] = []
+    for row, path in zip(rows.tolist(), folders.take(pa.array(rows)).to_pylist() if roots else (), strict=False):
+        found += [(row, one) for end in _ORBAX_NAME.finditer(path) if (one := path[: end.end()]) in roots][:1]
+    parts = [path[:-1].rpartition("/") for _, path in found]
+    run = pa.array([f"{parent}\n" for parent, _, _ in parts], pa.large_string()).dictionary_encode()
+    columns = ([int(number) for _, _, number in parts], run, [path[:-1] for _, path in found])
+    return np.array([row for row, _ in found], np.int64), pa.table([*columns], schema=_STEP_RUN_PATH)
 
 
 def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.Table:

@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+from tests.support.cache_world import turn
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.folder_check import Expected, FolderCheck
@@ -67,6 +68,24 @@ def test_a_failed_fetch_leaves_no_files(world, retryable):
     cache.close()
     assert FolderCheck(world.root / "cache", Expected({})).problems() == []
     world.fetch(world.store(cache), "a")
+
+
+def test_the_check_of_a_folder_reports_what_it_is_asked_to_find(world):
+    world.put("a")
+    cache = world.cache()
+    world.fetch(world.store(cache), "a")
+    (copy,) = world.copies()
+    cache.close()
+    root = world.root / "cache"
+    check = FolderCheck(root, Expected({copy.name: world.data["a"]}))
+    assert check.problems() == check.crash_problems() == []
+    (root / "copies" / f"{'0' * 40}.part").write_bytes(b"left behind")
+    assert len([*check.leftover_files()]) == 1
+    turn(root / "copies" / copy.name, 17)
+    assert [*check.wrong_bytes()] == check.crash_problems()[:1] != []
+    (root / "copies" / copy.name).unlink()
+    assert [*check.wrong_accounts()]
+    assert [*FolderCheck(root, Expected({copy.name: world.data["a"]}, pins=[copy.name])).lost_pinned()]
 
 
 def test_an_object_that_changes_during_its_fetch_is_not_published(world):

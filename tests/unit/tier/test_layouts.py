@@ -134,10 +134,12 @@ def test_keys_that_name_no_checkpoint_are_single_files():
         assert (found.paths.to_pylist(), found.checkpoint.tolist(), found.step.tolist()) == ([key], [False], [NO_STEP])
 
 
-def test_folders_named_by_a_number_alone_are_checkpoints_if_a_rule_says_so_and_the_outermost_of_nested_ones():
-    keys = ("a/1000/state/manifest.ocdbt", "a/1000/_CHECKPOINT_METADATA", "a/2000/0/model.pt", "a/2000/1/model.pt")
-    assert steps(*keys) == {}
-    layout = group_keys(pa.array(keys), [UserLayout("{step}/")])
+def test_folders_named_by_a_number_alone_are_checkpoints_if_orbax_or_a_rule_says_so_and_the_outermost_of_nested_ones():
+    orbax = ("a/1000/state/manifest.ocdbt", "a/1000/_CHECKPOINT_METADATA", "a/1000/d/0/_CHECKPOINT_METADATA")
+    others = ("a/2000/0/model.pt", "a/2000/1/model.pt", "train/0/a.jpg")
+    assert steps(*orbax, *others) == {"a/1000": 1000}
+    assert groups(layout_of(*orbax, *others), (*orbax, *others))["a/1000"] == {*orbax}
+    layout = group_keys(pa.array((*orbax, *others[:2])), [UserLayout("{step}/")])
     assert layout.paths.to_pylist() == ["a/1000", "a/2000"]
     assert (layout.step.tolist(), layout.run.tolist()) == ([1000, 2000], [0, 0])
 
