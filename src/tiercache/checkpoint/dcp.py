@@ -68,6 +68,7 @@ from tiercache.checkpoint.format import (
 from tiercache.checkpoint.housekeeping import Housekeeper
 from tiercache.checkpoint.run_stores import CheckpointCopy, RunStores, archived_error, missing_file, resolve
 from tiercache.checkpoint.state_tree import (
+    BY_NAME,
     DTYPES,
     children,
     decode_state,
@@ -90,7 +91,6 @@ BLOCK_BYTES = 1 << 20
 
 # Methods of DefaultSavePlanner by which a planner could change what is stored.
 _CHANGES = ("resolve_data", "transform_object")
-_DTYPE_NAMES = {name: key for key, name in DTYPES.items()}
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -400,7 +400,7 @@ def block_checksums(data: memoryview) -> tuple[int, ...]:
 
 def dtype_name(fqn: str, dtype: torch.dtype) -> str:
     """Return the name of a dtype in a safetensors file. Raises TypeError, with the key, if the format lacks it."""
-    name = _DTYPE_NAMES.get(str(dtype).removeprefix("torch."))
+    name = BY_NAME.get(str(dtype).removeprefix("torch."))
     if name is None:
         raise TypeError(f"{fqn} is a tensor of type {dtype}, which the safetensors format does not have")
     return name

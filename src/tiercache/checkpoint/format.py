@@ -42,7 +42,7 @@ _TEXT = re.compile(r"[^\0]{1,200}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_STEPS = 10**18 - 1
 _MOST = 2**63 - 1
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "created_ms": round(manifest.created_s * 1000),
         "software": manifest.software,
         "files": [{"path": one.path, "bytes": one.n_bytes, "crc32c": one.crc32c} for one in manifest.files],
-        "tensors": {name: _tensor_json(tensor) for name, tensor in manifest.tensors.items()},
+        "tensors": {
+            name: {"file": one.file, "offset": one.offset, "bytes": one.n_bytes, "dtype": one.dtype, "shape": one.shape}
+            for name, one in manifest.tensors.items()
+        },
         "metrics": {name: metric_json(value) for name, value in manifest.metrics.items()},
         "note": manifest.note,
     }
@@ -235,16 +238,6 @@ def metric_json(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _tensor_json(tensor: TensorEntry) -> dict[str, Any]:
-    return {
-        "file": tensor.file,
-        "offset": tensor.offset,
-        "bytes": tensor.n_bytes,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-    }
-
-
 def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
@@ -280,7 +273,7 @@ def _tensor_of(body: Mapping[str, Any]) -> TensorEntry:
 
 def _metric_of(value: object) -> float:
     if isinstance(value, str):
-        return _NON_FINITE[value]
+        return NON_FINITE[value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"a metric is a number, got {value!r}")
     return value

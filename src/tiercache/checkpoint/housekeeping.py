@@ -425,7 +425,8 @@ class Housekeeper:
                 try:
                     self._uploading.submit(partial(self._upload_late, manifest))
                 except RuntimeError:  # no thread can be started: the next process tries again
-                    self._forget_late(name)
+                    with self._lock:
+                        del self._late[name]
 
     def _upload_late(self, manifest: Manifest) -> None:
         try:
@@ -434,14 +435,11 @@ class Housekeeper:
         except Exception as error:  # noqa: BLE001 -- top of a thread
             url = self.stores.remote.url
             logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", url, manifest.name, error)
-            self._forget_late(manifest.name)
-        else:
-            self._forget_late(manifest.name)
-            self.follow_commit("remote")
-
-    def _forget_late(self, name: str) -> None:
-        with self._lock:
-            self._late.pop(name)
+            return
+        finally:
+            with self._lock:
+                del self._late[manifest.name]
+        self.follow_commit("remote")
 
     # -- deletions
 

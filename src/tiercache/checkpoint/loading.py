@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tiercache._native.checksum import combine, crc32c
+from tiercache.cache.copy_file import read_all
 from tiercache.checkpoint.format import FORMAT, STATE_NAME, Manifest, StoredFile, TensorEntry
 from tiercache.checkpoint.run_stores import CheckpointCopy, archived_error
 from tiercache.checkpoint.state_tree import (
@@ -501,7 +502,6 @@ PIECE_BYTES = 16 << 20
 _OPEN_FILES = 64
 # Bytes that are read from a file and then added to the checksum: they fit the second cache of a core.
 _STEP_BYTES = 1 << 20
-_MOST_BUFFERS = 1024  # of one preadv(2)
 
 Destinations: TypeAlias = Mapping[tuple[str, int], memoryview]
 """Writable memory by file and offset of a tensor, as in TensorEntry."""
@@ -669,34 +669,19 @@ class _OpenFile:
             raise StoreError("the load was cancelled", url=self.store.url)
         lease, crc, offset = self.lease, 0, whole.start
         if lease is None or not lease.wait([whole]):
-            (buffers,) = _steps(piece.targets, whole.n_bytes)
+            buffers = [*_buffers(piece.targets, whole.n_bytes)]
             self.store.read_into(self.key, list(_spans(offset, buffers)), cancel=self.cancel)
             for buffer in buffers:
                 crc = crc32c(buffer, crc)
             return crc
         # The threads read one descriptor at several offsets, so that the kernel's own read-ahead sees no sequence.
         os.posix_fadvise(lease.fd, whole.start, whole.n_bytes, os.POSIX_FADV_WILLNEED)
-        for buffers in _steps(piece.targets, _STEP_BYTES):
-            self._read_step(lease.fd, buffers, offset)
-            for buffer in buffers:
-                crc = crc32c(buffer, crc)
-                offset += buffer.nbytes
+        for buffer in _buffers(piece.targets, _STEP_BYTES):
+            if not read_all(lease.fd, buffer, offset):
+                raise CorruptCheckpoint(f"cannot be read from byte {offset} on", url=f"{self.store.url}/{self.key}")
+            crc = crc32c(buffer, crc)
+            offset += buffer.nbytes
         return crc
-
-    def _read_step(self, fd: int, buffers: list[memoryview], offset: int) -> None:
-        while buffers:
-            try:
-                n_read = os.preadv(fd, buffers[:_MOST_BUFFERS], offset)
-            except OSError as error:
-                raise CorruptCheckpoint(f"cannot be read: {error}", url=f"{self.store.url}/{self.key}") from error
-            if n_read == 0:
-                raise CorruptCheckpoint(f"the file ends at byte {offset}", url=f"{self.store.url}/{self.key}")
-            offset += n_read
-            while buffers and n_read >= buffers[0].nbytes:
-                n_read -= buffers[0].nbytes
-                buffers = buffers[1:]
-            if n_read:
-                buffers = [buffers[0][n_read:], *buffers[1:]]
 
 
 def _spans(start: int, buffers: Iterable[memoryview]) -> Iterator[Span]:
@@ -722,19 +707,18 @@ def _cut(targets: Iterable[Target], most_bytes: int) -> Iterator[list[Target]]:
         yield run
 
 
-def _steps(targets: Iterable[Target], step_bytes: int) -> Iterator[list[memoryview]]:
-    """Yield memory for consecutive bytes in steps; bytes without memory get scratch memory, used again by each step."""
+def _buffers(targets: Iterable[Target], step_bytes: int) -> Iterator[memoryview]:
+    """Yield memory for consecutive bytes; bytes without memory get scratch memory, used again after step_bytes."""
     scratch = memoryview(b"")
     for run in _cut(targets, step_bytes):
-        step, used = list[memoryview](), 0
+        used = 0
         for target in run:
             if isinstance(target, int):
                 scratch = scratch or memoryview(bytearray(step_bytes))
-                step.append(scratch[used : used + target])
+                yield scratch[used : used + target]
                 used += target
             else:
-                step.append(target)
-        yield step
+                yield target
 
 
 def _pieces(file: StoredFile, memory: Mapping[int, memoryview]) -> list[_Piece]:

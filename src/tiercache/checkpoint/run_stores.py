@@ -13,7 +13,6 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
@@ -32,6 +31,7 @@ from tiercache.checkpoint.format import (
     parse_name,
     written_order,
 )
+from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import ArchivedShards, CorruptCheckpoint, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.model import OWN_FOLDER, ObjectInfo
@@ -225,9 +225,9 @@ class RunStores:
         merged = replace(scan, copies=copies, unasked=unasked, hint="" if copies else scan.hint)
         if which is None or (isinstance(which, str) and which.startswith("best:")):
             unread = [name for name in merged.loadable_names if merged.manifest(name) is None]
-            with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
-                kept = dict(zip(unread, pool.map(self._kept_metrics, unread), strict=True))
-            merged = replace(merged, kept_metrics={name: some for name, some in kept.items() if some is not None})
+            kept = in_parallel([partial(self._kept_metrics, name) for name in unread], _THREADS)
+            known = {name: some for name, some in zip(unread, kept, strict=True) if some is not None}
+            merged = replace(merged, kept_metrics=known)
         return merged
 
     def open_copy(self, scan: Scan, name: str) -> tuple[Manifest, Store]:
@@ -260,9 +260,7 @@ class RunStores:
         with self._lock:
             for gone in [key for key in self._manifests if key[0] == tier and key[1] not in folders]:
                 del self._manifests[gone]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
-            read = [pool.submit(self._copy, tier, store, name, objects) for name, objects in folders.items()]
-            return [future.result() for future in read], listed
+        return in_parallel([partial(self._copy, tier, store, *one) for one in folders.items()], _THREADS), listed
 
     def _copy(self, tier: CheckpointTier, store: Store, name: str, objects: Mapping[str, ObjectInfo]) -> CheckpointCopy:
         manifest, pin, archived = None, None, False

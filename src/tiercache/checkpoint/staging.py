@@ -226,10 +226,6 @@ class _Copy:
             self.array(np.ascontiguousarray(source.value).reshape(-1).view(np.uint8), start)
             return
         value, pieces = source.value, self.pieces(start, source.n_bytes)
-        if device is None and not value.is_contiguous() and len(pieces) == 1:
-            ((slab, first, last),) = pieces
-            _tensor_of(slab)[first:last].view(value.dtype).view(value.shape).copy_(value)
-            return
         flat = flat_bytes(value.resolve_conj().resolve_neg().contiguous())
         position = 0
         for slab, first, last in pieces:

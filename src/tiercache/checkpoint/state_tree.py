@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from tiercache.checkpoint.format import NON_FINITE, metric_json
+
 Library: TypeAlias = Literal["torch", "numpy"]
 FindTensor: TypeAlias = Callable[[str, Library], Any]
 """Returns the tensor of torch, or the array of NumPy, with a name."""
@@ -48,9 +50,8 @@ DTYPES = {
 }
 """Name of each type in torch and NumPy by its name in safetensors."""
 
-_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _PAIRS = "complex128"  # which safetensors lacks: stored as pairs of float64
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HEADER_KEY = "__metadata__"  # of safetensors; no tensor may have this name
 _ALLOWED = "dicts, lists, tuples, tensors, arrays, JSON values and objects with state_dict(); pickle is never used"
 _VERSION = 1
@@ -214,7 +215,7 @@ class _Encoder:
         if isinstance(value, np.ma.MaskedArray):
             raise _refused(path, "a masked array (its .data and np.ma.getmaskarray() of it can be stored)")
         name = value.dtype.name
-        if name not in (*_BY_NAME, _PAIRS):
+        if name not in (*BY_NAME, _PAIRS):
             hint = " (each field can be stored by itself)" if value.dtype.names else ""
             raise _refused(path, f"an array of type {value.dtype}{hint}")
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
@@ -228,7 +229,7 @@ class _Encoder:
 
         name: Name of its type. memory: Description of its memory, equal for tensors that are the same; None for none.
         """
-        dtype = _BY_NAME.get("float64" if name == _PAIRS else name)
+        dtype = BY_NAME.get("float64" if name == _PAIRS else name)
         if dtype is None:
             raise _refused(path, f"a tensor of type {name}, a type that the safetensors format lacks")
         key = self._free_name(path)
@@ -253,7 +254,7 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, Enum):  # would come back as its value
         raise _refused(path, f"the enum member {value!r}")
     if isinstance(value, np.generic):
-        if value.dtype.name not in (*_BY_NAME, _PAIRS):
+        if value.dtype.name not in (*BY_NAME, _PAIRS):
             raise _refused(path, f"a scalar of type {value.dtype}")
         return {"$scalar": [value.dtype.name, _plain(value.item(), path)]}
     if isinstance(value, bytes | bytearray):
@@ -261,7 +262,7 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, complex):
         return {"$complex": [_plain(value.real, path), _plain(value.imag, path)]}
     if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+        return {"$float": metric_json(value)}
     return value
 
 
@@ -359,7 +360,7 @@ _DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
     "$set": lambda value, _node, find: {decode_state(one, find) for one in value},
     "$frozenset": lambda value, _node, find: frozenset(decode_state(one, find) for one in value),
     "$bytes": lambda value, _node, _find: base64.b64decode(value),
-    "$float": lambda value, _node, _find: _NON_FINITE[value],
+    "$float": lambda value, _node, _find: NON_FINITE[value],
     "$complex": lambda value, _node, find: complex(*(decode_state(one, find) for one in value)),
     "$torch": _decode_torch,
 }

@@ -263,10 +263,6 @@ class _File:
         if lease is not None:
             lease.prefetch(ranges)
 
-    def head(self, n_bytes: int) -> bytes:
-        memory, start = self.buffer(ByteRange(0, n_bytes), verify=True)
-        return bytes(memoryview(memory)[start : start + n_bytes])
-
     def buffer(self, span: ByteRange, *, verify: bool) -> tuple[Any, int]:
         """Return memory with a range, and its position there: the mapped file, or a copy if it cannot be mapped.
 
@@ -375,7 +371,8 @@ def _of_manifest(manifest: Manifest, folder: str) -> tuple[list[str], dict[str, 
 def _read_header(file: _File) -> dict[str, TensorEntry]:
 
     def first(n_bytes: int) -> bytes:
-        return bytes(file.head(min(n_bytes, file.n_bytes)))
+        n_bytes = min(n_bytes, file.n_bytes)
+        return bytes(memoryview(file.buffer(ByteRange(0, n_bytes), verify=True)[0])[:n_bytes])
 
     try:
         start = first(_HEADER_GUESS_BYTES)

@@ -364,13 +364,10 @@ def _run_folder(text: str) -> str:
     """Return the folder, or URL, that has the runs or checkpoints of an argument: a checkpoint is known by its name."""
     base = base_folder(text)
     head, _, last = base.rpartition("/")
-    is_inside = bool(head) and not head.endswith("/")
-    return head if is_inside and (_choice(last) is not None or _is_checkpoint_name(last)) else base
-
-
-def _is_checkpoint_name(name: str) -> bool:
-    """Return whether the inventory takes a folder or a file with this name for a checkpoint."""
-    return bool(group_keys(pa.array([name, f"{name}/model.safetensors"])).checkpoint.any())
+    if not head or head.endswith("/"):
+        return base
+    is_checkpoint = group_keys(pa.array([last, f"{last}/model.safetensors"])).checkpoint.any()
+    return head if is_checkpoint or _choice(last) is not None else base
 
 
 # -- ls and show ------------------------------------------------------------------------------------------------------
