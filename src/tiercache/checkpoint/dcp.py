@@ -483,12 +483,11 @@ class _Read:
 
     def problem(self) -> str:
         """Return which block of the buffer does not have its checksum; "" if all have it."""
-        first, found = self.block_range.start // BLOCK_BYTES, block_checksums(memory_of(self.buffer))
-        stated = list(self.blocks or ())[first : first + len(found)]
-        if list(found) == stated:
-            return ""
-        number = next((n for n, pair in enumerate(zip(found, stated, strict=False)) if pair[0] != pair[1]), len(stated))
-        return f"block {first + number} of {self.item.storage_index.fqn} does not match its CRC-32C"
+        first, stated = self.block_range.start // BLOCK_BYTES, list(self.blocks or ())
+        for number, crc in enumerate(block_checksums(memory_of(self.buffer)), first):
+            if stated[number : number + 1] != [crc]:
+                return f"block {number} of {self.item.storage_index.fqn} does not match its CRC-32C"
+        return ""
 
     def take(self, data: torch.Tensor) -> None:
         """Copy the values into the target.
@@ -500,10 +499,6 @@ class _Read:
         dtype = getattr(torch, DTYPES[self.entry.dtype])
         values = data[: self.wanted.n_bytes].view(dtype)
         self.target.copy_(values.as_strided(tuple(self.item.lengths), _strides(self.entry.shape)))
-
-    def finish(self) -> None:
-        self.take(self.buffer[self.wanted.start - self.block_range.start :])
-        self.buffer = self.buffer[:0]
 
 
 class DistributedReader(StorageReader):
@@ -550,7 +545,7 @@ class DistributedReader(StorageReader):
         self._copies = scan.copies[self.name]
         own = [*self._run.tiers.values()]
         self._stores = [*own, *(copy.store for copy in self._copies if copy.store not in own)]
-        file = self._file(STATE_NAME)
+        file = manifest.file(STATE_NAME)
         data = bytearray(file.n_bytes)
         spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
         self._fill(file, spans, lambda: _whole_problem(file, memoryview(data)))
@@ -635,7 +630,7 @@ class DistributedReader(StorageReader):
 
     def _read(self, path: str, reads: Sequence[_Read]) -> Sequence[_Read]:
         """Read some ranges of a file. A file whose tensors have no checksums of their own is read and checked whole."""
-        file = self._file(path)
+        file = self._manifest.file(path)
         if any(read.blocks is None for read in reads):
             data = torch.empty(file.n_bytes, dtype=torch.uint8)
             whole = memory_of(data)
@@ -646,7 +641,8 @@ class DistributedReader(StorageReader):
         spans = [read.span() for read in reads if read.wanted.n_bytes]
         self._fill(file, spans, lambda: next(filter(None, (read.problem() for read in reads)), ""))
         for read in reads:
-            read.finish()
+            read.take(read.buffer[read.wanted.start - read.block_range.start :])
+            read.buffer = read.buffer[:0]
         return reads
 
     def _fill(self, file: StoredFile, spans: Sequence[tuple[ByteRange, memoryview]], check: Callable[[], str]) -> None:
@@ -689,13 +685,6 @@ class DistributedReader(StorageReader):
         whole = ByteRange(0, entry.n_bytes)
         self._read(entry.file, [_Read(item, values, entry, self._blocks.get(name), whole, whole)])
         return values.numpy() if library == "numpy" else values
-
-    def _file(self, path: str) -> StoredFile:
-        found = next((file for file in self._manifest.files if file.path == path), None)
-        if found is None:
-            url = f"{self._run.remote.url}/{self.name}"
-            raise CorruptCheckpoint("the manifest does not list this file", url=url, part=path)
-        return found
 
 
 def _whole_problem(file: StoredFile, data: memoryview) -> str:

@@ -93,6 +93,12 @@ class Manifest:
     def n_bytes(self) -> int:
         return sum(file.n_bytes for file in self.files)
 
+    def file(self, path: str) -> StoredFile:
+        for file in self.files:
+            if file.path == path:
+                return file
+        raise CorruptCheckpoint("the manifest does not list this file", url=self.name, part=path)
+
 
 # -- names -----------------------------------------------------------------------------------------------------------
 

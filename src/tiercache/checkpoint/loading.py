@@ -548,9 +548,7 @@ class CopyReader:
         return f"{self.store.url}/{self.manifest.name}/{file.path}"
 
     def small_file(self, path: str) -> bytes:
-        file = next((one for one in self.manifest.files if one.path == path), None)
-        if file is None:
-            raise CorruptCheckpoint(f"the manifest has no {path}", url=f"{self.store.url}/{self.manifest.name}")
+        file = self.manifest.file(path)
         data = bytearray(file.n_bytes)
         self._read_files([(file, [_Piece(0, (memoryview(data),))] if data else [])])
         return bytes(data)
@@ -560,12 +558,9 @@ class CopyReader:
         memory: dict[str, dict[int, memoryview]] = {}
         for (path, offset), part in destinations.items():
             memory.setdefault(path, {})[offset] = part
-        try:
-            pieces = [(file, _pieces(file, memory[file.path])) for file in self.manifest.files if file.path in memory]
-        except ValueError as error:
-            url = f"{self.store.url}/{self.manifest.name}"
-            raise CorruptCheckpoint(str(error), url=url, part="manifest") from error
-        self._read_files(pieces)
+        self._read_files(
+            [(file, _pieces(file, memory[file.path])) for file in self.manifest.files if file.path in memory]
+        )
 
     def verify(self) -> list[str]:
         """Read all files and return what differs from the manifest, one text for each wrong file."""
@@ -727,7 +722,7 @@ def _pieces(file: StoredFile, memory: Mapping[int, memoryview]) -> list[_Piece]:
     position = 0
     for offset, part in sorted(memory.items(), key=lambda one: one[0]):
         if offset < position:
-            raise ValueError(f"{file.path}: two tensors overlap at byte {offset}")
+            raise CorruptCheckpoint(f"two tensors overlap at byte {offset}", url=file.path, part="manifest")
         targets += [offset - position, part]
         position = offset + part.nbytes
     targets.append(file.n_bytes - position)

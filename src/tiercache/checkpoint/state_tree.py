@@ -313,10 +313,6 @@ def _refused(path: tuple[Any, ...], what: str) -> TypeError:
 # -- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _decode_dict(value: Any, _node: Any, find: FindTensor) -> Any:
-    return {decode_state(key, find): decode_state(one, find) for key, one in value}
-
-
 def _decode_state_dict(value: Any, node: Any, find: FindTensor) -> Any:
     state: Any = OrderedDict(decode_state(value, find))
     state._metadata = OrderedDict(decode_state(node["metadata"], find))  # noqa: SLF001 - where torch keeps it
@@ -350,7 +346,7 @@ def _decode_torch(value: Any, _node: Any, _find: FindTensor) -> Any:
 
 
 _DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
-    "$dict": _decode_dict,
+    "$dict": lambda value, _node, find: {decode_state(key, find): decode_state(one, find) for key, one in value},
     "$state_dict": _decode_state_dict,
     "$tensor": _decode_tensor,
     "$sharded": _decode_sharded,
