@@ -295,10 +295,8 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
             checked.append(one)
             advance(sum(one.n_bytes for one in checked), total_bytes)
             if one.where:
-                facts = asdict(one)
-                del facts["n_bytes"]
-                ending = ": removed" if one.removed else ""
-                output.event("copy", facts, f"{one.source or one.name}: {'; '.join(one.where)}{ending}")
+                text = f"{one.source or one.name}: {'; '.join(one.where)}{': removed' if one.removed else ''}"
+                output.event("copy", {n: value for n, value in asdict(one).items() if n != "n_bytes"}, text)
 
         cache.verify(names=[entry.name for entry in entries], repair=repair, jobs=jobs, on_progress=on_progress)
     wrong = [one for one in checked if one.where]
@@ -315,14 +313,7 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
         raise typer.Exit(CORRUPT)
 
 
-def _verify_data_set(
-    output: Output,
-    store: Store,
-    at: int | None,
-    scope: Scope,
-    fraction: float,
-    jobs: int,
-) -> None:
+def _verify_data_set(output: Output, store: Store, at: int | None, scope: Scope, fraction: float, jobs: int) -> None:
     """Verify manifest, segments and a random fraction of the shards. Exits with CORRUPT or PARTIAL."""
     checks: list[ShardCheck] = []
     try:

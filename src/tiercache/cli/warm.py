@@ -119,11 +119,6 @@ def merge_reads(reads: Sequence[ReadOrder]) -> NDArray[np.int64]:
     return shards[np.sort(np.unique(shards, return_index=True)[1])]
 
 
-def take_bytes(shards: NDArray[np.int64], stored_bytes: NDArray[np.int64], n_bytes: float) -> NDArray[np.int64]:
-    before = np.cumsum(stored_bytes[shards]) - stored_bytes[shards]
-    return shards[: int(np.searchsorted(before, n_bytes, side="left"))]
-
-
 def _no_footers(shards: Sequence[int]) -> Sequence[BlockSizes]:
     raise RuntimeError(f"bug: the order of shards read the footers of {list(shards)}")
 
@@ -150,7 +145,8 @@ def select_shards(
         names = table.names.to_pylist()
         shards = shards[np.array([selected(names[i], include or (), exclude or ()) for i in shards.tolist()], bool)]
     wanted_bytes = fraction * int(table.n_bytes[shards].sum()) if limit_bytes is None else limit_bytes
-    return take_bytes(shards, table.n_bytes, wanted_bytes)
+    before = np.cumsum(table.n_bytes[shards]) - table.n_bytes[shards]
+    return shards[: int(np.searchsorted(before, wanted_bytes, side="left"))]
 
 
 def parse_training(

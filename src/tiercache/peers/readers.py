@@ -175,16 +175,13 @@ class Members:
     @classmethod
     def of(cls, urls: Sequence[str]) -> Members:
         ordered = tuple(sorted(set(urls)))
-        return cls(ordered, np.array([hash_of(url) for url in ordered], np.uint64))
+        hashes = [int.from_bytes(blake2b(url.encode(), digest_size=8).digest(), "big") for url in ordered]
+        return cls(ordered, np.array(hashes, np.uint64))
 
     def order(self, key: int) -> Iterator[str]:
         """Yield the URLs in the order in which they own the thing with this key (rendezvous hashing)."""
         order = np.argsort(_mix(self.seeds ^ np.uint64(key)), kind="stable").tolist()
         return map(self.urls.__getitem__, order)
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -380,7 +380,8 @@ class S3StorageClasses:
         Raises NotFound, ObjectChanged (it does not match if_match), or StoreError, with "archived" if it must be
         restored.
         """
-        return self._copy(self, key, key, storage_class, if_match, condition=None)
+        etag = if_match or str(self.head(key).etag)
+        return self.copy_from(self, key, key, storage_class=storage_class, if_match=etag, replaces=etag)
 
     def can_copy_from(self, src: S3StorageClasses) -> bool:
         """Return whether the server can copy from src: both have the same endpoint and the same credentials."""
@@ -406,33 +407,14 @@ class S3StorageClasses:
         if not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
         condition = {} if replaces is True else {"IfMatch": replaces} if replaces else {"IfNoneMatch": "*"}
-        return self._copy(src, src_key, key, storage_class, if_match, condition, needs_crc32c=crc32c is not None)
-
-    def _copy(
-        self,
-        src: S3StorageClasses,
-        src_key: str,
-        key: str,
-        storage_class: str | None,
-        if_match: str | None,
-        condition: dict[str, Any] | None,
-        *,
-        needs_crc32c: bool = False,
-    ) -> ObjectInfo:
-        """Copy an object. condition: Arguments that restrict the destination; None: it is the source, unchanged."""
         head = src.call("head_object", src_key, ChecksumMode="ENABLED")
         etag = if_match or str(head["ETag"])
         source = {"CopySource": {"Bucket": src.bucket, "Key": src.full_key(src_key)}, "CopySourceIfMatch": etag}
-        condition = {"IfMatch": etag} if condition is None else condition
         # The server gives the copy the source's kinds of checksums. If the source has none, or the caller knows the
         # CRC-32C, request a CRC-32C.
         sums = whole_object_checksums(head)
-        kind = "CRC32C" if needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
-        writing = {
-            **encryption(head, self._encryption),
-            "StorageClass": storage_class,
-            "ChecksumAlgorithm": kind,
-        }
+        kind = "CRC32C" if crc32c is not None or not sums or "ChecksumCRC32C" in sums else None
+        writing = {**encryption(head, self._encryption), "StorageClass": storage_class, "ChecksumAlgorithm": kind}
         if int(head["ContentLength"]) <= self.whole_bytes:
             made_etag = self._copy_whole(key, head, source, writing | condition)
         else:

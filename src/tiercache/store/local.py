@@ -193,22 +193,19 @@ class LocalFolder(Store):
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            folders, name = _split(key)
-            try:
-                with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
-                    _unlink_file(name, folder_fd)
-            except NotFound:
-                continue
+            self.delete_unchanged(key, None)
 
-    def delete_unchanged(self, key: str, etag: str) -> bool:
-        """Unlink a file if it still has this ETag. Return whether the file is gone, also if it was gone before."""
+    def delete_unchanged(self, key: str, etag: str | None) -> bool:
+        """Unlink a file if it still has this ETag (None: any); return whether it is gone, also if it was before."""
         folders, name = _split(key)
         try:
             with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
-                found = file_info(key, os.stat(name, dir_fd=folder_fd, follow_symlinks=False))
-                if found.etag != etag:
-                    return False
-                _unlink_file(name, folder_fd)
+                if etag is not None:
+                    found = file_info(key, os.stat(name, dir_fd=folder_fd, follow_symlinks=False))
+                    if found.etag != etag:
+                        return False
+                with suppress(IsADirectoryError):  # a folder is not an object
+                    os.unlink(name, dir_fd=folder_fd)
         except NotFound:
             pass
         return True
@@ -344,11 +341,6 @@ def _rmdir(name: str, above_fd: int) -> bool:
             raise
         return False
     return True
-
-
-def _unlink_file(name: str, folder_fd: int) -> None:
-    with suppress(IsADirectoryError):  # a folder is not an object
-        os.unlink(name, dir_fd=folder_fd)
 
 
 def _split(key: str) -> tuple[list[str], str]:
