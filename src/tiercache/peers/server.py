@@ -229,12 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         copy = _COPY.fullmatch(self.path)
         if self.headers.get(READER_HEADER) == self.server.reader_id:
             raise _Answer(OWN_REQUEST)
-        if copy is None:
-            raise _Answer(HTTPStatus.NOT_FOUND)
-        self._send_copy(copy[1])
-
-    def _send_copy(self, name: str) -> None:
-        opened = self.server.service.open(name)
+        opened = None if copy is None else self.server.service.open(copy[1])
         if opened is None:
             raise _Answer(HTTPStatus.NOT_FOUND)
         lease, store, key, identity = opened
@@ -254,14 +249,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header("Content-Range", f"bytes {span.start}-{span.end - 1}/{lease.n_bytes}")
             self.send_header("Accept-Ranges", "bytes")
             self._send_headers(span.n_bytes)
-            try:
+            with suppress(TierCacheError):  # the body ends early, which the reader notices
                 for piece in pieces:
                     data = first if piece is pieces[0] else _read(lease, piece)
                     if data is None:
-                        return  # the body ends early, which the reader notices
+                        return  # the same
                     self.wfile.write(data)
-            except TierCacheError:
-                return  # the same
 
     def _span(self, n_bytes: int) -> ByteRange:
         text = self.headers.get("Range")

@@ -710,14 +710,12 @@ def _kept(field: pa.Field) -> dict[bytes, bytes]:
     return {CLASSES_KEY: stated}
 
 
-def check_same_schema(
-    first: Schema, other: Schema, *, names: tuple[str, str] = ("the data set", "the appended batch")
-) -> None:
+def check_same_schema(first: Schema, other: Schema) -> None:
     """Raise SchemaError for the first difference that prevents appending records of the schema `other`."""
     if first == other:
         return
-    check_same_columns(first, other, names=names)
-    message = f"the columns' Arrow metadata differs from that of {names[0]}"
+    check_same_columns(first, other, names=("the data set", "the appended batch"))
+    message = "the columns' Arrow metadata differs from that of the data set"
     raise SchemaError(message, expected=first.arrow, got=other.arrow)
 
 

@@ -589,21 +589,18 @@ class Writer:
         self._end_watch()  # from here on, an exception says what was not committed
         if self._commit is None:
             try:
-                self._commit = self._finished()
+                if self._shards is None or self._schema is None:
+                    raise SchemaError("cannot create a data set: no schema was given and no record was written")
+                infos, schema, writer_id = self._shards.finish(), self._schema, self._shards.writer_id
+                self._commit = Commit(
+                    self._store, infos, schema=schema, mode=self._mode, parent=self._parent, writer_id=writer_id
+                )
             finally:
                 if self._commit is None:
                     self.abort()
         self.version = self._commit.run()
         self._ended = "closed"
         self._store.close()
-
-    def _finished(self) -> Commit:
-        if self._shards is None or self._schema is None:
-            raise SchemaError("cannot create a data set: no schema was given and no record was written")
-        infos, writer_id = self._shards.finish(), self._shards.writer_id
-        return Commit(
-            self._store, infos, schema=self._schema, mode=self._mode, parent=self._parent, writer_id=writer_id
-        )
 
     def abort(self) -> None:
         """Commit nothing, and delete the shards that were written. On a closed or aborted writer, do nothing.

@@ -37,20 +37,20 @@ _NO_RIGHTS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _LONGEST_TEXT_BYTES = 1 << 20
 
 
-def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, dir_fd: int | None = None) -> int:
+def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE) -> int:
     """Return a descriptor that is closed at exec. A file that O_CREAT makes has exactly `mode`.
 
     A link in the place of a file that is to be made is removed: it holds no data. Raises ELOOP if a link would be read.
     """
     try:
-        fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
+        fd = os.open(path, flags | SAFE_FLAGS, mode)
     except OSError as error:
         if error.errno != errno.ELOOP or not flags & os.O_CREAT:
             raise
-        if not stat.S_ISLNK(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+        if not stat.S_ISLNK(os.lstat(path).st_mode):
             raise
-        os.unlink(path, dir_fd=dir_fd)
-        fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
+        Path(path).unlink()
+        fd = os.open(path, flags | SAFE_FLAGS, mode)
     if flags & os.O_CREAT:
         try:
             set_mode(fd, mode)
