@@ -490,7 +490,6 @@ OWN_KEY = rf"(?:^|/){re.escape(OWN_FOLDER)}"
 SHARD_KEY = r"\.tcs$"
 
 _VERSION_KEY = rf"^(?P<folder>(?:.*/)?){re.escape(VERSIONS_FOLDER)}(?P<number>[0-9]{{20}})\.json$"
-# Round trips dominate the time to read many small versions.
 
 
 @dataclass(frozen=True, slots=True)
@@ -574,7 +573,7 @@ class _DatasetReader:
         found = uses.read_reports(self._store) if reports else []
         used = uses.merge_reports(found, table.names, now_s=now_s)
         # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
-        # day of the first rules. A marker without a date comes from an early release: uses have been tracked for long.
+        # day of the first rules. A marker may have no date: uses have been tracked for long then.
         since_s = (placement_log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
         names = pa.concat_arrays([pa.nulls(0, pa.large_string()), *table.names.chunks])
         shards = LiveShards(

@@ -213,7 +213,7 @@ class Objects:
     # Columns of keys.
     group: NDArray[np.int32]
     shard: NDArray[np.int64]  # number of the live shard; -1: not a shard
-    rank: NDArray[np.uint8]  # see layouts.KeyGroups, as the following columns
+    rank: NDArray[np.uint8]  # see checkpoint_names.KeyGroups, as the following columns
     unfinished: NDArray[np.bool_]
     on_top: NDArray[np.bool_]
     # Of each live shard, by the manifests.

@@ -70,7 +70,7 @@ def open_mover(
             raise
 
 
-# Exit codes that a scheduler sees: docs/reference/tiers.md.
+# Exit codes that a scheduler sees: docs/guide/command.md.
 DONE, PARTLY, PENDING, UNCONFIRMED = 0, 3, 5, 7
 
 
