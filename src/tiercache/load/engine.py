@@ -168,11 +168,16 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         if self._position.finished:
             raise StopIteration
         try:
-            batch = self._pipeline.take(self._timeout_s)
+            try:
+                batch = self._pipeline.take(self._timeout_s)
+            except CorruptShard as error:
+                batch = self._take_past(error)
         except TimeoutError as error:
             raise RuntimeError(f"DataLoader timed out after {self._timeout_s:g} seconds") from error
-        except CorruptShard as error:
-            batch = self._take_past(error)
+        except Exception:
+            if self._pipeline.is_closed:  # a device without memory for a batch serves it later
+                self.close()
+            raise
         if batch is None:
             self._position.finished = True
             self._inputs.counters.add("padded", self._inputs.share.rank_plan.n_padding)

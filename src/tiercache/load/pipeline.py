@@ -107,6 +107,10 @@ class ClosingPipeline(SelfClosing):
         """Return the next batch; None at the end of the epoch. See Pipeline.take."""
 
     @property
+    def is_closed(self) -> bool:
+        return self not in _live
+
+    @property
     @abstractmethod
     def n_taken(self) -> int:
         """Number of the next batch that take() returns, counted in the share."""
@@ -325,7 +329,10 @@ class Pipeline(ClosingPipeline):
         if status == FAILED and self._shared.error is not None:
             error, self._shared.error = self._shared.error, None  # its traceback would form a reference cycle
             self.close()
-            raise error
+            try:
+                raise error
+            finally:
+                del error
         if status in (CLOSED, FAILED):  # FAILED without an error: the planner saw close() before the ring did.
             raise RuntimeError(CLOSED_MESSAGE)
         raise TimeoutError(f"no batch within {timeout_s} s")
@@ -629,8 +636,11 @@ class StagePipeline(LaterStage):
             # The error's traceback would form a cycle with the job, and hold the memory of its batch.
             error, job.error, job.batch = job.error, None, None
             self.close()
-            if error is not None:
-                raise error
+            try:
+                if error is not None:
+                    raise error
+            finally:
+                del error  # and with this frame, which holds the iterator and its workers
             return None
         self._n_rows += job.n_rows
         self._n_batches += 1

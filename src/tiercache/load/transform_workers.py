@@ -544,7 +544,7 @@ def _error_of(pickled: bytes) -> BaseException:
     try:
         pickle.loads(pickled).reraise()  # noqa: S301 -- written by a process of this loader
     except BaseException as raised:  # noqa: BLE001 -- the user's code: the consumer raises it in its place
-        return as_batch_error(raised)
+        return as_batch_error(raised.with_traceback(None))  # torch's frame in it would form a cycle with the error
     raise AssertionError("a wrapped error was not raised")
 
 

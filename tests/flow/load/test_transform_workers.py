@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import warnings
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -178,6 +179,23 @@ def test_an_error_comes_in_place_of_its_batch_with_the_workers_traceback(path):
     with pytest.raises(ArithmeticError, match=r"in DataLoader worker process(.|\n)*in fail_at_seven(.|\n)*no sevens"):
         next(iterator)
     assert loader.state_dict()["offset"] == 4
+
+
+def test_an_error_ends_the_workers_and_frees_the_iterator_without_the_garbage_collector(path):
+    iterator = iter(loader_of(path, fail_at_seven, workers=2, shuffle=False, batch_size=4))
+    processes = [process.pid for process in multiprocessing.active_children()]
+    assert len(processes) >= 2
+    next(iterator)
+    gc.disable()
+    try:
+        with pytest.raises(ArithmeticError) as caught:
+            next(iterator)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+        dropped = weakref.ref(iterator)
+        del iterator, caught
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def unpicklable(record):
