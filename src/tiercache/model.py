@@ -160,13 +160,6 @@ class SourcePart:
     selection: str | None = None  # hash of the selected records; None: all records
 
 
-class CloseListener(Protocol):
-    """Owner of prefetched blocks of a source; the source notifies it when the source is closed."""
-
-    def on_source_closed(self) -> None:
-        """Release the blocks. May be called repeatedly and from any thread."""
-
-
 # Clock value in a ReadingPlan for a read that does not happen within the planned horizon.
 NEVER = 1 << 62
 

@@ -524,30 +524,15 @@ class Dataset:
             self._opened.storage.close()
 
     def __repr__(self) -> str:
-        facts = self._facts()
+        source, urls = self._source, [version.url for version in self._source.storage.versions]
+        numbers = list(dict.fromkeys(self._recipe[0].versions))
+        url = repr(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else "")
+        version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+        steps = source.steps if source.mixture is None else (f"mix(weights={list(source.mixture.weights)})",)
+        view = f" by {'.'.join(steps)}" if steps else ""
+        records = f"{url}, version {version}, {len(self):,} record{'' if len(self) == 1 else 's'}{view}"
         served = "".join(f", {name}={text}" for name, text in self._served())
-        view = f" by {facts['view']}" if "view" in facts else ""
-        plural = "" if len(self) == 1 else "s"
-        records = f"{facts['url']}, version {facts['version']}, {facts['records']} record{plural}{view}"
         return f"{type(self).__name__}({records}: {self.schema!r}{served})"
-
-    def _facts(self) -> dict[str, str]:
-        """Return url, version, records and, if there is one, view, as texts."""
-        source = self._source
-        urls, numbers = (
-            [version.url for version in source.storage.versions],
-            list(dict.fromkeys(self._recipe[0].versions)),
-        )
-        facts = {
-            "url": repr(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
-            "version": ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else ""),
-            "records": f"{len(self):,}",
-        }
-        if source.mixture is not None:
-            facts["view"] = f"mix(weights={list(source.mixture.weights)})"
-        elif source.steps:
-            facts["view"] = ".".join(source.steps)
-        return facts
 
     def _served(self) -> Iterator[tuple[str, str]]:
         """Yield (argument, text) of each way in which columns are not served as they are stored."""
@@ -652,9 +637,7 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
         TypeError: An item is not a tiercache data set.
     """
     datasets = alike_datasets(datasets, "concat")
-    joined = join([dataset._source for dataset in datasets])  # noqa: SLF001 -- of this class
-    first = datasets[0]
-    return over_records(joined, first._output_spec, first.transform, first.batch_transform)  # noqa: SLF001
+    return _over_records(join([dataset._source for dataset in datasets]), datasets[0])  # noqa: SLF001 -- of this class
 
 
 def mix(
@@ -685,10 +668,9 @@ def mix(
     datasets = alike_datasets(datasets.values() if isinstance(datasets, Mapping) else datasets, "mix")
     if stop not in _MIX_STOPS:
         raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
-    accesses, first = [dataset.__tiercache__() for dataset in datasets], datasets[0]
+    sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
     short: Literal["first", "all"] = "first" if stop.startswith("first") else "all"
-    mixed = mixed_records([access.source for access in accesses], _weights_in_order(weights, names), short)
-    return over_records(mixed, accesses[0].output_spec, first.transform, first.batch_transform)
+    return _over_records(mixed_records(sources, _weights_in_order(weights, names), short), datasets[0])
 
 
 def _weights_in_order(weights: Any, names: tuple[str, ...] | None) -> tuple[Any, ...]:
@@ -715,15 +697,10 @@ def _by_name(weights: Mapping[str, float], names: tuple[str, ...] | None) -> tup
     return tuple(weights.get(name, 0) for name in names)
 
 
-def over_records(
-    source: Records,
-    spec: OutputSpec,
-    transform: Callable[[Record], Any] | None = None,
-    batch_transform: Callable[[Any], Any] | None = None,
-) -> Dataset:
-    """Return a data set of opened records with these output options and functions."""
+def _over_records(source: Records, first: Dataset) -> Dataset:
+    """Return a plain data set of opened records, with the output options and functions of another one."""
     made = Dataset.__new__(Dataset)
-    made.__setstate__(((source.spec, transform, spec, batch_transform), {}))
+    made.__setstate__(((source.spec, *first._recipe[1:]), {}))  # noqa: SLF001 -- of this class
     made._opened = source  # noqa: SLF001 -- of this class
     return made
 

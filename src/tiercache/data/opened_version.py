@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
-from weakref import WeakValueDictionary, ref
+from weakref import WeakMethod, WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,6 @@ from tiercache.errors import CorruptShard
 from tiercache.model import (
     NEVER,
     ByteRange,
-    CloseListener,
     PublishedPlan,
     ReadingPlan,
     ShardIdentity,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import CloseListener, PublishedPlan
+    from tiercache.model import PublishedPlan
     from tiercache.shard.blocks import Blocks, Verify
     from tiercache.shard.footer import Footer
     from tiercache.shard.schema import Schema
@@ -311,7 +310,7 @@ class OpenedVersion:
         self._names = CopyNames(self.manifest, self.table)
         # Live objects of this and other versions with any columns: joined views of one version share its open shards.
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
-        self._keepers: list[ref[CloseListener]] = []
+        self._keepers: list[WeakMethod[Callable[[], None]]] = []
         if self.cache is not None:
             warn_if_larger(self.url, self._dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
@@ -512,16 +511,14 @@ class OpenedVersion:
 
     def close(self) -> None:
         """Release shards and connections; shards in use stay valid until they are released."""
-        for keeper in self._keepers:  # first: a prefetching loader would open shards again, on a closed store
-            found = keeper()
-            if found is not None:
-                found.on_source_closed()
+        for release in filter(None, (one() for one in self._keepers)):
+            release()  # first: a prefetching loader would open shards again, on a closed store
         self._readers.clear()
         self.stores.close()
 
-    def on_close(self, keeper: CloseListener) -> None:
+    def on_close(self, release: Callable[[], None]) -> None:
         """See Storage.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
-        self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
+        self._keepers = [*(one for one in self._keepers if one() is not None), WeakMethod(release)]
 
     def _read_block_sizes(self, shard: int) -> BlockSizes:
         return self._sizes_of_footer(shard, self._footer(shard))
@@ -756,10 +753,10 @@ class Storage:
             caches.add(id(version.cache))
         return sums
 
-    def on_close(self, keeper: CloseListener) -> None:
-        """Call keeper.on_source_closed() when a version is closed. The keeper is referenced weakly."""
+    def on_close(self, release: Callable[[], None]) -> None:
+        """Call a method that releases prefetched blocks when a version is closed. Its object is referenced weakly."""
         for version in self.versions:
-            version.on_close(keeper)
+            version.on_close(release)
 
     def close(self) -> None:
         for version in self.versions:

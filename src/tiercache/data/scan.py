@@ -80,7 +80,11 @@ def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
         raise ValueError("packed rows have no Arrow form: convert the documents, or make arrays of dataset[...]")
     if not source.is_in_stored_order:
         for start, stop in spans(source):
-            yield pa.RecordBatch.from_arrays(_take_arrow(source, np.arange(start, stop)), schema=schema)
+            parts, positions = [], []
+            for shard, block, where, rows in source.places(np.arange(start, stop)):
+                positions.append(where)
+                parts.append([array.take(as_arrow(rows)) for array in source.arrays(shard, block)])
+            yield pa.RecordBatch.from_arrays(join_arrow(parts, positions, source.schema), schema=schema)
         return
     for shard in np.flatnonzero(source.shard_records).tolist():
         (table,) = source.block_sizes([shard])
@@ -93,14 +97,6 @@ def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
                 else:
                     arrays = [array.take(pa.array(rows)) for array in arrays]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _take_arrow(source: Records, records: NDArray[np.int64]) -> list[pa.Array]:
-    arrays, positions = [], []
-    for shard, block, where, rows in source.places(records):
-        positions.append(where)
-        arrays.append([array.take(as_arrow(rows)) for array in source.arrays(shard, block)])
-    return join_arrow(arrays, positions, source.schema)
 
 
 @dataclass(frozen=True, slots=True)

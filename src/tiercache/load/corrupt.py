@@ -179,8 +179,11 @@ def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
     return np.array(sorted(corrupt_rows), np.int64)
 
 
-def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk: RecordWalk) -> Iterator[AnyPiece]:
-    replacer, n_rows = _RecordReplacer(corruption, walk), 0
+def replace_corrupt(
+    pieces: Iterable[AnyPiece], corruption: CorruptionMap, order: Order, rank_plan: RankPlan
+) -> Iterator[AnyPiece]:
+    """Yield the pieces of a rank, in which good records replace those that cannot be read."""
+    replacer, n_rows = _RecordReplacer(corruption, order, rank_plan), 0
     for piece in pieces:
         yield replacer.repair(piece, n_rows) if corruption else piece
         n_rows += piece.n_rows
@@ -188,10 +191,14 @@ def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk:
 
 @dataclass(slots=True)
 class _RecordReplacer:
-    """Replaces records piece by piece. last: the last good record after a piece with corruption; None: ask `walk`."""
+    """Replaces records piece by piece. last: the last good record after a piece with corruption; None: look for it.
+
+    Rows are counted from the start of the pieces.
+    """
 
     corruption: CorruptionMap
-    walk: RecordWalk
+    order: Order
+    rank_plan: RankPlan
     last: RecordLocation | None = None
     _alone: tuple[RecordLocation, AnyWindow] | None = None
 
@@ -251,32 +258,9 @@ class _RecordReplacer:
     def _before(self, n_rows: int) -> RecordLocation | None:
         if self.last is not None and not self.corruption.is_bad(self.last):
             return self.last
-        return next((p for p in self.walk.before(n_rows) if not self.corruption.is_bad(p)), None)
+        return next((p for p in self._all_before(n_rows) if not self.corruption.is_bad(p)), None)
 
-    def _after(self, n_rows: int) -> RecordLocation:
-        location = next((p for p in self.walk.after(n_rows) if not self.corruption.is_bad(p)), None)
-        if location is None:
-            url = self.corruption.first_url or self.corruption.source.url
-            raise CorruptShard("no record of this rank's share can be read", url=url)
-        return location
-
-    def _window_of(self, location: RecordLocation) -> AnyWindow:
-        shard, block, _ = location
-        if self._alone is None or self._alone[0][:2] != (shard, block):
-            raw_bytes = self.corruption.block_sizes([shard])[0].raw_bytes[block : block + 1]
-            numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = location, ExplicitWindow(0, 0, *numbers, raw_bytes)
-        return self._alone[1]
-
-
-@dataclass(frozen=True, slots=True)
-class RecordWalk:
-    """A rank's records one by one, in the order's row numbers, counted from the start of its pieces."""
-
-    order: Order
-    rank_plan: RankPlan
-
-    def before(self, n_rows: int) -> Iterator[RecordLocation]:
+    def _all_before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records before row n_rows, latest first, back to the start of the epoch."""
         rank_plan = self.rank_plan
         for row in reversed(range(n_rows)):
@@ -285,6 +269,18 @@ class RecordWalk:
             rank_plan = replace(rank_plan, offset=rank_plan.offset - rank_plan.global_batch)
             yield from (locate(self.order, position) for position in rank_plan.positions(0)[::-1].tolist())
 
-    def after(self, n_rows: int) -> Iterator[RecordLocation]:
+    def _after(self, n_rows: int) -> RecordLocation:
         for row in range(n_rows, self.rank_plan.n_served):
-            yield locate(self.order, int(self.rank_plan.positions_between(row, row + 1)[0]))
+            location = locate(self.order, int(self.rank_plan.positions_between(row, row + 1)[0]))
+            if not self.corruption.is_bad(location):
+                return location
+        url = self.corruption.first_url or self.corruption.source.url
+        raise CorruptShard("no record of this rank's share can be read", url=url)
+
+    def _window_of(self, location: RecordLocation) -> AnyWindow:
+        shard, block, _ = location
+        if self._alone is None or self._alone[0][:2] != (shard, block):
+            raw_bytes = self.corruption.block_sizes([shard])[0].raw_bytes[block : block + 1]
+            numbers = np.array([shard], np.int32), np.array([block], np.int32)
+            self._alone = location, ExplicitWindow(0, 0, *numbers, raw_bytes)
+        return self._alone[1]

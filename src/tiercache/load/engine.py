@@ -468,8 +468,8 @@ class OrderEngine(Engine):
         )
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._next_epoch, self._publisher = next_epoch, publisher
-        self._source.storage.on_close(next_epoch)
-        self._source.storage.on_close(publisher)
+        self._source.storage.on_close(next_epoch.on_source_closed)
+        self._source.storage.on_close(publisher.on_source_closed)
         self._n_epochs += 1
         self._iterator = weakref.ref(iterator)
         return iterator

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tiercache.data.records import Records
 from tiercache.errors import ObjectChanged, TierCacheError, UnsupportedFormat
-from tiercache.load.corrupt import CorruptionMap, RecordWalk, replace_corrupt
+from tiercache.load.corrupt import CorruptionMap, replace_corrupt
 from tiercache.load.loader_options import Rank
 from tiercache.load.pieces import ARRAY_PIECES, RUN_PIECES, AnyPiece, PieceSizes, cut_pieces, locate
 from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
@@ -234,7 +234,7 @@ class OrderShare:
         all_pieces = cut_pieces(self.order, rank_plan, self.sizes)
         if self.corruption is None:
             return all_pieces
-        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self.order, rank_plan))
+        return replace_corrupt(all_pieces, self.corruption, self.order, rank_plan)
 
     def locate(self, position: int) -> tuple[int, int, int]:
         return locate(self.order, position)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import operator
 import re
 import sys
@@ -25,12 +24,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 ALL = "all"
-
-_CHOICES = {
-    "placement": ("sticky", "global"),
-    "on_corrupt": ("raise", "previous"),
-    "device_buffers": ("new", "fixed"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,19 +93,20 @@ class LoaderOptions:
         self._check_ranks()
         if self.shuffle_streams is not None and not 1 <= self.shuffle_streams <= MAX_STREAMS:
             raise ValueError(f"shuffle_streams must be 1 to {MAX_STREAMS}, got {self.shuffle_streams}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        choice: tuple[str, str]
+        for name, *choice in (
+            ("placement", "sticky", "global"),
+            ("on_corrupt", "raise", "previous"),
+            ("device_buffers", "new", "fixed"),
+        ):
+            if getattr(self, name) not in choice:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choice))}, got {getattr(self, name)!r}")
         if self.batch_transform is not None and not callable(self.batch_transform):
             raise TypeError(f"batch_transform must be a function of a batch, got {self.batch_transform!r}")
-        for name in ("threads", "device_batches"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be 1 or more, got {count}")
-        for name in ("shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):
-            size = getattr(self, name)
-            if size is not None and size != ALL and parse_bytes(size) < 1:
-                raise ValueError(f"{name} must be 1 byte or more, got {size!r}")
+        for name in ("threads", "device_batches", "shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):
+            given = getattr(self, name)
+            if given is not None and given != ALL and parse_bytes(given) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {given!r}")
         if self.memory_bytes == ALL:
             raise ValueError("memory_bytes must be a size such as '256MiB', got 'all'")
 
@@ -171,9 +165,6 @@ class LoaderOptions:
     def window_bytes(self) -> int | None:
         """shuffle_window_bytes in bytes; None for "all"."""
         return None if self.shuffle_window_bytes == ALL else parse_bytes(self.shuffle_window_bytes)
-
-
-logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,7 +272,8 @@ def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError for a folder of MosaicML Streaming or LitData; its index would be packed as a JSON record."""
     for file in found:
         if _name(file.path) == _INDEX_FILE:
-            start = _start(files, file.path)
+            with files.open(file.path) as opened:
+                start = opened.read(_START_BYTES)
             for pattern, format_name in _INDEXES.items():
                 if pattern.match(start):
                     raise _refused(files, file.path, format_name, "leave the index out with exclude")
@@ -281,25 +282,16 @@ def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError for a file in a foreign format, by its name."""
     for file in found:
-        format_name = _format_by_name(file.path)
+        name = _NUMBERED.sub("", _name(file.path).lower())
+        for suffix in _COMPRESSED:
+            name = name.removesuffix(suffix)
+        format_name = _BY_SUFFIX.get("." + name.rpartition(".")[2]) if "." in name else None
         if format_name is not None:
             raise _refused(files, file.path, format_name, "choose files with kind, include and exclude")
 
 
-def _format_by_name(path: str) -> str | None:
-    name = _NUMBERED.sub("", _name(path).lower())
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return _BY_SUFFIX.get("." + name.rpartition(".")[2]) if "." in name else None
-
-
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _start(files: Files, path: str) -> bytes:
-    with files.open(path) as file:
-        return file.read(_START_BYTES)
 
 
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:

@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -144,10 +143,8 @@ class ImageFolder:
                 "label": [labels[path.split("/")[0]] for path in paths],
                 "path": paths,
             }
-            yield InputBatch(columns, len(run), sum(f.n_bytes for f in run), partial(self._location, paths))
-
-    def _location(self, paths: Sequence[str], record: int) -> str:
-        return self.files.location(paths[record])
+            locations = [self.files.location(path) for path in paths]
+            yield InputBatch(columns, len(run), sum(f.n_bytes for f in run), locations.__getitem__)
 
     def _check(self, path: str, image: bytes) -> None:
         encoding = sniff(image)
