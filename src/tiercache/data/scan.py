@@ -91,11 +91,11 @@ def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
         for block in np.flatnonzero(table.records).tolist():
             arrays = source.arrays(shard, block)
             if source.selection is not None:
-                rows = _rows(source, shard, np.array([block]), table)
-                if bool((np.diff(rows.astype(np.int64)) == 1).all()):
-                    arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
+                chosen = _rows(source, shard, np.array([block]), table)
+                if bool((np.diff(chosen.astype(np.int64)) == 1).all()):
+                    arrays = [array.slice(int(chosen[0]), len(chosen)) for array in arrays]
                 else:
-                    arrays = [array.take(pa.array(rows)) for array in arrays]
+                    arrays = [array.take(pa.array(chosen)) for array in arrays]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

@@ -252,6 +252,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         # The engine of the native path; on torch's path, that of tiercache's order, which the sampler returns.
         self._engine: OrderEngine | SamplerEngine | None = None
         self._own_batch_sampler = self.batch_sampler
+        if isinstance(self.sampler, OrderSampler) and self.batch_sampler is not None:
+            setattr(self.batch_sampler, "set_epoch", self.sampler.set_epoch)  # noqa: B010 - Trainer, after it skipped
         if access is None or (reason and not has_order):
             return
         transforms, device = self._transform_settings(), find_device(options.device if options else None)
@@ -381,7 +383,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if isinstance(state["sampler"], OrderSampler):  # It is bound to one loader.
             sampler, batch_sampler = copy(state["sampler"]), copy(state["batch_sampler"])
             if batch_sampler is not None:
-                batch_sampler.sampler = sampler
+                batch_sampler.sampler, batch_sampler.set_epoch = sampler, sampler.set_epoch
             state = {**state, "sampler": sampler, "batch_sampler": batch_sampler, "_own_batch_sampler": batch_sampler}
         for name, value in state.items():  # in torch's order, which sets the samplers before it forbids that
             setattr(self, name, value)

@@ -93,7 +93,7 @@ class LoaderOptions:
         self._check_ranks()
         if self.shuffle_streams is not None and not 1 <= self.shuffle_streams <= MAX_STREAMS:
             raise ValueError(f"shuffle_streams must be 1 to {MAX_STREAMS}, got {self.shuffle_streams}")
-        choice: tuple[str, str]
+        choice: list[str]
         for name, *choice in (
             ("placement", "sticky", "global"),
             ("on_corrupt", "raise", "previous"),

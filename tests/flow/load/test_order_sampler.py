@@ -119,6 +119,8 @@ def test_iterating_a_sampler_begins_the_epoch_as_iter_of_the_loader_does(dataset
     loader.set_epoch(2)
     assert loader.state_dict()["epoch"] == 2
     assert ids_of(loader) == epochs[2]
+    loader.batch_sampler.set_epoch(1)  # Hugging Face's Trainer, when it has skipped batches
+    assert next(iter(loader.batch_sampler)) == epochs[1][0]
 
 
 def test_with_workers_the_end_of_the_epoch_is_unknown(dataset):
