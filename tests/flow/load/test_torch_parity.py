@@ -169,7 +169,7 @@ def test_attributes_and_length_are_torchs(dataset, arguments, plain):
     assert (ours.batch_sampler is None) == (theirs.batch_sampler is None)
     if theirs.batch_sampler is not None:
         assert isinstance(ours.batch_sampler, BatchSampler)
-        assert list(vars(ours.batch_sampler)) == list(vars(theirs.batch_sampler))
+        assert vars(ours.batch_sampler).keys() - {"set_epoch"} == vars(theirs.batch_sampler).keys()
         assert len(ours.batch_sampler) == len(theirs.batch_sampler)
     assert len(ours.sampler) == len(theirs.sampler)
     for name in ("sampler", "batch_sampler"):

@@ -274,11 +274,12 @@ def _raise():
 
 
 def test_a_batch_of_an_abandoned_epoch_that_cannot_be_read_is_no_error_of_the_next_one(path, tmp_path):
-    gate, made = tmp_path / "open", itertools.count()
+    begun, gate, made = tmp_path / "begun", tmp_path / "open", itertools.count()
 
     def wrong_after_a_batch(record):
         number = next(made)
         if number == 8:
+            begun.touch()
             wait_for(gate.exists, 60)
         return {"id": record["id"], "x": CannotBeRead() if 8 <= number < 16 else None}
 
@@ -286,6 +287,7 @@ def test_a_batch_of_an_abandoned_epoch_that_cannot_be_read_is_no_error_of_the_ne
     loader = loader_of(path, wrong_after_a_batch, **more)
     iterator = iter(loader)
     next(iterator)
+    wait_for(begun.exists, 60)
     iterator.close()
     gate.touch()
     assert len(list(loader)) == len(loader)
