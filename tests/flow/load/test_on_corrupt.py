@@ -99,9 +99,8 @@ def opened(request, tmp_path) -> Callable[[Path], tc.Dataset]:
         cache = tc.Cache(tmp_path / f"cache{len(at_end)}", size="64MiB") if request.param == "cached" else False
         if cache:
             at_end.append(cache.close)
-        at_end.append(join_loading)  # before the cache is closed, too: it opens itself for whoever reads
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        at_end.append(dataset.close)
+        at_end.extend([dataset.close, join_loading, dataset.close])  # data set and cache open themselves for who reads
         return dataset
 
     yield open_dataset
