@@ -83,7 +83,7 @@ def made_file(n_rules: int) -> RuleFile:
         )
         for i in range(n_rules - 2)
     ]
-    best = (BestMetric(("val_loss",), n=2, mode="min"),)
+    best = (BestMetric("val_loss", n=2, mode="min"),)
     keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000, best=best)}
     rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
     rules.append(Rule(name="rest", match=("**",), to="archive", after_s=DAY_S / 2))

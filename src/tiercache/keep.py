@@ -32,7 +32,7 @@ _BEST = re.compile(r"\s*(?P<metric>[^:]*[^:\s])\s*:\s*(?P<n>[0-9]+)\s*(?::\s*(?P
 class BestMetric:
     """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric."""
 
-    metrics: tuple[str, ...]  # names; the first one that any checkpoint of a run has is used for that run
+    metric: str
     n: int
     mode: Literal["min", "max"] = "min"
 
@@ -70,7 +70,7 @@ class Keep:
     last: int | None = None
     every_steps: int | None = None
     every: str | None = None
-    best: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ()
+    best: str | Sequence[str] = ()
     younger_than: str | None = None
     tier: Literal["local", "remote"] | None = None
     keep_list: KeepList = field(init=False, repr=False, compare=False)
@@ -142,23 +142,10 @@ def _bests(value: object) -> tuple[BestMetric, ...]:
 
 
 def _one_best(given: object) -> BestMetric:
-    if isinstance(given, Mapping):
-        if unknown := given.keys() - {"metric", "n", "mode"}:
-            raise ValueError(f"{sorted(unknown)[0]}: no such key; there are metric, n and mode")
-        metrics, mode = given.get("metric"), given.get("mode", "min")
-        metrics = [metrics] if isinstance(metrics, str) else metrics
-        if not isinstance(metrics, list | tuple) or not metrics or not all(isinstance(m, str) and m for m in metrics):
-            raise ValueError(f"metric: expected a name, or a list of names, got {given.get('metric')!r}")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode: expected 'min' or 'max', got {mode!r}")
-        try:
-            return BestMetric(tuple(metrics), _count(given.get("n")), mode)
-        except ValueError as error:
-            raise ValueError(f"n: {error}") from None
     match = _BEST.fullmatch(given) if isinstance(given, str) else None
     if match is None or not 1 <= int(match["n"]) <= MAX_COUNT:
         raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
-    return BestMetric((match["metric"].strip(),), int(match["n"]), "max" if match["mode"] == "max" else "min")
+    return BestMetric(match["metric"].strip(), int(match["n"]), "max" if match["mode"] == "max" else "min")
 
 
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
@@ -193,8 +180,8 @@ class KeepResult:
     named: Flags  # whether the list keeps the group
     unscored: Flags  # whether `best` cannot be evaluated for the group, so that the group is kept
     without: Flags  # whether the group lacks a metric of `best` that others of its run have: `best` ignores it
-    unscored_by: tuple[tuple[str, ...], ...] = ()  # metrics of each `best` for which any group is unscored
-    without_by: tuple[tuple[str, ...], ...] = ()  # metrics of each `best` that any group lacks
+    unscored_by: tuple[str, ...] = ()  # metrics for which any group is unscored
+    without_by: tuple[str, ...] = ()  # metrics that any group lacks
 
 
 def evaluate_keep_list(checkpoints: CheckpointColumns, rows: Rows, keep: KeepList) -> KeepResult:
@@ -212,44 +199,27 @@ def evaluate_keep_list(checkpoints: CheckpointColumns, rows: Rows, keep: KeepLis
             named[_first_of_steps(checkpoints, written, keep.every_steps)] = True
     if keep.every_s is not None:
         named[_first_of_stretches(checkpoints, complete, keep.every_s)] = True
-    unscored_by: list[tuple[str, ...]] = []
-    without_by: list[tuple[str, ...]] = []
+    unscored_by: list[str] = []
+    without_by: list[str] = []
     for best in keep.best:
-        scores = scores_of(checkpoints, complete, best)
-        named[_best(checkpoints, complete, scores.values, best)] = True
-        unsure = scores.is_unscored | (np.isnan(scores.values) & checkpoints.unread[complete])
-        lacks = np.isnan(scores.values) & ~unsure
+        values, is_unscored = scores_of(checkpoints, complete, best.metric)
+        named[_best(checkpoints, complete, values, best)] = True
+        unsure = is_unscored | (np.isnan(values) & checkpoints.unread[complete])
+        lacks = np.isnan(values) & ~unsure
         unscored[complete[unsure]], without[complete[lacks]] = True, True
-        unscored_by += [best.metrics] if unsure.any() else []
-        without_by += [best.metrics] if lacks.any() else []
+        unscored_by += [best.metric] if unsure.any() else []
+        without_by += [best.metric] if lacks.any() else []
     if keep.younger_s is not None:
         named[rows[checkpoints.now_s - checkpoints.created_s[rows] <= keep.younger_s]] = True
     return KeepResult(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BestScores:
-    """Values of the metric of a `best`, for some groups."""
-
-    values: NDArray[np.float64]  # NaN where the group has no value
-    is_unscored: Flags  # whether no group of the run has any of the metrics
-
-
-def scores_of(checkpoints: CheckpointColumns, complete: Rows, best: BestMetric) -> BestScores:
-    """Return the metric of complete checkpoints: per run, the first metric that any of its checkpoints has.
-
-    One metric is used per run, because values of two metrics cannot be compared.
-    """
+def scores_of(checkpoints: CheckpointColumns, complete: Rows, metric: str) -> tuple[NDArray[np.float64], Flags]:
+    """Return a metric of complete checkpoints, NaN where there is none, and whether no group of their run has it."""
+    everywhere = checkpoints.metrics.get(metric)
+    values = np.full(len(complete), np.nan) if everywhere is None else everywhere[complete]
     _, run = np.unique(checkpoints.run[complete], return_inverse=True)
-    values = np.full(len(complete), np.nan)
-    has = np.zeros(int(run.max(initial=-1)) + 1, np.bool_)
-    for name in best.metrics:
-        if name in checkpoints.metrics:
-            found = checkpoints.metrics[name][complete]
-            is_first = np.bincount(run, weights=~np.isnan(found), minlength=len(has)).astype(np.bool_) & ~has
-            values = np.where(is_first[run], found, values)
-            has |= is_first
-    return BestScores(values, ~has[run])
+    return values, np.bincount(run, weights=~np.isnan(values))[run] == 0
 
 
 def _by_time(checkpoints: CheckpointColumns, rows: Rows) -> Rows:

@@ -54,10 +54,9 @@ def _of_series(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
                 while end <= at:
                     end += keep.every_s
     for best in keep.best:
-        first = next((name for name in best.metrics if any(_has(groups[row], name) for row in rows)), "")
-        having = [row for row in by_step if _has(groups[row], first)]
+        having = [row for row in by_step if _has(groups[row], best.metric)]
         having.reverse()
-        having.sort(key=lambda row: groups[row].metrics[first], reverse=best.mode == "max")
+        having.sort(key=lambda row: groups[row].metrics[best.metric], reverse=best.mode == "max")
         # A reversed sort keeps the order of equal ones as well.
         named |= set(having[: best.n])
     return named
@@ -69,8 +68,8 @@ def unscored_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int
     for run in {groups[row].run for row in rows}:
         mine = [row for row in rows if groups[row].run == run and groups[row].complete]
         for best in keep.best:
-            first = next((name for name in best.metrics if any(_has(groups[row], name) for row in mine)), "")
-            found |= {row for row in mine if not first or (not _has(groups[row], first) and groups[row].unread)}
+            lacking = {row for row in mine if not _has(groups[row], best.metric)}
+            found |= lacking if len(lacking) == len(mine) else {row for row in lacking if groups[row].unread}
     return found
 
 

@@ -31,7 +31,6 @@ from tiercache.cli.common import (
     flag,
     option,
     parse_columns,
-    parse_fraction,
     parse_size,
     verb,
 )
@@ -131,12 +130,11 @@ def select_shards(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     training: Training | None = None,
-    fraction: float = 1.0,
-    limit_bytes: int | None = None,
+    limit: str | None = None,
 ) -> NDArray[np.int64]:
     """Return the numbers of the selected shards, int64[m], in the order of the training, else the stored order.
 
-    include and exclude are globs over shard names; fraction and limit_bytes keep the first of the selected bytes.
+    include and exclude are globs over shard names; limit, a size or a fraction, keeps the first of the selected bytes.
     """
     shards = np.arange(len(table), dtype=np.int64)
     if training is not None:
@@ -144,7 +142,8 @@ def select_shards(
     if include or exclude:
         names = table.names.to_pylist()
         shards = shards[np.array([selected(names[i], include or (), exclude or ()) for i in shards.tolist()], bool)]
-    wanted_bytes = fraction * int(table.n_bytes[shards].sum()) if limit_bytes is None else limit_bytes
+    whole_bytes = int(table.n_bytes[shards].sum())
+    wanted_bytes = whole_bytes if limit is None else parse_size("--limit", limit, whole_bytes=whole_bytes)
     before = np.cumsum(table.n_bytes[shards]) - table.n_bytes[shards]
     return shards[: int(np.searchsorted(before, wanted_bytes, side="left"))]
 
@@ -261,17 +260,8 @@ def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> S
 def warm(
     output: Output,
     url: Url,
-    fraction: Annotated[
-        str | None,
-        option(
-            "--fraction",
-            "FRACTION",
-            "Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
-        ),
-    ] = None,
     limit: Annotated[
-        str | None,
-        option("--limit", "SIZE", "Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB."),
+        str | None, option("--limit", "SIZE", "Fetch only the first of the selected bytes, e.g. 200GB or 25%.")
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -297,13 +287,9 @@ def warm(
     The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
     reads them: --rank selects the ranks, and --limit the amount.
     """
-    if fraction is not None and limit is not None:
-        raise ValueError("--fraction and --limit cannot be combined: give one of them")
     if pin and columns is not None:
         raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
     training = parse_training(seed, rank, placement)
-    part = 1.0 if fraction is None else parse_fraction(fraction)
-    limit_bytes = None if limit is None else parse_size("--limit", limit)
     names = parse_columns(columns)
     with (
         Cache.default(path=cache_dir, size=cache_size) as cache,
@@ -314,7 +300,7 @@ def warm(
                 f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
             )
         data_set = open_data_set(inner, at)
-        shards = select_shards(data_set.shards, include, exclude, training, part, limit_bytes)
+        shards = select_shards(data_set.shards, include, exclude, training, limit)
         dataset_id = data_set.version.dataset_id
         objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
         objects += data_set.shards.objects(dataset_id, shards)

@@ -163,7 +163,6 @@ class KeyGroups:
     own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/format.py)
     written_s: NDArray[np.float64]  # time of writing in one of our own names, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
-    has_completing: NDArray[np.bool_]  # whether the group has a completing object
     # Columns of keys.
     group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
     rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETING
@@ -210,7 +209,6 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         own=is_own,
         written_s=written_s,
         lacks=lacks,
-        has_completing=checkpoint & members.groups_with(members.are_completing()),
         group=group,
         rank=members.ranks(),
         unfinished=unfinished,

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.keep import BestMetric, scores_of
+from tiercache.keep import scores_of
 from tiercache.store.access import ParsedUrl
 from tiercache.tier.policy import covered_folders, rules_of
 from tiercache.tier.snapshot import CHECKPOINT, FILE
@@ -88,17 +88,17 @@ def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
 def _missing_metrics(rule: Rule, snapshot: Snapshot, rows: NDArray[np.int64]) -> Iterator[RuleWarning]:
     """Yield a warning for each run of which no complete checkpoint has a metric of a keep list: all of it is kept."""
     complete = rows[(snapshot.kind[rows] == CHECKPOINT) & snapshot.complete[rows]]
-    used: dict[tuple[str, ...], tuple[BestMetric, list[str]]] = {}
+    used: dict[str, list[str]] = {}
     for tier, keep in rule.keep.items():
         for best in keep.best:
-            used.setdefault(best.metrics, (best, []))[1].append(f"keep_{tier}")
-    for metrics, (best, lists) in used.items():
-        unscored = complete[scores_of(snapshot, complete, best).is_unscored]
+            used.setdefault(best.metric, []).append(f"keep_{tier}")
+    for metric, lists in used.items():
+        unscored = complete[scores_of(snapshot, complete, metric)[1]]
         for number in np.unique(snapshot.run[unscored]).tolist():
             run = unscored[snapshot.run[unscored] == number]
             folder, slash, name = snapshot.paths[int(run[0])].as_py().rpartition("/")
             checkpoints = f"{folder}{slash}{re.sub('[0-9]+', '*', name)}"
-            text = f"{rule.name}: no checkpoint of {checkpoints} has the metric {' or '.join(map(repr, metrics))}, "
+            text = f"{rule.name}: no checkpoint of {checkpoints} has the metric {metric!r}, "
             text += f"so that {', '.join(dict.fromkeys(lists))} keeps all {len(run):,} of them and none is deleted"
             yield RuleWarning("no_metric", rule.name, text)
 

@@ -496,8 +496,6 @@ _VERSION_KEY = rf"^(?P<folder>(?:.*/)?){re.escape(VERSIONS_FOLDER)}(?P<number>[0
 class FoundDataset:
     folder: str  # folder below the URL of a tier; "" or ending in "/"
     tier: str  # name of the tier from which its versions were read
-    n_versions: int  # number of versions, all of which are live
-    n_shards: int = 0  # number of shards that any version names
     is_tracked: bool = False  # whether machines report uses of the data set
     problem: str = ""  # reason why the data set is left alone; "": there is none
 
@@ -565,7 +563,7 @@ class _DatasetReader:
             versions = self._versions(numbers)
             table = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
-            return _no_shards(), FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
+            return _no_shards(), FoundDataset(self._folder, self._tier, problem=str(error))
         has_tracking_marker = bool(
             match_regex(own_keys, f"^{re.escape(self._folder + placement_log.TRACKING_MARKER_KEY)}$").any()
         )
@@ -585,7 +583,7 @@ class _DatasetReader:
             unreported=np.full(len(table), used.unreported),
             uses_tracked_since_s=np.full(len(table), since_s),
         )
-        return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_tracked=has_tracking_marker)
+        return shards, FoundDataset(self._folder, self._tier, is_tracked=has_tracking_marker)
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
         def read(number: int) -> Version | None:
@@ -699,11 +697,6 @@ def _numbers(body: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 _MAY_NAME = r"=|\d\.\d"
 
 
-def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
-    keeps = [keep for rule in file.rules for keep in rule.keep.values()]
-    return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointMetrics:
     columns: Mapping[str, NDArray[np.float64]]  # by name, of all groups; NaN where there is none
@@ -715,11 +708,10 @@ def find_metrics(
 ) -> CheckpointMetrics:
     """Find the metrics that keep lists use, in the names and files of checkpoints. checkpoints: Numbers of groups.
 
-    No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric. Raises
+    No file is read if no rule uses a metric, or if a checkpoint's name contains each metric. Raises
     StoreError if a file exists and cannot be read now, so that the best checkpoints are unknown.
     """
-    used = used_metrics(file)
-    names = sorted({name for some in used for name in some})
+    names = sorted({best.metric for rule in file.rules for keep in rule.keep.values() for best in keep.best})
     columns = {name: np.full(len(paths), np.nan) for name in names}
     if not names:
         return CheckpointMetrics(columns, np.empty(0, np.int64))
@@ -729,7 +721,7 @@ def find_metrics(
         last = split_keys(texts.filter(pa.array(may_name)))[2]
         for name, column in metrics_in_names(last, names).items():
             columns[name][groups[may_name]] = column
-    lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in used])).any(axis=0)]
+    lacking = checkpoints[np.isnan(np.array([column[checkpoints] for column in columns.values()])).any(axis=0)]
     copy_of = _copies_to_read(listed, copies, lacking)
     unread = [group for group, copy in copy_of.items() if copy is None]
     readable = {group: copy for group, copy in copy_of.items() if copy is not None}

@@ -378,8 +378,8 @@ def _deletes(index: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: F
 def _by_keep_lists(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> RuleProposals:
     named, by_keys = np.zeros((index.n_tiers, len(rows)), np.bool_), index.newest[rows]
     without = np.zeros(index.snapshot.n_groups, np.bool_)
-    unscored_by: list[tuple[str, ...]] = []
-    without_by: list[tuple[str, ...]] = []
+    unscored_by: list[str] = []
+    without_by: list[str] = []
     for name, keep in rule.keep.items():
         found = evaluate_keep_list(index.snapshot, rows, keep)
         # Each keep list keeps the newest checkpoint of a run.
@@ -415,8 +415,8 @@ def _by_keep_lists(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) ->
     return RuleProposals(rows, proposed, refused, named)
 
 
-def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
-    return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
+def _worded(metrics: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(map(repr, metrics)))
 
 
 def _then(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[MoveColumns, MoveColumns]:
@@ -519,7 +519,7 @@ def _keys(keep: KeepList) -> Iterator[tuple[str, KeepList]]:
         yield f"every = {span(keep.every_s)}", KeepList(every_s=keep.every_s)
     for best in keep.best:
         mode = ":max" if best.mode == "max" else ""
-        yield f"best = {' or '.join(best.metrics)}:{best.n}{mode}", KeepList(best=(best,))
+        yield f"best = {best.metric}:{best.n}{mode}", KeepList(best=(best,))
     if keep.younger_s is not None:
         yield f"younger than {span(keep.younger_s)}", KeepList(younger_s=keep.younger_s)
 

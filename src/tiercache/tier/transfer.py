@@ -111,7 +111,6 @@ class Transfer:
         self._stores, self._cancel = stores, cancel or Event()
         self._rate_bytes_s, self._clock = rate_bytes_s, clock
         self._lock, self._free_s = Lock(), clock.monotonic()  # until then, the rate is used up
-        self.jobs = jobs
         self._pool = ThreadPoolExecutor(max(jobs, _TOGETHER), thread_name_prefix="tiercache-transfer")
         self._buffers = PartBufferPool()
 

@@ -53,7 +53,7 @@ class TestWhatATrainingReads:
             (["--rank", "0/2"], "--rank needs --seed"),
             (["--seed", "1", "--rank", "2/2"], "--rank takes RANK/RANKS"),
             (["--pin", "--columns", "x"], "--pin keeps whole copies"),
-            (["--fraction", "5%", "--limit", "1GB"], "--fraction and --limit cannot be combined"),
+            (["--limit", "105%"], "--limit: "),
             (["--seed", "1", "--placement", "far"], "--placement must be sticky or global"),
         ],
     )

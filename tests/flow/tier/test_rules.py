@@ -105,7 +105,7 @@ until = 2027-06-30
 why = "the paper's figures"
 """)
     assert [tier.name for tier in file.tiers] == ["hot", "standard", "archive"]
-    best = (BestMetric(("val_loss",), n=2),)
+    best = (BestMetric("val_loss", n=2),)
     assert file.rules == (
         Rule(
             name="rules[1]",
@@ -222,7 +222,7 @@ def test_values_are_read_as_seconds_and_tuples(read):
 def test_keep_lists_have_all_keys(read):
     text = 'every = "6h", younger_than = "7d", best = ["loss:2", "top 1 : 3 : max"]'
     (rule,) = read(f'{TIERS}[[rules]]\nmatch = "*"\nkeep_hot = {{{text}}}').rules
-    best = (BestMetric(("loss",), n=2), BestMetric(("top 1",), n=3, mode="max"))
+    best = (BestMetric("loss", n=2), BestMetric("top 1", n=3, mode="max"))
     assert rule.keep["hot"] == KeepList(every_s=21600.0, younger_s=604800.0, best=best)
 
 

@@ -55,9 +55,9 @@ class TestChoice:
         training = Training(5, ranks=(1,), world_size=2)
         whole = epoch_reads(found.n_records, found.n_bytes, training)[1].shards.tolist()
         even = [i for i in whole if i % 2 == 0]
-        chosen = select_shards(found, ["*[02468].tcs"], training=training, fraction=0.5)
+        chosen = select_shards(found, ["*[02468].tcs"], training=training, limit="50%")
         assert chosen.tolist() == even[: -(-len(even) // 2)]
-        assert select_shards(found, training=training, limit_bytes=250).tolist() == whole[:3]
+        assert select_shards(found, training=training, limit="250").tolist() == whole[:3]
 
 
 class TestFlags:

@@ -237,7 +237,7 @@ def test_what_a_link_or_its_own_pin_file_holds_is_neither_moved_nor_deleted():
 
 # -- metrics that are not found ---------------------------------------------------------------------------------------
 
-BEST = KEEP.model_copy(update={"keep": {"standard": KeepList(best=(BestMetric(("val_los",), n=2),))}})
+BEST = KEEP.model_copy(update={"keep": {"standard": KeepList(best=(BestMetric("val_los", n=2),))}})
 
 
 def scored(run: int, *steps: int, metric: str = "val_loss", **facts) -> list[Group]:
@@ -258,7 +258,7 @@ def test_a_misspelt_metric_deletes_nothing_and_moves_nothing_of_the_run():
 
 def test_the_refusal_names_only_the_metric_that_is_not_found():
     rule = BEST.model_copy(
-        update={"keep": {"standard": KeepList(best=(BestMetric(("val_loss",), n=1), BestMetric(("val_los",), n=1)))}}
+        update={"keep": {"standard": KeepList(best=(BestMetric("val_loss", n=1), BestMetric("val_los", n=1)))}}
     )
     _, refusals = planned(scored(0, 1, 2, 3), rule)
     assert {one.group for one in refusals} == {1}

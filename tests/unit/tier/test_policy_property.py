@@ -86,7 +86,7 @@ keeps = st.builds(
     KeepList,
     last=st.none() | st.integers(1, 3),
     every_steps=st.none() | st.just(15),
-    best=st.sampled_from([(), (BestMetric(("loss",), n=1),)]),
+    best=st.sampled_from([(), (BestMetric("loss", n=1),)]),
     younger_s=in_days,
 )
 
