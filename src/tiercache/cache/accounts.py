@@ -10,22 +10,16 @@ import errno
 import os
 import re
 import secrets
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
-from tiercache.cache.folder import close_private, is_locked, keep_private, try_exclusive
+from tiercache.cache.folder import Folder, close_private, is_locked, keep_private, try_exclusive
 from tiercache.crash_points import crash_point
 from tiercache.store.shared_files import Database, boot_id, open_file, pid_namespace, start_time
-
-if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Callable, Iterable, Mapping
-
-    from tiercache.cache.folder import Folder
-
 
 # -- owners ------------------------------------------------------------------------------------------------------------
 

@@ -9,39 +9,43 @@ import math
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock, RLock
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from tiercache import config
 from tiercache.cache.accounts import FIGURES
 from tiercache.cache.eviction import Notices
 from tiercache.cache.fetch import CopyLease
 from tiercache.cache.folder import default_size_bytes, disk_space, is_disk_full
-from tiercache.cache.many_copies import find_missing, verify_copies, warm_copies
+from tiercache.cache.many_copies import (
+    CopyCheck,
+    MissingCopies,
+    Ranges,
+    VerifyReport,
+    WarmProgress,
+    WarmReport,
+    find_missing,
+    verify_copies,
+    warm_copies,
+)
 from tiercache.cache.names import CopySpec, copy_spec
 from tiercache.cache.session import Breaker, CacheOptions, CacheSession
 from tiercache.errors import StoreError
-from tiercache.model import OWN_FOLDER, ShardIdentity
+from tiercache.model import OWN_FOLDER, ByteRange, PublishedPlan, ReadingPlan, ShardIdentity
 from tiercache.peers.readers import PeerOptions
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact, uses
 from tiercache.store.contract import WrapperStore
 from tiercache.store.remote import is_unwanted
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from tiercache.cache.many_copies import CopyCheck, MissingCopies, Ranges, VerifyReport, WarmProgress, WarmReport
-    from tiercache.model import ByteRange, PublishedPlan, ReadingPlan
 
 T = TypeVar("T")
 

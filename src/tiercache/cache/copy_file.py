@@ -21,26 +21,21 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
-from tiercache.cache.folder import BLOCK_BYTES, charge_bytes, close_private, keep_private, try_shared
+from tiercache.cache.folder import BLOCK_BYTES, Folder, charge_bytes, close_private, keep_private, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
+from tiercache.store import Span
 from tiercache.store.contract import covering_ranges
 from tiercache.store.local import write_all
 from tiercache.store.shared_files import boot_id
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from tiercache.cache.folder import Folder
-    from tiercache.store import Span
-
 
 # The block size of the disk. A smaller unit would take as much space; a larger one would fetch more bytes that no
 # reader needs when columns are selected, up to two units per chunk.

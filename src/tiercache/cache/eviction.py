@@ -11,32 +11,24 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.cache.accounts import FIGURES, Accounts
-from tiercache.cache.folder import NameLock, disk_space, is_disk_full, try_exclusive
-from tiercache.cache.names import NameTable
-from tiercache.cache.reading_plans import UNPLANNED
+from tiercache.cache.folder import Folder, NameLock, disk_space, is_disk_full, try_exclusive
+from tiercache.cache.names import CopySpec, NameTable
+from tiercache.cache.reading_plans import UNPLANNED, ReadingPlans, Uses
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER, format_bytes, parse_bytes
+from tiercache.stats import Counters
 from tiercache.store.shared_files import open_file
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
-
-    from tiercache.cache.folder import Folder
-    from tiercache.cache.names import CopySpec
-    from tiercache.cache.reading_plans import ReadingPlans, Uses
-    from tiercache.stats import Counters
-
 
 # -- policies ----------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import os
 import sys
 import weakref
 from bisect import bisect_right
+from collections.abc import Callable, Sequence, Set
 from contextlib import closing, suppress
 from threading import Condition, Event, Lock, Thread
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,23 +32,16 @@ from tiercache.cache.copy_file import (
     open_whole,
     to_fetch,
 )
+from tiercache.cache.eviction import Evictor
 from tiercache.cache.folder import BLOCK_BYTES, COPY_MODE, NameLock, charge_bytes, is_disk_full, try_shared
-from tiercache.cache.names import name_of_object
+from tiercache.cache.names import CopySpec, name_of_object
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange
-from tiercache.store.contract import read_unpinned
+from tiercache.store import Span, Store
+from tiercache.store.contract import Receive, read_unpinned
 from tiercache.store.shared_files import set_mode
 from tiercache.waiting import wait_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence, Set
-
-    from tiercache.cache.eviction import Evictor
-    from tiercache.cache.names import CopySpec
-    from tiercache.store import Span, Store
-    from tiercache.store.contract import Receive
-
 
 N_REQUESTS_IN_FLIGHT = 4
 DEADLINE_S = 3600.0  # deadline of a wait without its own deadline, so that no wait is endless

@@ -31,10 +31,11 @@ import secrets
 import socket
 import stat
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from tiercache.cache.names import NAME, CopySpec
 from tiercache.crash_points import crash_point
@@ -53,10 +54,6 @@ from tiercache.store.shared_files import (
     set_mode,
     start_time,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 # -- locks -------------------------------------------------------------------------------------------------------------
 

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from tiercache.cache.copy_file import UNIT_BYTES, bytes_of, charge_of, mask_of, open_part, read_checksum
 from tiercache.cache.fetch import Fetch
 from tiercache.cache.folder import NameLock, charge_bytes, try_shared
+from tiercache.cache.names import CopySpec
+from tiercache.cache.session import CacheSession
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, format_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from tiercache.cache.names import CopySpec
-    from tiercache.cache.session import CacheSession
-    from tiercache.store import Store
-
+from tiercache.store import Store
 
 # -- warming -----------------------------------------------------------------------------------------------------------
 

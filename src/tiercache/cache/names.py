@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tiercache.model import ShardIdentity
-from tiercache.store import check_key, redact
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.model import ObjectInfo
-    from tiercache.store import Store
-
+from tiercache.model import ObjectInfo, ShardIdentity
+from tiercache.store import Store, check_key, redact
 
 NAME = re.compile(r"[0-9a-f]{40}")
 NAME_BYTES = 20

@@ -27,30 +27,23 @@ import secrets
 import struct
 import time
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock, RLock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tiercache.cache.folder import close_private, is_locked, keep_private, try_exclusive
+from tiercache.cache.accounts import Owners
+from tiercache.cache.folder import Folder, close_private, is_locked, keep_private, try_exclusive
 from tiercache.cache.names import NAME_BYTES, NameTable
 from tiercache.crash_points import crash_point
-from tiercache.model import NEVER
+from tiercache.model import NEVER, PublishedPlan, ReadingPlan
 from tiercache.store.local import write_all
 from tiercache.store.shared_files import open_file
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-
-    from tiercache.cache.accounts import Owners
-    from tiercache.cache.folder import Folder
-    from tiercache.model import PublishedPlan, ReadingPlan
-
 
 _MAGIC = b"tcplan\x00\x01"
 _HEADER = struct.Struct("<8sQQQ16s16x")

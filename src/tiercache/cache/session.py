@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from threading import Lock, Thread, current_thread
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from tiercache.cache.accounts import Accounts, Owners
 from tiercache.cache.copy_file import CopyFile, bytes_of, open_map, open_part, open_whole, read_all, read_checksum
-from tiercache.cache.eviction import POLICIES, Evictor
+from tiercache.cache.eviction import POLICIES, Evictor, Notices
 from tiercache.cache.fetch import CopyLease, Fetch
 from tiercache.cache.folder import Folder, NameLock, charge_bytes, disk_space, is_disk_full, network_file_system
+from tiercache.cache.names import CopySpec
 from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.errors import CorruptShard, StoreError
-from tiercache.model import ByteRange, format_bytes, parse_bytes
+from tiercache.model import ByteRange, PublishedPlan, ReadingPlan, format_bytes, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
+from tiercache.stats import Counters
+from tiercache.store import Span, Store
 from tiercache.store.shared_files import emfile_message
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from tiercache.cache.eviction import Notices
-    from tiercache.cache.names import CopySpec
-    from tiercache.model import PublishedPlan, ReadingPlan
-    from tiercache.stats import Counters
-    from tiercache.store import Span, Store
-
 
 N_FETCHES = 4
 # Extra threads for urgent fetches. Without them, fetches that wait for another process would delay an urgent fetch for

@@ -36,7 +36,6 @@ from tiercache.cli.common import (
     count,
     flag,
     option,
-    parse_fraction,
     parse_size,
     verb,
 )
@@ -249,7 +248,7 @@ def verify(
     url: Annotated[str | None, argument("[URL]", "Data set: a local path, or a URL such as s3://bucket/name.")] = None,
     sample: Annotated[
         str | None,
-        option("--sample", "FRACTION", "Check only this fraction of the shards, chosen at random, e.g. 5%."),
+        option("--sample", "SHARE", "Check only some of the shards, chosen at random, e.g. 5%; a number: so many."),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -279,9 +278,8 @@ def verify(
     elif url is None:
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     else:
-        fraction = 1.0 if sample is None else parse_fraction(sample)
         with open_data_set_store(url, storage_option) as store:
-            _verify_data_set(output, store, at, scope, fraction, jobs)
+            _verify_data_set(output, store, at, scope, sample, jobs)
 
 
 def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, repair: bool) -> None:
@@ -313,7 +311,7 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
         raise typer.Exit(CORRUPT)
 
 
-def _verify_data_set(output: Output, store: Store, at: int | None, scope: Scope, fraction: float, jobs: int) -> None:
+def _verify_data_set(output: Output, store: Store, at: int | None, scope: Scope, sample: str | None, jobs: int) -> None:
     """Verify manifest, segments and a random fraction of the shards. Exits with CORRUPT or PARTIAL."""
     checks: list[ShardCheck] = []
     try:
@@ -325,8 +323,9 @@ def _verify_data_set(output: Output, store: Store, at: int | None, scope: Scope,
         output.summary(facts, "the data set cannot be opened: 1 finding")
         raise typer.Exit(CORRUPT) from None
     numbers = data_set.select(scope.include, scope.exclude)
-    if numbers:
-        numbers = sorted(secrets.SystemRandom().sample(numbers, max(1, round(fraction * len(numbers)))))
+    if numbers and sample is not None:
+        n_sampled = min(parse_size("--sample", sample, whole_bytes=len(numbers)), len(numbers))
+        numbers = sorted(secrets.SystemRandom().sample(numbers, max(1, n_sampled)))
     infos = [data_set.shards.info(i) for i in numbers]
     total_bytes = sum(info.n_bytes for info in infos)
     with output.byte_progress("verifying") as advance:

@@ -109,16 +109,6 @@ def parse_columns(text: str | None) -> list[str] | None:
     return names
 
 
-def parse_fraction(text: str) -> float:
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise ValueError(f"a fraction is from 0% to 100%, got {text!r}")
-    return share
-
-
 @contextmanager
 def errors_name(option: str) -> Iterator[None]:
     """Let a ValueError in the block name the option."""

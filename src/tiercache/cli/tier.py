@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -765,48 +766,6 @@ def print_prices(output: Output) -> None:
     )
 
 
-_FIRST_RULES = """\
-# Rules of tiercache: docs/guide/tiers.md explains them. A line that begins with '#' has no effect. Nothing is moved
-# before you run a command: `tiercache tier check` shows what each rule matches, `tiercache tier plan` what would be
-# moved, and `tiercache tier run --once` moves it; a scheduler such as cron repeats that command.
-
-[tiers.{tier}]
-url = {url}
-# capacity = "80%"                  # above 90 % of it, the least recently used moves down; of a bucket, a size
-{next}# [tiers.archive]
-# url = "s3://BUCKET-cold/train"
-# storage_class = "GLACIER_IR"
-# prices = "aws:us-east-1:GLACIER_IR"   # see `tiercache tier check --prices`
-
-[[rules]]
-name = "checkpoints"
-match = "checkpoints/**"            # below the URL of each tier
-# checkpoint = "model_{{step}}.pt"    # describes names of your own
-keep_{tier} = {{ last = 2 }}             # to resume from; the others move to the next tier
-# A keep list is a union: each of its keys keeps some. best = "val_loss:2" keeps the best two by a metric.
-{next_list}# then = "archive"                  # where the others go,
-# after = "14d"                     # once they were written that long ago
-# delete_after = "365d"             # deletes last copies of what no keep list names
-
-# [[rules]]
-# name = "data sets"
-# match = "datasets/**"
-# idle = "30d"                      # not used for this time, tracked from the first `tier run --once` on
-# to = "archive"
-
-# [[pins]]                          # checkpoints that no rule may touch
-# match = "checkpoints/run7/step-5000"
-# why = "the figures of the paper"
-"""
-_NEXT_TIER = """\
-
-# [tiers.standard]
-# url = "s3://BUCKET/train"
-# prices = "aws:us-east-1:STANDARD"   # see `tiercache tier check --prices`
-
-"""
-
-
 @verb(after_ctrl_c="nothing was changed; run the same command again")
 def init(
     output: Output,
@@ -822,12 +781,10 @@ def init(
     target = (Path(config.FILE_NAME) if out is None else out).absolute()
     is_local = "://" not in folder
     url = os.path.abspath(Path(folder).expanduser()) if is_local else folder  # noqa: PTH100 - keeps the user's links
-    text = _FIRST_RULES.format(
-        tier="hot" if is_local else "standard",
-        url=json.dumps(url, ensure_ascii=False),
-        next=_NEXT_TIER if is_local else "\n",
-        next_list="# keep_standard = { last = 10, every_steps = 5000 }\n" if is_local else "",
-    )
+    text = files("tiercache").joinpath("tier/first_rules.toml").read_text(encoding="utf-8")
+    if not is_local:  # a bucket is the standard tier itself
+        text = re.sub(r"# \[tiers\.standard\]\n(?:# .*\n)+\n|# keep_standard.*\n", "", text).replace("hot", "standard")
+    text = text.replace('"FOLDER"', json.dumps(url, ensure_ascii=False))
     with target.open("x", encoding="utf-8") as file:
         file.write(text)
     load_rule_file(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -219,22 +219,11 @@ def training_reads(
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class SimulationResult:
-    """The result of one policy and one cache size per node, for all nodes together.
+def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> dict[str, Any]:
+    """Return the figures of one policy and one cache size per node, for all nodes together.
 
-    Figures per epoch are averages over the epochs after the first, or those of the only epoch.
+    Those per epoch are averages over the epochs after the first, or those of the only epoch.
     """
-
-    policy: str
-    size_bytes: int
-    hit_ratio: float
-    byte_hit_ratio: float
-    first_bytes: int
-    epoch_bytes: float
-
-
-def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> SimulationResult:
     totals = np.zeros(5)
     for trace, epoch in nodes:
         fetched = trace.n_bytes - simulate_cache(trace, policy, size_bytes)
@@ -243,14 +232,14 @@ def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> S
         sums = [(fetched[counted] == 0).sum(), counted.sum(), fetched[counted].sum(), trace.n_bytes[counted].sum()]
         totals += [*(np.array(sums) / max(n_epochs - 1, 1)), fetched[epoch == 0].sum()]
     n_hits, n_reads, epoch_bytes, read_bytes, first_bytes = totals.tolist()
-    return SimulationResult(
-        policy,
-        size_bytes,
-        hit_ratio=n_hits / max(n_reads, 1),
-        byte_hit_ratio=1 - epoch_bytes / read_bytes if read_bytes else 0.0,
-        first_bytes=int(first_bytes),
-        epoch_bytes=epoch_bytes,
-    )
+    return {
+        "policy": policy,
+        "size_bytes": size_bytes,
+        "hit_ratio": n_hits / max(n_reads, 1),
+        "byte_hit_ratio": 1 - epoch_bytes / read_bytes if read_bytes else 0.0,
+        "first_bytes": int(first_bytes),
+        "epoch_bytes": epoch_bytes,
+    }
 
 
 # -- warm --------------------------------------------------------------------------------------------------------------
@@ -393,17 +382,20 @@ def simulate(
     reads = training_reads(shards.n_records, shards.n_bytes, training, nodes=nodes, epochs=epochs)
     data_bytes = int(shards.n_bytes[np.unique(np.concatenate([node.trace.names for node in reads]))].sum())
     sizes_bytes = sorted({parse_size("--size", one, whole_bytes=data_bytes) for one in size or SIZES})
-    results = [simulate_case(reads, policy, size_bytes) for policy in POLICIES for size_bytes in sizes_bytes]
-    rows = [asdict(result) | {"share": result.size_bytes / max(data_bytes, 1)} for result in results]
+    rows = [
+        simulate_case(reads, policy, size_bytes) | {"share": size_bytes / max(data_bytes, 1)}
+        for policy in POLICIES
+        for size_bytes in sizes_bytes
+    ]
     texts = [
         {
-            "policy": result.policy,
-            "cache": format_bytes(result.size_bytes),
-            "of data": f"{result.size_bytes / max(data_bytes, 1):.0%}",
-            "hits": f"{result.byte_hit_ratio:.1%}",
-            "fetched per epoch": format_bytes(result.epoch_bytes),
+            "policy": row["policy"],
+            "cache": format_bytes(row["size_bytes"]),
+            "of data": f"{row['share']:.0%}",
+            "hits": f"{row['byte_hit_ratio']:.1%}",
+            "fetched per epoch": format_bytes(row["epoch_bytes"]),
         }
-        for result in results
+        for row in rows
     ]
     output.table("case", rows, texts)
     facts: dict[str, Any] = {
@@ -417,7 +409,7 @@ def simulate(
         "nodes": nodes,
         "placement": training.placement,
         "data_bytes": data_bytes,
-        "cases": len(results),
+        "cases": len(rows),
     }
     readers = f"{count(ranks, 'rank')} on {count(nodes, 'node')}"
     n_bytes = format_bytes(int(shards.n_bytes.sum()))

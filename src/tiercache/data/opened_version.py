@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from weakref import WeakMethod, WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from tiercache.cache import CachedStore
+from tiercache.cache import CachedStore, WarmProgress
 from tiercache.cache.cache import Cache
 from tiercache.cache.names import NAME_BYTES, name_of_identity, names_of
 from tiercache.errors import CorruptShard
@@ -34,26 +35,16 @@ from tiercache.model import (
 )
 from tiercache.order.window import BlockSizes
 from tiercache.shard import reader as shard_reader
+from tiercache.shard.blocks import Blocks, Verify
+from tiercache.shard.footer import Footer
 from tiercache.shard.reader import FooterCache, MappedRecords, ShardReader
+from tiercache.shard.schema import Schema
 from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
-from tiercache.shard.values import empty_values, join_values, served_columns
-from tiercache.shard.versions import as_arrow, open_latest, read_shards, read_version
+from tiercache.shard.values import Casts, ColumnValues, empty_values, join_values, served_columns
+from tiercache.shard.versions import ShardTable, Version, as_arrow, open_latest, read_shards, read_version
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 from tiercache.store.placement import check_readable, follow_placement
 from tiercache.store.uses import UseRecorder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.cache import WarmProgress
-    from tiercache.model import PublishedPlan
-    from tiercache.shard.blocks import Blocks, Verify
-    from tiercache.shard.footer import Footer
-    from tiercache.shard.schema import Schema
-    from tiercache.shard.values import Casts, ColumnValues
-    from tiercache.shard.versions import ShardTable, Version
 
 
 @dataclass(frozen=True, slots=True)

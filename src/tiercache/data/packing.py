@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native import gather, packing
 from tiercache.data.dataset import Dataset
@@ -28,16 +29,11 @@ from tiercache.data.opened_version import OpenedVersion, ShardSizes
 from tiercache.data.output_spec import BOUNDARIES, OutputSpec
 from tiercache.data.records import JoinNode, Records, RecordsSpec, StoredOrderStep, build, join
 from tiercache.errors import CorruptShard, SchemaError
+from tiercache.model import SourcePart
 from tiercache.order.window import BlockSizes
 from tiercache.shard.blocks import Blocks, renew_checks
-from tiercache.shard.schema import INTEGERS, Column, Kind, Ragged, Schema, Stream, Tensor
+from tiercache.shard.schema import INTEGERS, Column, Kind, Ragged, Schema, Stream, Tensor, UserType
 from tiercache.shard.values import DTYPE_NUMBERS, ColumnValues
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.model import SourcePart
-    from tiercache.shard.schema import UserType
 
 T = TypeVar("T")
 

@@ -16,27 +16,22 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from tiercache.data.opened_version import Leaf, LeafSpec, Storage, distinct
 from tiercache.errors import ObjectChanged
 from tiercache.model import SourcePart
 from tiercache.order.epoch_order import derive_key
-from tiercache.order.explicit import PermutedOrder
+from tiercache.order.explicit import PermutedOrder, ServedOrder
 from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
 from tiercache.order.window import BlockSizes
+from tiercache.shard.blocks import Blocks
 from tiercache.shard.schema import Schema, check_same_columns
-from tiercache.shard.values import join_values
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from numpy.typing import NDArray
-
-    from tiercache.order.explicit import ServedOrder
-    from tiercache.shard.blocks import Blocks
-    from tiercache.shard.values import ColumnValues
+from tiercache.shard.values import ColumnValues, join_values
 
 
 class Selection:

@@ -15,28 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from tiercache.data.records import JoinNode, Selection, Step, runs_of, shuffled_order
+from tiercache.data.records import JoinNode, Node, Records, Selection, Step, runs_of, shuffled_order
 from tiercache.errors import SchemaError
 from tiercache.order.epoch_order import derive_key
+from tiercache.order.explicit import ServedOrder
 from tiercache.order.mixture import exact_weight
-from tiercache.shard.schema import Kind
+from tiercache.order.window import BlockSizes
+from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.values import join_arrow
 from tiercache.shard.versions import as_arrow
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.data.records import Node, Records
-    from tiercache.order.explicit import ServedOrder
-    from tiercache.order.window import BlockSizes
-    from tiercache.shard.schema import Column, Schema
-
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 T = TypeVar("T")

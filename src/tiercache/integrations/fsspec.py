@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import fsspec
@@ -36,9 +36,8 @@ try:
 except ImportError:  # fsspec before 2025.10 chained only its own caches; tiercache://key::s3:// works there too
     from fsspec import AbstractFileSystem as ChainedFileSystem
 
-if TYPE_CHECKING:
-    from tiercache.cache.fetch import CopyLease
-    from tiercache.cache.names import CopySpec
+from tiercache.cache.fetch import CopyLease
+from tiercache.cache.names import CopySpec
 
 _CHAIN = re.compile(r"tiercache(?:://|::)")
 _OWN_OPTIONS = {

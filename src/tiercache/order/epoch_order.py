@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native.permute import permute
 from tiercache.order.window import (
     RAMP_MIN_WINDOWS,
+    BlockSizes,
+    DatasetSizes,
+    OrderOptions,
     ShardGroups,
     Window,
     cut_by_size,
@@ -23,14 +28,6 @@ from tiercache.order.window import (
     ramp,
     single_shard_groups,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions
-
 
 _PERSON = b"tiercache.order1"  # 16 bytes of BLAKE2b personalisation: no other use of the hash yields the same keys
 

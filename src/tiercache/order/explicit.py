@@ -5,21 +5,15 @@ The order is an array of record numbers, or a function (`PermutedOrder`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native.permute import permute, permute_at
-from tiercache.order.window import ExplicitWindow, ShardGroups, offsets_of_counts, single_shard_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.order.window import DatasetSizes
-
+from tiercache.order.window import DatasetSizes, ExplicitWindow, ShardGroups, offsets_of_counts, single_shard_groups
 
 # Record locations of a window take 24 bytes a row; the maximum is located in about 20 ms. The first batch does not wait
 # for that: the first section is small, and each section has at most four times the rows of the one before.

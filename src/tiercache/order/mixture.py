@@ -8,27 +8,28 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from numbers import Rational, Real
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native.permute import RowFinder
 from tiercache.order.epoch_order import EpochOrder, derive_key
-from tiercache.order.window import DatasetSizes, OrderOptions, ShardGroups, allocate_rows, concat_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.order.window import BlockSizes, Window
-
+from tiercache.order.window import (
+    BlockSizes,
+    DatasetSizes,
+    OrderOptions,
+    ShardGroups,
+    Window,
+    allocate_rows,
+    concat_groups,
+)
 
 # Each stream starts each split at its own phase; otherwise all streams take the same part at once (256 streams deviated
 # by 400 records together, with these phases by 24). The phases are radical inverses in these bases, by depth: splits

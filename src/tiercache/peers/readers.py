@@ -22,9 +22,10 @@ from http import HTTPStatus
 from itertools import product
 from random import SystemRandom
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache import config
 from tiercache.errors import NotFound, StoreError
@@ -35,10 +36,6 @@ from tiercache.store.access import CloudOptions
 from tiercache.store.contract import Receive, WrapperStore
 from tiercache.store.remote import ReadSettings, RemoteStore, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, Clock
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 T = TypeVar("T")
 

@@ -24,24 +24,23 @@ from ctypes import CDLL
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from importlib.resources import files
 from pathlib import Path
 from threading import BoundedSemaphore, Lock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tiercache.cache.cache import Cache, CachedStore
 from tiercache.cache.copy_file import read_all
+from tiercache.cache.fetch import CopyLease
 from tiercache.cache.names import NameTable, name_of_identity, names_of
 from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token
 from tiercache.shard.versions import ShardTable, Version, latest, read_segments, read_version
+from tiercache.store import Store
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
-
-if TYPE_CHECKING:
-    from tiercache.cache.cache import Cache, CachedStore
-    from tiercache.cache.fetch import CopyLease
-    from tiercache.store import Store
 
 # A name that no known version has is looked up in newer versions at most this often.
 REFRESH_EVERY_S = 2.0
@@ -348,65 +347,26 @@ class ServerOptions:
             check_token(self.token)
 
 
-def server_block(options: ServerOptions) -> str:
-    tls = "" if options.tls_cert is None else " ssl"
-    lines = [f"listen {options.address}:{options.port}{tls};"]
+def nginx_config(options: ServerOptions, folder: Path, user: str | None = None) -> str:
+    """Return the configuration of an nginx in the foreground. user: User of its workers if root starts it."""
+    lines = {"user": [] if user is None else [f"user {user};"], "tls": [], "refusals": []}
     if options.tls_cert is not None:
-        lines += [
-            f'ssl_certificate "{options.tls_cert}";',
-            f'ssl_certificate_key "{options.tls_key}";',
-            "ssl_protocols TLSv1.2 TLSv1.3;",
-        ]
-    lines += [
-        # The names of copies never stand for other bytes, and readers compare checksums. Dates of files would look like
-        # other versions: the service has none, and the file of a copy gets its name while it is being read.
-        "etag off;",
-        'add_header Last-Modified "";',
-        "if_modified_since off;",
-        "max_ranges 1;",
-        "sendfile on;",
-        "access_log off;",
-        "server_tokens off;",
-        "autoindex off;",
-        "default_type application/octet-stream;",
-        "client_max_body_size 1k;",
-        "keepalive_requests 100000;",
-        # Readers close idle connections after 90 s: a request must not meet one that is being closed here.
-        "keepalive_timeout 120s;",
-        f'root "{options.root}";',
-        "disable_symlinks on from=$document_root;",
-        "if ($request_method != GET) { return 405; }",
-    ]
+        lines["tls"] = [f'ssl_certificate "{options.tls_cert}";', f'ssl_certificate_key "{options.tls_key}";']
     if options.token is not None:
-        lines.append(f'if ($http_authorization != "Bearer {options.token}") {{ return 401; }}')
+        lines["refusals"].append(f'if ($http_authorization != "Bearer {options.token}") {{ return 401; }}')
     if options.reader_id:
         header = READER_HEADER.lower().replace("-", "_")
-        lines.append(f'if ($http_{header} = "{options.reader_id}") {{ return {OWN_REQUEST}; }}')
-    passed = [
-        f'proxy_pass "http://unix:{options.socket}";',
-        "proxy_http_version 1.1;",
-        'proxy_set_header Connection "";',
-        "proxy_buffering off;",
-        "proxy_connect_timeout 2s;",
-        f"proxy_read_timeout {FETCH_DEADLINE_S:.0f}s;",
-    ]
-    lines += [
-        r'location ~ "^/copies/([0-9a-f]{40})\z" { try_files "/copies/$1" @fetch; }',
-        "location @fetch { " + " ".join(passed) + " }",
-        "location / { return 404; }",
-    ]
-    return "server {\n" + "".join(f"    {line}\n" for line in lines) + "}\n"
-
-
-def nginx_config(options: ServerOptions, folder: Path, user: str | None = None) -> str:
-    """Return the whole configuration of an nginx in the foreground. user: User of its workers if root starts it."""
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    main = [] if user is None else [f"user {user};"]
-    main += ["daemon off;", "worker_processes 4;", "worker_rlimit_nofile 16384;"]
-    main += [f'pid "{folder}/nginx.pid";', "error_log stderr error;"]
-    temporary = "".join(f'{kind}_temp_path "{folder}/{kind}";\n' for kind in kinds)
-    block = server_block(options)
-    return "\n".join(main) + "\nevents { worker_connections 4096; }\nhttp {\n" + temporary + block + "}\n"
+        lines["refusals"].append(f'if ($http_{header} = "{options.reader_id}") {{ return {OWN_REQUEST}; }}')
+    ssl = "" if options.tls_cert is None else " ssl"
+    values = {name: " ".join(some) for name, some in lines.items()} | {
+        "listen": f"{options.address}:{options.port}{ssl}",
+        "root": options.root,
+        "socket": options.socket,
+        "folder": folder,
+        "read_timeout": f"{FETCH_DEADLINE_S:.0f}s",
+    }
+    text = files("tiercache").joinpath("peers/nginx.conf").read_text(encoding="utf-8")
+    return re.sub("@([a-z_]+)@", lambda found: str(values[found[1]]), text)
 
 
 @contextmanager

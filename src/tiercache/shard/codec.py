@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,6 @@ import zstandard
 
 from tiercache._native.zstd import ZstdDecoder
 from tiercache.shard.schema import Kind
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Addresses: TypeAlias = npt.NDArray[np.uint64]

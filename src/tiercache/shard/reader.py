@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tiercache._native import gather
 from tiercache._native.record_finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
-from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.model import PublishedPlan, ReadingPlan, ShardIdentity, ShardInfo
 from tiercache.shard.blocks import STAT_INTERVAL_S, Blocks, Chunks, Ids, Verify, check_verify, chunk_ids
 from tiercache.shard.footer import Footer
 from tiercache.shard.schema import Column, Kind, Schema
@@ -25,8 +25,7 @@ from tiercache.store.contract import Store
 from tiercache.store.shared_files import max_shard_descriptors, raise_limit
 
 if TYPE_CHECKING:
-    from tiercache._native.record_finder import FoundRecords
-    from tiercache.model import PublishedPlan, ReadingPlan
+    from tiercache._native.record_finder import FoundRecords  # a name of the stub only
 
 
 class ShardReader:

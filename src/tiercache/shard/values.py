@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
@@ -35,12 +36,6 @@ from tiercache.shard.schema import (
     check_dtype,
     find_bad_shape,
 )
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.shard.schema import Schema
-
 
 Casts: TypeAlias = Mapping[str, str]
 ServedColumns: TypeAlias = Mapping[str, Column]

@@ -27,9 +27,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache import config
@@ -47,12 +48,7 @@ from tiercache.prices import provider_prices, read_dollars
 from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store, open_store, placement_log, redact
 from tiercache.store.access import plain_url, scheme_of
 from tiercache.store.contract import ProcessLocal, Receive, WrapperStore
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from tiercache.model import ObjectInfo
-    from tiercache.store.placement_log import Placement, PlacementRow
+from tiercache.store.placement_log import Placement, PlacementRow
 
 
 @dataclass(frozen=True, slots=True)

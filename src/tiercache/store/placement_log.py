@@ -18,29 +18,23 @@ import json
 import secrets
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from tiercache._native.checksum import crc32c
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store, check_key
 from tiercache.store.contract import WrapperStore
 from tiercache.store.numbered_log import NumberedLog, is_forbidden
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-
-    from tiercache.model import ObjectInfo
-
 
 TRACKING_MARKER_KEY = "_tiercache/tiers.json"
 PLACEMENT_FOLDER = "_tiercache/placement/"

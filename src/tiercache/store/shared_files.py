@@ -16,18 +16,15 @@ import secrets
 import sqlite3
 import stat
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from tiercache.crash_points import crash_point
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 
 # Without O_NONBLOCK, a named pipe under one of our names would block open() for ever. Regular files ignore the flag.
 SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

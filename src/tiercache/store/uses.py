@@ -26,24 +26,20 @@ from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_UN, flock
 from multiprocessing import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from tiercache import config
 from tiercache.errors import NotFound, StoreError, TierCacheError
+from tiercache.store import Store
 from tiercache.store.access import plain_url
+from tiercache.store.placement import LocationResolver
 from tiercache.store.shared_files import make_folder, open_file, pid_namespace, start_time, try_lock
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.store import Store
-    from tiercache.store.placement import LocationResolver
-
 
 USAGE_FOLDER = "_tiercache/usage/"
 FORMAT_VERSION = 1

@@ -17,32 +17,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache.errors import NotFound, StoreError, TierCacheError
+from tiercache.model import ObjectInfo
 from tiercache.shard.versions import VERSIONS_FOLDER
-from tiercache.store import placement_log
+from tiercache.store import Store, placement_log
 from tiercache.store.placement_log import Placement, PlacementRow, prefix_store
-from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
-from tiercache.tier.rules import load_rule_file
+from tiercache.tier.inventory import Inventory
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject, TierCatalog
+from tiercache.tier.lock import TierLock
+from tiercache.tier.plans import Plan
+from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.snapshot import READABLE, SHARD, STANDARD
-from tiercache.tier.stores import CLASSES_TO_RESTORE, ensure_mount_marker, needs_restore, read_holds, state_of
+from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, ensure_mount_marker, needs_restore, read_holds, state_of
 from tiercache.tier.text_columns import first_match
 from tiercache.tier.transfer import Transfer, find_difference
-
-if TYPE_CHECKING:
-    from tiercache.model import ObjectInfo
-    from tiercache.store import Store
-    from tiercache.tier.inventory import Inventory
-    from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.lock import TierLock
-    from tiercache.tier.plans import Plan
-    from tiercache.tier.rules import RuleFile
-    from tiercache.tier.stores import Stores
 
 
 @dataclass(frozen=True, slots=True)

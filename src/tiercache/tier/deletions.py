@@ -14,41 +14,34 @@ import secrets
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
+from tiercache.model import ObjectInfo
 from tiercache.tier.context import (
     ApplyResult,
     BatchLimits,
     Heads,
+    MoveContext,
     PlacementUpdates,
     RowChanges,
     StoppedMove,
     in_batches,
     is_readable,
 )
-from tiercache.tier.inventory import take_inventory
-from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
+from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject, TierCatalog
 from tiercache.tier.moves import change_classes, remove_empty_folders
 from tiercache.tier.policy import decide_now, find_newest
-from tiercache.tier.snapshot import CHECKPOINT, DELETE, DROP, KINDS, MOVE, READABLE, RECLASS, SHARD
-from tiercache.tier.stores import deletion_block_reason, needs_restore, unavailable_tiers
+from tiercache.tier.rules import RuleFile
+from tiercache.tier.snapshot import CHECKPOINT, DELETE, DROP, KINDS, MOVE, READABLE, RECLASS, SHARD, Decisions, Snapshot
+from tiercache.tier.stores import Stores, deletion_block_reason, needs_restore, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.model import ObjectInfo
-    from tiercache.tier.context import MoveContext
-    from tiercache.tier.inventory import Inventory
-    from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.rules import RuleFile
-    from tiercache.tier.snapshot import Decisions, Snapshot
-    from tiercache.tier.stores import Stores
 
 
 @dataclass(frozen=True, slots=True)

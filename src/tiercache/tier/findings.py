@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,9 @@ from numpy.typing import NDArray
 from tiercache.keep import scores_of
 from tiercache.store.access import ParsedUrl
 from tiercache.tier.policy import covered_folders, rules_of
-from tiercache.tier.snapshot import CHECKPOINT, FILE
+from tiercache.tier.rules import Rule, RuleFile, Tier
+from tiercache.tier.snapshot import CHECKPOINT, FILE, Snapshot
 from tiercache.tier.text_columns import first_match
-
-if TYPE_CHECKING:
-    from tiercache.tier.rules import Rule, RuleFile, Tier
-    from tiercache.tier.snapshot import Snapshot
-
 
 _SHOWN = 10  # names in a message
 

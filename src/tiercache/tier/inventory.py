@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.shard import versions as manifest
 from tiercache.shard.versions import VERSIONS_FOLDER, SegmentRef, ShardTable, Version, read_segments
-from tiercache.store import LocalFolder, placement_log, uses
+from tiercache.store import LocalFolder, Store, placement_log, uses
 from tiercache.store.placement_log import prefix_store
 from tiercache.store.uses import read_uses, uses_under
 from tiercache.tier.checkpoint_names import (
@@ -42,7 +42,9 @@ from tiercache.tier.checkpoint_names import (
     group_keys,
     metrics_in_names,
 )
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.listing import (
+    Copies,
     Listing,
     ListingProgress,
     Objects,
@@ -53,6 +55,7 @@ from tiercache.tier.listing import (
     list_tiers,
     release_memory,
 )
+from tiercache.tier.rules import RuleFile
 from tiercache.tier.snapshot import (
     CHECKPOINT,
     FILE,
@@ -63,7 +66,7 @@ from tiercache.tier.snapshot import (
     SHARD,
     Snapshot,
 )
-from tiercache.tier.stores import HOLDS_FOLDER, Hold, Holds, read_holds
+from tiercache.tier.stores import HOLDS_FOLDER, Hold, Holds, Stores, read_holds
 from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
     index_in,
@@ -73,13 +76,6 @@ from tiercache.tier.text_columns import (
     split_keys,
     take_rows,
 )
-
-if TYPE_CHECKING:
-    from tiercache.store import Store
-    from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.listing import Copies
-    from tiercache.tier.rules import RuleFile
-    from tiercache.tier.stores import Stores
 
 _COPY_COLUMNS = (
     *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),

@@ -9,18 +9,15 @@ deleted later.
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import pyarrow as pa
 
 from tiercache.store.shared_files import Database, make_folder
-
-if TYPE_CHECKING:
-    import sqlite3
-
 
 # -- the catalog and the journal -------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import combinations
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +22,15 @@ from numpy.typing import NDArray
 from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.tier.checkpoint_names import COMPLETING
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.snapshot import (
     ARCHIVED,
     READABLE,
     RESTORED,
     RESTORING,
 )
-from tiercache.tier.stores import state_of
+from tiercache.tier.stores import Stores, state_of
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, as_numpy, index_in
-
-if TYPE_CHECKING:
-    from tiercache.tier.rules import RuleFile, Tier
-    from tiercache.tier.stores import Stores
-
 
 # Callback (tier, number of its objects listed so far), called from several threads.
 ListingProgress: TypeAlias = Callable[[str, int], None]

@@ -35,18 +35,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError
+from tiercache.store import Store
 from tiercache.store.numbered_log import NumberedLog
 from tiercache.store.shared_files import boot_id, pid_namespace, start_time
-from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
-
-if TYPE_CHECKING:
-    from tiercache.store import Store
-    from tiercache.waiting import Clock
-
+from tiercache.waiting import SYSTEM_CLOCK, Clock, SystemClock, pause, wait_for
 
 LOCK_FOLDER = "_tiercache/tier.lock/"
 LIFETIME_S = 120.0  # a lock without a renewal expires after this time

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,14 +29,11 @@ from tiercache.tier.moves import ByteProgress, MoveExecutor, MoveJob, apply_plan
 from tiercache.tier.plans import Plan, make_plan
 from tiercache.tier.policy import decide_now
 from tiercache.tier.recall import RULE
+from tiercache.tier.rules import RuleFile
 from tiercache.tier.snapshot import RESTORING, Decisions
 from tiercache.tier.stores import Stores, lead_readers_home, read_holds, remove_obsolete_holds, unavailable_tiers
 from tiercache.tier.transfer import Transfer
 from tiercache.waiting import SYSTEM_CLOCK
-
-if TYPE_CHECKING:
-    from tiercache.tier.rules import RuleFile
-
 
 JOBS = 8  # objects that are copied at once
 

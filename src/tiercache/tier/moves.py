@@ -26,11 +26,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.model import format_bytes
+from tiercache.model import ObjectInfo, format_bytes
 from tiercache.store import LocalFolder
 from tiercache.tier.context import (
     ApplyResult,
@@ -48,14 +48,10 @@ from tiercache.tier.context import (
     matches_entry,
 )
 from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
+from tiercache.tier.plans import Move, Plan
 from tiercache.tier.stores import deletion_block_reason, needs_restore
 from tiercache.tier.transfer import MayReplace, is_md5
 from tiercache.waiting import SYSTEM_CLOCK
-
-if TYPE_CHECKING:
-    from tiercache.model import ObjectInfo
-    from tiercache.tier.plans import Move, Plan
-
 
 # Receives the bytes that were copied, and all bytes to copy; called from several threads.
 ByteProgress: TypeAlias = Callable[[int, int], object]

@@ -16,17 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from tiercache.prices import month_dollars
+from tiercache.prices import Prices, month_dollars
 from tiercache.store.local import NewFile, open_folder, write_all
+from tiercache.tier.inventory import Inventory
 from tiercache.tier.journal import PlannedObject
 from tiercache.tier.listing import ObjectTable, copies_at
+from tiercache.tier.rules import RuleFile
 from tiercache.tier.snapshot import (
     ACTIONS,
     COPY,
@@ -42,11 +44,6 @@ from tiercache.tier.snapshot import (
     MoveColumns,
     Snapshot,
 )
-
-if TYPE_CHECKING:
-    from tiercache.prices import Prices
-    from tiercache.tier.inventory import Inventory
-    from tiercache.tier.rules import RuleFile
 
 
 @dataclass(frozen=True, slots=True)

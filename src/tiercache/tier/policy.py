@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from tiercache.keep import Flags, KeepList, Rows, evaluate_keep_list, from_end
 from tiercache.model import format_bytes, parse_bytes
 from tiercache.prices import (
     DAY_S,
+    Prices,
     break_even_days,
     copy_dollars,
     early_dollars,
@@ -32,6 +33,8 @@ from tiercache.prices import (
     month_dollars,
     reclass_dollars,
 )
+from tiercache.tier.journal import JournalRow, TierCatalog
+from tiercache.tier.rules import Rule, RuleFile
 from tiercache.tier.snapshot import (
     CHECKPOINT,
     COPY,
@@ -49,14 +52,8 @@ from tiercache.tier.snapshot import (
     MoveColumns,
     Snapshot,
 )
-from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
+from tiercache.tier.stores import Stores, deletion_block_reason, unavailable_tiers
 from tiercache.tier.text_columns import first_match, index_in
-
-if TYPE_CHECKING:
-    from tiercache.prices import Prices
-    from tiercache.tier.journal import JournalRow, TierCatalog
-    from tiercache.tier.rules import Rule, RuleFile
-    from tiercache.tier.stores import Stores
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.keep import Flags, Rows
-from tiercache.prices import RESTORE_DAYS, Speed, restored_home_dollars
+from tiercache.prices import RESTORE_DAYS, Prices, Speed, restored_home_dollars
+from tiercache.tier.inventory import Inventory
 from tiercache.tier.plans import Plan, make_plan
 from tiercache.tier.policy import CapacityLedger, SnapshotIndex, propose_move, refuse, refuse_unavailable, with_costs
+from tiercache.tier.rules import RuleFile
 from tiercache.tier.snapshot import (
     ARCHIVED,
     COPY,
@@ -43,12 +45,6 @@ from tiercache.tier.snapshot import (
 )
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, put_hold, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
-
-if TYPE_CHECKING:
-    from tiercache.prices import Prices
-    from tiercache.tier.inventory import Inventory
-    from tiercache.tier.rules import RuleFile
-
 
 A = TypeVar("A")
 B = TypeVar("B")

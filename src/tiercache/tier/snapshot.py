@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from tiercache.keep import CheckpointColumns
 from tiercache.model import format_bytes
 from tiercache.prices import Sizes
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from numpy.typing import NDArray
-
 
 Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")

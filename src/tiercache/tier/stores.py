@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
@@ -35,12 +35,9 @@ from tiercache.store import CloudStore, LocalFolder, Store, open_store
 from tiercache.store.access import ParsedUrl
 from tiercache.store.archive import S3StorageClasses, has_boto3
 from tiercache.store.placement_log import lead_to_home
+from tiercache.tier.journal import TierCatalog
+from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING, STANDARD
-
-if TYPE_CHECKING:
-    from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.rules import RuleFile, Tier
-
 
 # Classes whose objects must be restored before a read. For INTELLIGENT_TIERING, the object's restore field tells.
 CLASSES_TO_RESTORE = ("GLACIER", "DEEP_ARCHIVE")

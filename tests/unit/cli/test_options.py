@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.cli.common import parse_columns, parse_fraction, parse_storage_options
+from tiercache.cli.common import parse_columns, parse_storage_options
 from tiercache.cli.data import parse_type, parse_types
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import Column, Image, Ragged, Tensor
@@ -56,11 +56,7 @@ def test_column_types_may_have_an_equals_sign_in_the_name():
         parse_types(["int8"])
 
 
-def test_fractions_and_columns_are_parsed_and_errors_name_the_option():
-    assert [parse_fraction(t) for t in ("25%", "0.5", "100%", "0")] == [0.25, 0.5, 1.0, 0.0]
-    for text in ("101%", "-1", "half", "nan"):
-        with pytest.raises(ValueError, match="from 0% to 100%"):
-            parse_fraction(text)
+def test_columns_are_parsed_and_errors_name_the_option():
     assert parse_columns("a, b") == ["a", "b"]
     with pytest.raises(ValueError, match="--columns takes names"):
         parse_columns("a,,b")
