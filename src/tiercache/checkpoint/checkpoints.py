@@ -26,10 +26,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from threading import Condition
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.cache import Cache
-from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
 from tiercache.checkpoint.format import Manifest, checkpoint_name, json_copy, metric_numbers, parse_name, written_order
 from tiercache.checkpoint.housekeeping import Housekeeper, RetentionReport
 from tiercache.checkpoint.loading import CopyReader, load_nearest
@@ -43,6 +42,9 @@ from tiercache.keep import PIN_NAME, Keep, encode_pin
 from tiercache.store import LocalFolder, Store, open_store, redact
 from tiercache.store.access import ParsedUrl
 from tiercache.store.placement import is_remote
+
+if TYPE_CHECKING:
+    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
 """Place where a save commits a checkpoint; each is a tier of checkpoints (CheckpointTier) of the same name."""

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from tiercache._native.record_finder import normalize_indices
-from tiercache.cache import Cache, WarmProgress
 from tiercache.data.opened_version import DatasetLocation, OpenedVersion
 from tiercache.data.output_spec import (
     Layouts,
@@ -48,14 +45,21 @@ from tiercache.data.records import (
 from tiercache.data.records import mix as mixed_records
 from tiercache.data.scan import FilterStep, Split, SplitStep, arrow_batches, class_counts, hash_splits, spans
 from tiercache.errors import SchemaError
-from tiercache.images.decode_image import DecodeImage
 from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
 from tiercache.shard.blocks import Verify, check_verify
-from tiercache.shard.schema import Column, Schema
 from tiercache.shard.values import ColumnValues, as_records, parse_casts
 from tiercache.shard.versions import list_versions
 from tiercache.transform_rng import use_fresh_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from tiercache.cache import Cache, WarmProgress
+    from tiercache.images.decode_image import DecodeImage
+    from tiercache.shard.schema import Column, Schema
+
 
 # Arguments of the constructor, and the field of OutputSpec that has each of them by column.
 _SETTINGS = {"decode": "decode", "cast": "cast", "layouts": "layouts", "fill_nulls": "nulls"}

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NoReturn, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from tiercache.errors import CorruptShard
 from tiercache.load.batch import ArrayLibrary, Batch, BatchMemory, PipelineSetup, lent_bytes
 from tiercache.load.corrupt import CorruptLocation, corruption_map_for
 from tiercache.load.decode import DecodedPipeline
-from tiercache.load.device import BatchDevice
 from tiercache.load.epoch import (
     EpochPosition,
     OrderShare,
@@ -51,10 +50,13 @@ from tiercache.load.loader_options import (
 )
 from tiercache.load.pipeline import ClosingPipeline, Pipeline
 from tiercache.load.planner import NextEpoch, PipelineInputs
-from tiercache.load.transform_workers import TransformSettings, WorkerPool
 from tiercache.model import format_bytes, short_repr
 from tiercache.order.rank_plan import RankPlan
 from tiercache.stats import Counters, WaitHistogram
+
+if TYPE_CHECKING:
+    from tiercache.load.device import BatchDevice
+    from tiercache.load.transform_workers import TransformSettings, WorkerPool
 
 # Function that makes the pipeline whose batches follow from those of another one.
 Stage: TypeAlias = "Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]"
