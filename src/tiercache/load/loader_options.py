@@ -105,7 +105,13 @@ class LoaderOptions:
             raise TypeError(f"batch_transform must be a function of a batch, got {self.batch_transform!r}")
         for name in ("threads", "device_batches", "shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):
             given = getattr(self, name)
-            if given is not None and given != ALL and parse_bytes(given) < 1:
+            if given in (None, ALL):
+                continue
+            try:
+                is_large_enough = parse_bytes(given) >= 1
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if not is_large_enough:
                 raise ValueError(f"{name} must be 1 or more, got {given!r}")
         if self.memory_bytes == ALL:
             raise ValueError("memory_bytes must be a size such as '256MiB', got 'all'")

@@ -480,6 +480,7 @@ def test_a_device_that_cannot_serve_is_refused_with_a_way_out(make_dataset):
 def test_wrong_options_are_refused():
     for options, error, message in (
         ({"device_batches": 0}, ValueError, "device_batches must be 1 or more, got 0"),
+        ({"device_batches": -3}, ValueError, "device_batches: a size cannot be negative"),
         ({"device_buffers": "same"}, ValueError, "device_buffers must be 'new' or 'fixed', got 'same'"),
         ({"device_batches": "two"}, TypeError, "device_batches must be an integer"),
     ):
