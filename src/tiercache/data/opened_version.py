@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ from tiercache.order.window import BlockSizes
 from tiercache.shard import reader as shard_reader
 from tiercache.shard.blocks import Blocks, Verify
 from tiercache.shard.footer import Footer
-from tiercache.shard.reader import FooterCache, MappedRecords, ShardReader
+from tiercache.shard.reader import MAX_RECENT, FooterCache, MappedRecords, RecentBlocks, ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.values import Casts, ColumnValues, empty_values, join_values, served_columns
@@ -317,9 +318,11 @@ class OpenedVersion:
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         self._footers = FooterCache()
+        self._recent: RecentBlocks = deque(maxlen=MAX_RECENT)
         opened = (self.stores, self.table, self._dataset_id, self._footers, past_cache)
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
-        open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
+        how: dict[str, Any] = {"verify": self.location.verify, "served": self._served, "recent": self._recent}
+        open_shard = partial(_open_shard, *opened, **how)
         self._readers = shard_reader.ReaderPool(open_shard, self._mapped)
 
     @property
@@ -505,6 +508,7 @@ class OpenedVersion:
         for release in filter(None, (one() for one in self._keepers)):
             release()  # first: a prefetching loader would open shards again, on a closed store
         self._readers.clear()
+        self._recent.clear()
         self.stores.close()
 
     def on_close(self, release: Callable[[], None]) -> None:

@@ -37,11 +37,10 @@ def check_verify(verify: object) -> None:
 
 # Chunks with a smaller gap are read as one range, because the bytes between cost less than another request.
 _CHUNK_GAP_BYTES = 4096
-# Bytes that arrive in the 20 ms that a request takes. While single pages cost fewer requests than the whole columns,
-# and at most 8 times, single pages are fetched; then the whole columns, because records are found in the mapping only
-# if the columns are complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
+# Bytes that arrive in the 20 ms that a request takes. Single records are fetched until their requests have taken as
+# long as the whole columns do; then the whole columns, because records are found in the mapping only if the columns are
+# complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
 _BYTES_A_REQUEST = 2 << 20
-_MOST_MISSES = 8
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
 # Interval between two fstat() calls on a file, about one tick of the clock that sets the ctime. A call takes 0.3 to 3
 # us; a call for each record that is read by index took up to 20 % of its time.
@@ -197,7 +196,7 @@ class Chunks:
         n_bytes = int(self._rows["stored"][ids].sum())
         if n_bytes <= _BYTES_A_REQUEST:
             self._byte_source.ensure_cached(self.ranges(ids))
-        elif self._byte_source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
+        elif self._byte_source.n_misses < n_bytes // _BYTES_A_REQUEST:
             return False
         else:
             self._byte_source.prefetch_ranges(self.ranges(ids))
@@ -210,8 +209,31 @@ class Chunks:
             ids = chunk_ids(blocks, columns, len(self._footer.schema))
             self._byte_source.prefetch_ranges(self.ranges(ids), urgent=True)
 
-    def loads_whole(self, blocks: Ids, column: int) -> bool:
-        """Return whether to load whole chunks of a column for single rows of blocks, and not only their pages."""
+    def grouped_columns(self, columns: Sequence[int]) -> list[int]:
+        """Return the columns whose chunks lie together behind all blocks (see shard_file.columns_to_group)."""
+        offsets = self._footer.chunks["offset"]
+        grouped = [c for c in columns if (offsets[:1, c] > offsets[-1:].min()).any()]
+        return grouped if int(self._footer.chunks["stored"][:, grouped].sum()) <= _BYTES_A_REQUEST else []
+
+    def whole_columns(self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids) -> list[int]:
+        """Return the columns of which whole chunks are loaded for single rows of blocks; of the others, only pages.
+
+        The pages of one record may take several requests, one after the other: those of its offsets, and then those of
+        its values. Its whole block takes one. position, row: as for load_rows().
+        """
+        n_columns = len(self._footer.schema)
+        whole = [c for c in columns if self._needs_whole(blocks, c)]
+        others = [c for c in columns if c not in whole]
+        if len(blocks) != 1 or not others:
+            return whole
+        rows, runs = self._row_ranges(chunk_ids(blocks, others, n_columns), len(others), position, row)
+        is_cached = not whole or self.is_cached(chunk_ids(blocks, whole, n_columns))
+        n_requests = len(self._pages(rows)) + bool(runs) + (not is_cached)
+        ids = chunk_ids(blocks, columns, n_columns)
+        is_cheaper = n_requests > len(self.ranges(ids)) and int(self._rows["stored"][ids].sum()) <= _BYTES_A_REQUEST
+        return list(columns) if is_cheaper else whole
+
+    def _needs_whole(self, blocks: Ids, column: int) -> bool:
         ids = blocks * len(self._footer.schema) + column
         if self._footer.schema.columns[column].kind is Kind.ARROW or self.is_cached(ids):
             return True

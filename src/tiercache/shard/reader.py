@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from tiercache._native.record_finder import FoundRecords  # a name of the stub only
 
 
+# Blocks that single records of a store were read from, by shard, block and columns: so many, each of at most this size.
+MAX_RECENT, MAX_RECENT_BYTES = 8, 8 << 20
+RecentBlocks: TypeAlias = "deque[tuple[tuple[bytes, tuple[int, ...], tuple[int, ...]], Blocks]]"
+
+
 class ShardReader:
     """An open shard. Thread-safe without locks; usable in a forked child process if its store is.
 
@@ -45,11 +50,12 @@ class ShardReader:
         verify: Verify = "first",
         served: ServedColumns | None = None,
         footer: Footer | None = None,
+        recent: RecentBlocks | None = None,
     ) -> None:
         """Open a shard: one ranged request if info is given, at most two otherwise.
 
         served: Columns that take() casts. footer: Footer that was read earlier; saves the request if there is no local
-        copy, whose own footer must be checked.
+        copy, whose own footer must be checked. recent: Blocks that take() read last, of all shards of a data set.
         """
         check_verify(verify)
         self._verify = verify
@@ -67,6 +73,8 @@ class ShardReader:
         self._served = served or {}
         self._prefetched: frozenset[int] = frozenset()  # columns that need no further call of prefetch_columns()
         self._kept: Blocks | None = None  # the last result of mapped_blocks()
+        self._grouped: Blocks | None = None  # of the columns whose chunks lie together, for take()
+        self._recent: RecentBlocks = deque(maxlen=MAX_RECENT) if recent is None else recent
         self._closed = False
 
     @property
@@ -150,19 +158,44 @@ class ShardReader:
         row = numbers - self.footer.block_first[of_row].astype(np.int64)
         blocks, position = np.unique(of_row, return_inverse=True)
         position = position.reshape(-1)
-        whole = [c for c in requested if self._chunks.loads_whole(blocks, c)]
+        grouped = self._chunks.grouped_columns(requested)
+        single = [c for c in requested if c not in grouped]
+        whole = self._chunks.whole_columns(blocks, single, position, row)
+        paged = [c for c in single if c not in whole]
         found: dict[int, ColumnValues] = {}
-        for chosen in (whole, [c for c in requested if c not in whole]):
-            if not chosen:
-                continue
-            if chosen is whole:
-                loaded = self._chunks.load_whole(chunk_ids(blocks, chosen, len(self.schema)))
+        for chosen in filter(None, (grouped, whole, paged)):
+            if chosen is grouped:
+                loaded_blocks, place = self._load_grouped(chosen), of_row
+            elif chosen is whole:
+                loaded_blocks, place = self._load_whole(blocks, chosen), position
             else:
                 loaded = self._chunks.load_rows(blocks, chosen, position, row)
-            loaded_blocks = Blocks(self.footer, self.url, tuple(blocks.tolist()), tuple(chosen), loaded)
-            places = position.astype(np.uint32), row.astype(np.uint32)
+                loaded_blocks = Blocks(self.footer, self.url, tuple(blocks.tolist()), tuple(chosen), loaded)
+                place = position
+            places = place.astype(np.uint32), row.astype(np.uint32)
             found |= zip(chosen, block_values(loaded_blocks, chosen, *places, self._served), strict=True)
         return [found[int(c)] for c in columns]
+
+    def _load_grouped(self, columns: list[int]) -> Blocks:
+        """Return all blocks of columns whose chunks lie together: one request for each shard, not for each record."""
+        found = self._grouped
+        if found is None or found.columns != tuple(columns):
+            found = self._load(range(self.footer.n_blocks), columns)
+            self._grouped = found if self._is_kept(found) else None
+        return found
+
+    def _load_whole(self, blocks: npt.NDArray[np.int64], columns: list[int]) -> Blocks:
+        """Return blocks for single rows. The last ones that a store sent are kept: the next row may lie there too."""
+        key = self.footer.shard_id, tuple(blocks.tolist()), tuple(columns)
+        found = next((kept for of, kept in list(self._recent) if of == key), None)
+        if found is None:
+            found = self._load(blocks.tolist(), columns)
+            if self._is_kept(found):
+                self._recent.append((key, found))
+        return found
+
+    def _is_kept(self, found: Blocks) -> bool:
+        return not found.is_cached and self._verify != "always" and found.private_bytes <= MAX_RECENT_BYTES
 
     def _kept_of(self, columns: Sequence[int]) -> Blocks | None:
         kept = self._kept
@@ -181,7 +214,7 @@ class ShardReader:
 
     def close(self) -> None:
         self._closed = True
-        self._kept = None
+        self._kept = self._grouped = None
         self._byte_source.close()
 
     def __enter__(self) -> ShardReader:

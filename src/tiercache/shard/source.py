@@ -85,7 +85,7 @@ class LocalCopy:
 
 
 class ByteSource:
-    """The bytes of an object of a store. Thread-safe without locks, so n_misses may lose counts."""
+    """The bytes of an object of a store. Thread-safe without locks, so n_misses may lose counts of missing ranges."""
 
     def __init__(self, store: Store, key: str, identity: ShardIdentity | None, *, part: str = "file") -> None:
         self._part = part  # name of the object in errors
@@ -113,7 +113,7 @@ class ByteSource:
         if copy is None:
             return None
         if not copy.lease.present(ranges):
-            self.n_misses += 1
+            self.n_misses += len(ranges)
             copy.lease.prefetch(ranges)
         with os_errors("open the local copy", self.url):  # wait() may open the file that was fetched
             return copy if copy.lease.wait(ranges) else None

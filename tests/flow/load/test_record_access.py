@@ -23,6 +23,7 @@ from tiercache.shard import blocks as shard_blocks
 from tiercache.shard import reader as shard_reader
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.source import ByteSource
+from tiercache.waiting import wait_for
 
 N = 300
 PAGE_BYTES = 64 << 10
@@ -247,15 +248,40 @@ def body_ranges(dataset: tc.Dataset, server: HttpFaultServer) -> list[tuple[int,
     return [(start, end) for path, start, end in ranges if start < ends[path]]
 
 
-def test_a_cold_remote_record_costs_the_footer_and_the_pages_that_hold_it(remote):
-    dataset, server = remote
-    assert dataset[37]["id"] == 37
-    info = dataset._source.leaves[0].table.info(int(dataset._source.leaves[0].table.first_record[1] <= 37))
-    footer_bytes = info.n_bytes - info.footer_offset
-    chunks = sum(end - start for start, end in body_ranges(dataset, server))
-    assert sum(seen.n_bytes for seen in server.log) == footer_bytes + chunks
-    assert chunks <= 2 * PAGE_BYTES + 4 * 1024  # the wide value may lie in two; id and text are short chunks
-    assert {seen.path for seen in server.log} == {f"/d/{info.name}"}
+def test_a_record_takes_one_request_once_its_footer_is_known(tmp_path):
+    columns = {"label": np.arange(400), "text": [bytes([i % 251]) * (30_000 + 50 * i) for i in range(400)]}
+    with tc.Writer(tmp_path / "d", schema={"label": "int64", "text": "bytes"}, compression="none") as writer:
+        writer.write_batch(columns)
+    with HttpFaultServer(tmp_path) as server:
+        dataset = tc.Dataset(f"{server.url}/d", cache=False)
+        server.log.clear()
+        assert dataset[100]["label"] == 100
+        assert len(server.log) == 3  # the footer, the column of labels, and the block
+        server.log.clear()
+        assert dataset[101] == {"label": 101, "text": columns["text"][101]}  # of the same block
+        assert server.log == []
+        for index in (200, 300):
+            assert dataset[index]["text"] == columns["text"][index]
+        assert len(server.log) == 2
+        assert max(seen.n_bytes for seen in server.log) <= 1 << 20
+        dataset.close()
+
+
+def test_records_of_a_cached_store_bring_their_blocks_until_these_took_as_long_as_the_shard(tmp_path):
+    columns = {"label": np.arange(600), "text": [bytes([i % 251]) * 30_000 for i in range(600)]}
+    with tc.Writer(tmp_path / "d", schema={"label": "int64", "text": "bytes"}, compression="none") as writer:
+        writer.write_batch(columns)
+    with HttpFaultServer(tmp_path) as server, tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache)
+        server.log.clear()
+        for index in (590, 10, 300, 11, 301):  # of three of the eighteen blocks
+            assert dataset[index] == {"label": index, "text": columns["text"][index]}
+        assert len(server.log) == 5  # the footer, the column of labels, and the blocks
+        assert sum(seen.n_bytes for seen in server.log) <= 4 << 20
+        for index in range(0, 600, 17):
+            assert dataset[index]["label"] == index
+        assert wait_for(lambda: not list((cache.path / "copies").glob("*.part")), 60)  # the whole shard has come
+        dataset.close()
 
 
 def test_neighbouring_records_of_a_page_are_fetched_once_and_pages_side_by_side_in_one_range(remote):
