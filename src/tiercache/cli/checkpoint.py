@@ -341,6 +341,9 @@ def _rule_file(rules: Path | None) -> RuleFile | None:
 def _one_tier(arguments: Sequence[str]) -> tuple[RuleFile, list[tuple[str | None, str]], str]:
     """Return a rule file without rules, whose only tier has all arguments, their paths below it, and its prefix."""
     places = [ParsedUrl.parse(text) for text in arguments]
+    for place in places:
+        if is_glob(place.host):
+            raise ValueError(f"{place.shown}: a bucket is named, not chosen by a glob")
     texts = [place.full.rstrip("/") if place.scheme else os.path.abspath(place.path) for place in places]  # noqa: PTH100 - keeps links
     folders = [_run_folder(text) for text in texts]
     steps = zip(*(folder.split("/") for folder in folders), strict=False)

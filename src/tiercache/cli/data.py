@@ -208,7 +208,8 @@ def info(
     """
     with open_data_set_store(url, storage_option) as store:
         if versions:
-            _list_versions(output, [read_version(store, number) for number in list_versions(store)])
+            numbers = list_versions(store) or [latest(store).number]
+            _list_versions(output, [read_version(store, number) for number in numbers])
             return
         data_set = open_data_set(store, at)
     if shards or include or exclude:

@@ -21,13 +21,15 @@ import json
 import re
 import secrets
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -517,22 +519,32 @@ def version_log(store: Store) -> NumberedLog:
 
 
 def latest(store: Store) -> Version:
-    """Return the newest version: probe upward from the hint, else from the highest listed version, else from 1."""
-    return _latest(store, _read_hint(store)[0])
+    """Return the newest version. Raises NotFound, which says what is there if there is no data set."""
+    found = find_latest(store)
+    if found is None:
+        raise no_version_error(store)
+    return found
+
+
+def find_latest(store: Store) -> Version | None:
+    """Return the newest version; None if there is no data set."""
+    return _find_from(store, _read_hint(store)[0])
 
 
 def open_latest(store: Store) -> tuple[Version, ShardTable]:
     """Return the newest version and its shards; from a remote store, the hinted segments are read meanwhile."""
     hinted, version = _read_hint(store)
     if version is None or not isinstance(unwrapped(store), RemoteStore):
-        version = _latest(store, hinted)
-        return version, read_shards(store, version)
-    with ThreadPoolExecutor(1, "tiercache-open") as pool:
-        shards, hint = pool.submit(read_shards, store, version), version
-        version = _latest(store, hinted)
-        if version == hint:
-            return version, shards.result()
-    return version, read_shards(store, version)
+        newest = _find_from(store, hinted)
+    else:
+        with ThreadPoolExecutor(1, "tiercache-open") as pool:
+            shards = pool.submit(read_shards, store, version)
+            newest = _find_from(store, hinted)
+            if newest == version:
+                return version, shards.result()
+    if newest is None:
+        raise no_version_error(store)
+    return newest, read_shards(store, newest)
 
 
 def _read_hint(store: Store) -> tuple[int, Version | None]:
@@ -552,13 +564,12 @@ def _read_hint(store: Store) -> tuple[int, Version | None]:
         return number, None
 
 
-def _latest(store: Store, hinted: int) -> Version:
+def _find_from(store: Store, hinted: int) -> Version | None:
+    """Probe upward from the hint, else from the highest listed version, else from 1."""
     found = newest_from(store, hinted)
     if found is None:
         highest = version_log(store).highest()
         found = newest_from(store, 1 if highest is None else highest)  # None: the store cannot list
-    if found is None:
-        raise NotFound("no data set here: it has no version", url=store.url)
     return found
 
 
@@ -572,7 +583,11 @@ def read_version(store: Store, number: int) -> Version:
     """Return the version with this number. Raises NotFound, CorruptShard, UnsupportedFormat and StoreError."""
     data = version_log(store).get(number) if number <= MAX_NUMBER else None
     if data is None:
-        raise NotFound(f"no version {number}", url=store.url, number=number)
+        newest = find_latest(store)
+        if newest is None:
+            raise no_version_error(store)
+        message = f"no version {number}; the newest is {newest.number} (`tiercache info --versions` lists all)"
+        raise NotFound(message, url=store.url, number=number)
     return _parsed(store, data, number)
 
 
@@ -612,6 +627,91 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
     except SchemaError as error:
         raise CorruptShard(f"the schema cannot be read: {error}", url=url, part="version") from error
     return version
+
+
+# Of the objects of a folder that has no version, a message looks at this many: at most five requests.
+_MOST_LISTED = 5000
+_MOST_NAMED = 5
+_DEEPEST = 3  # folders between a data set and an object of it, and one more
+_OF_A_DATA_SET = re.compile(r"(?:(.*)/)?_tiercache/(?:latest|versions/.+)")
+
+
+def no_version_error(store: Store) -> NotFound:
+    """Return the error of a URL without a data set, which says what was found there, and what to do."""
+    return NotFound(f"no data set here: {_found_instead(store)}", url=store.url)
+
+
+def _found_instead(store: Store) -> str:
+    with suppress(StoreError):
+        start = store.get(HINT_KEY)[:40].decode(errors="replace")
+        return f"its {HINT_KEY} is not that of a data set, it begins with {start!r}"
+    try:
+        keys = _first_keys(store)
+    except StoreError as error:
+        if isinstance(error, NotFound) and "no such bucket" in error.message:
+            return "the bucket does not exist; check its name, and the endpoint and region of its server"
+        return f"it has no {HINT_KEY}, and cannot be listed ({error.details.get('text', error.message)})"
+    if whole := _data_set_above(store):
+        return f"it is a part of the data set {whole}"
+    if inside := _data_sets(keys):
+        return f"the data sets are in folders below it, {_listed(inside)}: open {store.url_of(inside[0])}"
+    if any(key.startswith("_tiercache/") or key.endswith(".tcs") for key in keys):
+        return "there are shards, but no version: the writer that wrote them has not committed them by close()"
+    if keys:
+        endings = Counter(f".{key.rpartition('.')[2]}" for key in keys if "." in key.rpartition("/")[2])
+        kinds = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(3))
+        return (
+            f"it has other files, such as {keys[0]}{f' ({kinds})' if kinds else ''}; `tiercache pack` makes a data set "
+            "of images, Parquet files and JSON lines, and tiercache.Writer of any other records"
+        )
+    return _found_above(store)
+
+
+def _data_set_above(store: Store) -> str:
+    """Return the data set of a shard or of a folder of a data set; "" if it is none."""
+    above = unwrapped(store).parent()
+    for _ in range(_DEEPEST):
+        if above is None:
+            break
+        with closing(above[0]), suppress(StoreError):
+            above[0].head(HINT_KEY)
+            return above[0].url
+        above = above[0].parent()
+    return ""
+
+
+def _found_above(store: Store) -> str:
+    """Return what the folder above an empty one has: the object itself, a data set of a similar name, others."""
+    above = unwrapped(store).parent()
+    if above is None:
+        return "it is empty"
+    folder, name = above
+    with closing(folder), suppress(StoreError):
+        with suppress(NotFound):
+            folder.head(name)
+            return "it is a file, and a data set is a folder; `tiercache pack` makes a data set of files"
+        names = _data_sets(_first_keys(folder))
+        if near := get_close_matches(name, names, n=1):
+            return f"it is empty, or does not exist; did you mean {folder.url_of(near[0])}?"
+        if names:
+            return f"it is empty, or does not exist; {folder.url} has the data sets {_listed(names)}"
+    return f"it is empty, or does not exist, and {folder.url} has no data set"
+
+
+def _first_keys(store: Store) -> list[str]:
+    return [info.key for info in islice(store.list(), _MOST_LISTED)]
+
+
+def _data_sets(keys: Iterable[str]) -> list[str]:
+    """Return the folders, below the one that is listed, that have a version."""
+    matches = filter(None, map(_OF_A_DATA_SET.fullmatch, keys))
+    return sorted({match[1] for match in matches if match[1]})
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMED]) + (
+        f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    )
 
 
 # Each lost race means that another append was committed; after a hundred losses in a row the writer gives up.
@@ -788,14 +888,6 @@ class Commit:
         # Readers probe upward from the hint, so an outdated hint only costs a few requests.
         with suppress(StoreError):
             self._store.put(HINT_KEY, encode_version(version))
-
-
-def find_latest(store: Store) -> Version | None:
-    """Return the newest version; None if there is no data set."""
-    try:
-        return latest(store)
-    except NotFound:
-        return None
 
 
 def data_set_exists_error(store: Store, found: Version) -> CommitConflict:

@@ -9,9 +9,10 @@ restores through boto3.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
-from tiercache.store.access import CallOptions, CloudOptions, ParsedUrl, redact, split_url
+from tiercache.store.access import CLOUDS, CallOptions, CloudOptions, ParsedUrl, redact, split_url
 from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, StoreFile, Upload, check_key
 from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
@@ -37,9 +38,8 @@ __all__ = [
 ]
 
 
-_CLOUDS = {
-    "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az", "http": "http", "https": "http",
-}  # fmt: skip
+# Of every cloud, with the colons of access points.
+_BUCKET = re.compile(r"[A-Za-z0-9_.:-]+")
 
 
 def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
@@ -68,7 +68,7 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
         return LocalFolder(parsed.path)
     if parsed.scheme == "memory":
         return MemoryStore(parsed.host, parsed.path)
-    cloud = _CLOUDS.get(parsed.scheme)
+    cloud = CLOUDS.get(parsed.scheme)
     if cloud is None:
         return _by_fsspec(parsed, storage_options)
     return CloudStore(_bucket_folder(cloud, parsed), CloudOptions.parse(cloud, storage_options))
@@ -87,9 +87,11 @@ def _bucket_folder(cloud: str, parsed: ParsedUrl) -> BucketFolder:
         return BucketFolder(cloud, parsed.full, "", parsed.shown)
     if parsed.has_query:
         raise ValueError(f"{parsed.shown}: a query or fragment has no meaning for {parsed.scheme}://")
-    if not parsed.host or parsed.has_userinfo:
+    if parsed.has_userinfo:
         raise ValueError(
             f"{parsed.shown}: {parsed.scheme}://BUCKET/FOLDER is expected; credentials go into storage_options"
         )
+    if not _BUCKET.fullmatch(parsed.host):
+        raise ValueError(f"{parsed.shown}: {parsed.host!r} cannot be the name of a bucket")
     prefix = parsed.path.strip("/")
     return BucketFolder(cloud, parsed.host, check_key(prefix) if prefix else "", parsed.shown)

@@ -29,6 +29,12 @@ from tiercache.store.contract import check_key
 # In abfss://container@account/... the "@" separates container and account, not credentials.
 _AT_IS_A_PLACE = ("abfs", "abfss", "wasb", "wasbs")
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]+")
+# The clouds of obstore by the schemes of their URLs, whose host is a bucket or a server.
+CLOUDS = {
+    "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az", "http": "http", "https": "http",
+}  # fmt: skip
+# pathlib.Path("s3://bucket/folder") is "s3:/bucket/folder".
+_BROKEN = re.compile(rf"({'|'.join((*CLOUDS, *_AT_IS_A_PLACE, 'memory', 'file'))}):/?(?!/)", re.IGNORECASE)
 _CHAIN = "::"
 # Default of the storage option `timeout`: longer than the restart of a store (about 10 s).
 TIMEOUT_S = 60.0
@@ -58,10 +64,20 @@ class ParsedUrl:
             scheme, _, rest = first.partition("://")
             host, _, path = rest.partition("/")
             return cls(scheme.lower(), host, path, chain)
+        if broken := _BROKEN.match(text):
+            slashes = "///" if broken[1].lower() == "file" else "//"
+            raise ValueError(
+                f"{text}: a URL has {'three' if len(slashes) > 2 else 'two'} slashes after its scheme: "
+                f"{broken[1]}:{slashes}{text[broken.end() :]}; pathlib.Path drops slashes, so give URLs as text (a "
+                f"local folder of this name is ./{text})"
+            )
         scheme, found, rest = text.partition("://")
         if not found or not _SCHEME.fullmatch(scheme):
             return cls("", "", str(Path(text).expanduser()) if text == "~" or text.startswith("~/") else text)
         host, _, path = rest.partition("/")
+        if CLOUDS.get(scheme.lower()) and not host:
+            place = "HOST" if CLOUDS[scheme.lower()] == "http" else "BUCKET"
+            raise ValueError(f"{scheme}://{path}: it names no {place.lower()}; {scheme}://{place}/FOLDER is expected")
         if scheme.lower() != "file":
             return cls(scheme.lower(), host, path)
         if host not in ("", "localhost"):
@@ -158,6 +174,12 @@ def server_url(cloud: str, bucket: str, config: Mapping[str, Any]) -> str:
     }[cloud]
     if given:
         parts = urlsplit(str(given))
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            name = {"gs": "base_url", "s3": "endpoint or AWS_ENDPOINT_URL"}.get(cloud, "endpoint")
+            raise ValueError(
+                f"the endpoint of {cloud}://{bucket} must be a URL with its scheme, such as http://localhost:9000, got "
+                f"{hide_secrets(str(given))!r} (storage option {name})"
+            )
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     if cloud == "s3":
         return f"https://s3.{options.get('region') or 'us-east-1'}.amazonaws.com"

@@ -229,6 +229,10 @@ class Store(ABC):
         Temporary objects of unfinished writes are never listed. A folder that does not exist yields nothing.
         """
 
+    def parent(self) -> tuple[Store, str] | None:
+        """Return the store of the folder above the root, and the root's name in it; None: there is none, or unknown."""
+        return None
+
     def close(self) -> None:  # noqa: B027 -- a store without connections has nothing to drop
         """Close connections and descriptors. The store may be used again afterwards."""
 

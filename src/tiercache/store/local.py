@@ -122,6 +122,9 @@ class LocalFolder(Store):
     def __reduce__(self) -> tuple[type[LocalFolder], tuple[str]]:
         return LocalFolder, (self.url,)
 
+    def parent(self) -> tuple[Store, str] | None:
+        return (LocalFolder(self.root.parent), self.root.name) if self.root.name else None
+
     def head(self, key: str) -> ObjectInfo:
         with self._opened(key, "head") as fd:
             return file_info(key, os.fstat(fd))

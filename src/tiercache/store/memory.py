@@ -37,6 +37,10 @@ class MemoryStore(Store):
     def __reduce__(self) -> tuple[type[MemoryStore], tuple[str, str]]:
         return MemoryStore, (self.name, self.prefix)
 
+    def parent(self) -> tuple[Store, str] | None:
+        folder, _, name = self.prefix.rstrip("/").rpartition("/")
+        return (MemoryStore(self.name, folder), name) if name else None
+
     @property
     def _objects(self) -> dict[str, tuple[bytes, ObjectInfo]]:
         return _buckets.setdefault(self.name, {})

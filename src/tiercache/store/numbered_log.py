@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.store.contract import Store, unwrapped
@@ -28,6 +29,8 @@ _MAX_TRIES = 100
 _MAX_PUTS = 3
 # Probe distance across deleted numbers, where the store cannot list.
 _MAX_GAP = 40
+# A number that no writer reaches, and how many numbers a reader finds before it makes sure that this one is missing.
+_IMPOSSIBLE, _SUSPICIOUS = 10**_DIGITS - 1, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,14 @@ class NumberedLog:
             first = self.get(number, is_listed=is_listed)
             newer = None if first is None else self.get(number + 1)
         found = None if first is None else (number, first)
-        while newer is not None:
+        for steps in count(1):
+            if newer is None:
+                return found
             number += 1
+            if steps == _SUSPICIOUS and self.get(_IMPOSSIBLE) is not None:
+                url = self.store.url_of(self.key(_IMPOSSIBLE))
+                message = "it exists, although nobody can have written it: the server answers every request alike"
+                raise StoreError(f"{message}; is it a login page or a proxy in place of the store?", url=url)
             found, newer = (number, newer), self.get(number + 1)
         return found
 

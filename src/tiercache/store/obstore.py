@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +34,7 @@ from tiercache.store.access import (
     server_url,
     wait_target,
 )
+from tiercache.store.contract import Store
 from tiercache.store.remote import (
     CONFLICT_CODES,
     RETRYABLE_STATUSES,
@@ -54,7 +55,9 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got \d+\.\.\d+")
 _DEBUG = "\n\nDebug source"
 _BODY_CHARS = 200
-_CHANGED, _BEYOND_END = 412, 416
+_MISSING, _CHANGED, _BEYOND_END = 404, 412, 416
+# Codes of S3 and Azure, and the text of Google Cloud Storage, for a bucket or container that does not exist.
+_NO_BUCKET, _NO_BUCKET_TEXT = ("NoSuchBucket", "ContainerNotFound"), "The specified bucket does not exist"
 
 
 def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
@@ -66,9 +69,10 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
     is_conflict = any(code in text for code in CONFLICT_CODES)
     if name == "AlreadyExistsError" and not is_conflict:
         return StoreError(f"{doing}: the key exists", url=url, status=status, exists=True)
-    if isinstance(error, FileNotFoundError):
-        what = "bucket" if "NoSuchBucket" in text else "object"
-        return NotFound(f"no such {what} ({doing})", url=url, status=status)
+    no_bucket = reason.get("Code") in _NO_BUCKET or _NO_BUCKET_TEXT in text
+    if isinstance(error, FileNotFoundError) or (no_bucket and status == _MISSING):
+        what = "bucket" if no_bucket else "object"
+        return NotFound(f"no such {what} ({doing})", url=url, status=status, code=reason.get("Code"))
     if name in ("PreconditionError", "NotModifiedError") or status == _CHANGED:
         return ObjectChanged(f"the object does not have the requested ETag ({doing})", url=url, status=status)
     if _OTHER_RANGE.search(text):
@@ -338,6 +342,13 @@ class CloudStore(RemoteStore):
 
     def _open_client(self) -> ObjectClient:
         return ObstoreClient(self.folder, self.options, self.counters)
+
+    def parent(self) -> tuple[Store, str] | None:
+        prefix, _, name = self.folder.prefix.rpartition("/")
+        if not name:
+            return None
+        above = replace(self.folder, prefix=prefix, url=self.url.rstrip("/").rpartition("/")[0])
+        return CloudStore(above, self.options, self._settings), name
 
     @property
     def cloud(self) -> str:

@@ -61,6 +61,9 @@ _THREADS_PER_REQUEST = 4
 # Statuses with which the server says that it gets too many requests; S3 sends 503 SlowDown.
 _THROTTLED = (429, 503)
 
+# A server that sends the whole object instead of a range may be one of several replicas; one without ranges never will.
+_RANGE_ATTEMPTS = 4
+
 _jitter = random.SystemRandom()  # not the seeded generator: ranks must not retry in step
 _thread_state = threading.local()
 
@@ -160,10 +163,16 @@ class CallLimit:
         if self._deadline_end_s <= self.clock.monotonic():
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
         elif self.left_s <= 0:
-            text = f"{self.doing}: nothing came from {self.endpoint()} for {self.timeout_s or 0:g} s (timeout)"
+            text = f"{self.doing}: nothing came from {self.endpoint()} for {self.waited_s:.0f} s{self.setting()}"
         else:
             return
         raise StoreError(text + self._last_error(), url=self.url, retryable=True)
+
+    def setting(self) -> str:
+        """Return which setting ends the call, for messages."""
+        if self.timeout_s is None or self._deadline_end_s - self.clock.monotonic() < self.timeout_s - self.waited_s:
+            return "" if self.deadline_s is None else f"; the call has {self.deadline_s:g} s"
+        return f"; the storage option timeout={self.timeout_s:g} limits the seconds without a byte"
 
     def _last_error(self) -> str:
         if self.error is None:
@@ -171,8 +180,7 @@ class CallLimit:
         return f"; the last attempt: {self.error.details.get('text', self.error.message)}"
 
     def report(self) -> None:
-        limit = f"; the call fails after {self.timeout_s:g} s without a byte (timeout)" if self.timeout_s else ""
-        text = f"has waited {self.waited_s:.0f} s for {self.endpoint()}{self._last_error()}{limit}"
+        text = f"has waited {self.waited_s:.0f} s for {self.endpoint()}{self._last_error()}{self.setting()}"
         logger.warning("%s: %s: %s", self.url, self.doing, text)
 
 
@@ -196,7 +204,12 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
                 has_renewed = True
                 continue
             pause_s = policy.pause_s(n_failed)
-            if n_failed >= policy.n_attempts or not _is_worth_repeating(error, limit, pause_s):
+            n_attempts = min(policy.n_attempts, _RANGE_ATTEMPTS) if error.details.get("no_range") else policy.n_attempts
+            if n_failed >= n_attempts or not _is_worth_repeating(error, limit):
+                raise
+            if pause_s >= limit.left_s:
+                attempts = f"{n_failed} attempt{'' if n_failed == 1 else 's'}"
+                error.message += f"; gave up after {attempts} in {limit.waited_s:.0f} s{limit.setting()}"
                 raise
             limit.error = error
             if not pause(pause_s, limit.clock, limit.stop):
@@ -207,14 +220,14 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
             return answer
 
 
-def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
+def _is_worth_repeating(error: StoreError, limit: CallLimit) -> bool:
     if not error.retryable or error.maybe_done or limit.is_unwanted:
         return False
     if error.details.get("sent") is not False:
         note_answer(limit.endpoint())
     elif must_fail_fast(limit.endpoint()):
         return False
-    return pause_s < limit.left_s
+    return True
 
 
 _N_OBSERVED = 128

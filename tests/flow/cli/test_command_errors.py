@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import typer
-from tests.support.http_server import HttpFaultServer
+from tests.support.http_server import HttpFault, HttpFaultServer
 
+import tiercache as tc
 from tiercache.cli.common import INTERRUPTED, verb
+from tiercache.errors import StoreError
 from tiercache.store import remote
 
 
@@ -43,6 +45,14 @@ def test_a_verb_fails_at_once_and_names_the_endpoint_if_no_server_listens(tierca
     more = ["--cache", tmp_path / "cache"] if verb == "warm" else []
     given = [word for option in options for word in ("--storage-option", option)]
     assert f"cannot connect to {nobody}" in tiercache(verb, url, *given, *more, code=1).err
+
+
+def test_a_server_that_answers_every_request_ends_the_command_and_a_data_set(tiercache):
+    with HttpFaultServer() as server:
+        server.when(lambda method, path: HttpFault("status", 200, body=b"<html>log in</html>"))
+        assert "the server answers every request alike" in tiercache("info", server.url, code=1).err
+        with pytest.raises(StoreError, match="the server answers every request alike"):
+            tc.Dataset(server.url, cache=False)
 
 
 def test_tier_ls_fails_at_once_if_no_server_listens(tiercache, nobody, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import secrets
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.faults import Fault, FaultKind, FaultStore
-from tests.support.http_server import HttpFaultServer
+from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard, NotFound, StoreError
@@ -218,6 +219,65 @@ class TestLatest:
         store.put(version_key(3), b"rotten")
         with pytest.raises(CorruptShard, match=re.escape(version_key(3))):
             versions.latest(store)
+
+
+class TestNoDataSet:
+    """The error of a URL without a data set says what is there."""
+
+    FOUND = (
+        (
+            ["train/_tiercache/latest", "val/_tiercache/versions/1.json"],
+            "/top/st",
+            "folders below it, train, val: open .*/train",
+        ),
+        (["index.json", "a.tar", "b.tar"], "/top/st", r"other files, such as .*2 \.tar, 1 \.json.*tiercache pack"),
+        (["shards/a-000000.tcs"], "/top/st", "no version: the writer"),
+        (["../set/_tiercache/latest"], "/top/st", "did you mean .*/top/set"),
+        (
+            ["../x/_tiercache/latest", "../y/_tiercache/latest"],
+            "/top/st",
+            "does not exist; .*/top has the data sets x, y",
+        ),
+        (["../other"], "/top/st", "does not exist, and .*/top has no data set"),
+        (["_tiercache/latest", "shards/a-000000.tcs"], "/top/st/shards", "a part of the data set .*/top/st$"),
+        (["a.parquet"], "/top/st/a.parquet", "it is a file"),
+        (["_tiercache/latest"], "/top/st", "begins with '<html>"),
+    )
+
+    @pytest.mark.parametrize("where", ["folder", "memory", "s3"])
+    def test_it_names_what_is_there_instead(self, tmp_path, where) -> None:
+        for number, (keys, folder, message) in enumerate(self.FOUND):
+            top = f"{tmp_path}/{number}" if where == "folder" else f"memory://{secrets.token_hex(8)}"
+            with closing(open_store(f"{top}/top")) as store:
+                for key in keys:
+                    store.put(key.removeprefix("../") if key.startswith("../") else f"st/{key}", b"<html>log in</html>")
+                objects = {f"bucket/top/{info.key}": store.get(info.key) for info in store.list()}
+            with HttpFaultServer(objects) as server:
+                s3 = {"endpoint": server.url, "anon": True} if where == "s3" else {}
+                with closing(open_store(f"{'s3://bucket' if s3 else top}{folder}", **s3)) as store:
+                    with pytest.raises(NotFound, match=message) as caught:
+                        versions.latest(store)
+                    assert str(caught.value).startswith(f"{store.url}: no data set here: ")
+                    assert versions.find_latest(store) is None
+
+    def test_a_missing_bucket_is_named(self) -> None:
+        body = b"<Error><Code>NoSuchBucket</Code></Error>"
+        with HttpFaultServer() as server:
+            server.when(lambda method, path: HttpFault("status", 404, body=body))
+            with closing(open_store("s3://bucket/set", endpoint=server.url, anon=True)) as store:
+                for read in (versions.latest, versions.open_latest, lambda store: versions.read_version(store, 3)):
+                    with pytest.raises(NotFound, match="no data set here: the bucket does not exist; check its name"):
+                        read(store)
+
+    def test_a_store_that_cannot_be_listed_says_so(self) -> None:
+        refused = pytest.raises(NotFound, match="it has no _tiercache/latest, and cannot be listed")
+        with HttpFaultServer() as server, closing(open_store(f"{server.url}/set")) as store, refused:
+            versions.latest(store)
+
+    def test_a_missing_version_names_the_newest(self, store: MemoryStore) -> None:
+        store_version(store, 1)
+        with pytest.raises(NotFound, match="no version 7; the newest is 1"):
+            versions.read_version(store, 7)
 
 
 class TestTransferErrors:

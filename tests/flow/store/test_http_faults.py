@@ -103,6 +103,25 @@ def test_the_last_error_names_the_operation_and_the_answer(http_server, make, cl
     assert all(0 <= slept_s <= 0.4 for slept_s in clock.slept)
 
 
+def test_the_last_error_says_how_long_was_tried_and_which_setting_limits_it(http_server, make, clock):
+    http_server.when(lambda method, path: HttpFault("status", 503))
+    started_s = clock.monotonic()
+    with pytest.raises(StoreError, match=r"HTTP 503 .*; gave up after ([0-9]+) attempts in [0-9]+ s; ") as caught:
+        make().get("a")
+    assert f"gave up after {len(http_server.log)} attempts in {clock.monotonic() - started_s:.0f} s" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("; the storage option timeout=60 limits the seconds without a byte")
+
+
+def test_a_server_without_ranges_is_not_asked_until_the_timeout(http_server, make):
+    http_server.objects = {"a": DATA}
+    http_server.when(lambda method, path: HttpFault("whole"))
+    with pytest.raises(StoreError, match="it may not support range requests"):
+        read_ranges(make(), "a", [ByteRange(1, 10)])
+    assert len(http_server.log) == 4
+
+
 def test_a_permanent_refusal_is_not_retried(http_server, make):
     store = make()
     for number, status in enumerate((400, 401, 403, 405), start=1):
@@ -202,6 +221,9 @@ def test_a_missing_bucket_is_named(http_server, make):
     http_server.next(HttpFault("status", 404, body=b"<Error><Code>NoSuchBucket</Code></Error>"))
     with pytest.raises(NotFound, match="no such bucket"):
         make("s3").get("a")
+    http_server.next(HttpFault("status", 404, body=b"<Error><Code>NoSuchBucket</Code></Error>"))
+    with pytest.raises(NotFound, match="no such bucket"):
+        list(make("s3").list())
 
 
 def test_an_operation_that_http_lacks_is_reported(make):

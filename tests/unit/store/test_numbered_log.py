@@ -56,6 +56,16 @@ def test_without_a_listing_deleted_numbers_are_skipped(store):
     assert (log.highest(), log.newest(5), log.newest(0)) == (None, (31, b"31"), None)
 
 
+def test_a_store_that_answers_every_request_is_refused(store):
+    class Answering(MemoryStore):
+        def get(self, key):
+            return key.encode()
+
+    with pytest.raises(StoreError, match=r"log/99999999999999999999\.x: .* the server answers every request") as caught:
+        log_of(Answering(store.name)).newest(1)
+    assert not caught.value.retryable
+
+
 def test_forbidden_counts_as_missing_only_if_nothing_was_listed(store):
     faulty = FaultStore(store, [Fault("get", status=403, retryable=False, times=99)])
     assert log_of(faulty, hides_missing=True).get(1) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,15 @@ def test_open_store_selects_the_back_end_without_a_request():
 REFUSED = [
     ("s3://key:secret@bucket/a", {}, "storage_options"),
     ("s3:///a", {}, "BUCKET"),
+    ("s3://", {}, "names no bucket"),
+    ("https://", {}, "names no host"),
+    (Path("s3://bucket/a"), {}, "two slashes .*: s3://bucket/a;"),
+    ("gs:bucket/a", {}, "two slashes .*: gs://bucket/a;"),
+    ("file:/data", {}, "three slashes .*: file:///data;"),
+    ("s3://my bucket/a", {}, "'my bucket' cannot be the name"),
+    ("s3://bucket", {"endpoint": "localhost:9000"}, "URL with its scheme.*got 'localhost:9000'"),
+    ("gs://bucket", {"base_url": "localhost:9000"}, "base_url"),
+    ("az://container", {"endpoint": "host/path"}, "URL with its scheme"),
     ("https://host/a?sig=secret", {}, "query"),
     ("https://host?sig=secret", {}, "query"),
     ("s3://bucket/a?versionId=secret", {}, "query"),
@@ -113,6 +123,12 @@ def test_open_store_refuses_invalid_urls_and_options():
         with pytest.raises(ValueError, match=message) as caught:
             open_store(url, **options)
         assert "secret" not in str(caught.value)
+
+
+def test_an_endpoint_of_the_environment_without_a_scheme_is_refused(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    with pytest.raises(ValueError, match=r"got 'localhost:9000' \(storage option endpoint or AWS_ENDPOINT_URL\)"):
+        open_store("s3://bucket")
 
 
 NEAR_NAMES = [
