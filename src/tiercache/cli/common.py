@@ -5,13 +5,16 @@ Results and a summary go to standard output; progress, questions and errors go t
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import os
 import re
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
@@ -126,6 +129,43 @@ def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int
 def parse_age(option: str, text: str) -> float:
     with errors_name(option):
         return parse_duration(text)
+
+
+# Arguments of the library's functions whose flags have another name.
+_OTHER_NAMES = {"schema": "column", "storage_options": "storage_option", "source_options": "source_option"}
+# The value that a message gives an argument: exclude=['*.txt'], schema={'x': 'str?'}, mode="append", overwrite=True.
+_VALUE = r"""\{'[^}]*\}|\['[^']*'\]|"[^"]*"|'[^']*'|\w+|(?![\[{])"""
+
+
+def name_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message of the library with flags where it names arguments, as in exclude= or mode="append".
+
+    flags: Flag of each argument that has one.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        try:
+            value = ast.literal_eval(found["value"] or "True")
+        except ValueError:
+            value = found["value"]
+        if isinstance(value, dict):
+            value = [f"{key}={one}" for key, one in value.items()]
+        values = value if isinstance(value, list) else [value]
+        given = [shlex.quote(str(one)) for one in values if one is not True]
+        return " ".join([flags[found["name"]], *given])
+
+    if not flags:
+        return message
+    names = "|".join(map(re.escape, flags))
+    return re.sub(rf"(?<![\w.-])(?P<name>{names})(?:=(?P<value>{_VALUE})|(?= must be ))", replace, message)
+
+
+def _flags_of(parameters: Iterable[Parameter]) -> dict[str, str]:
+    """Return the flags of a verb's parameters by the names of the library's arguments."""
+    described: dict[str, Any] = {p.name: getattr(p.annotation, "__metadata__", (None,))[0] for p in parameters}
+    # In an annotation, the first flag is what typer calls the default.
+    flags = {name: one.default for name, one in described.items() if str(getattr(one, "default", "")).startswith("--")}
+    return flags | {theirs: flags[ours] for theirs, ours in _OTHER_NAMES.items() if ours in flags}
 
 
 # Line ends, control characters and text direction marks: file names may contain them, and a terminal would obey them.
@@ -244,12 +284,13 @@ def verb(*, after_ctrl_c: str) -> Callable[[Callable[..., object]], Callable[...
             except (TierCacheError, ValueError, TypeError, OSError) as error:
                 if verbose:
                     traceback.print_exc()
-                _print_line(f"error: {_one_line(error) or type(error).__name__}")
+                _print_line(f"error: {name_flags(_one_line(error), flags) or type(error).__name__}")
                 raise typer.Exit(exit_code_of(error)) from None
 
         # Typer reads the options from the signature.
         parameters = signature(function, eval_str=True).parameters.values()
         own = [parameter for parameter in parameters if parameter.name != "output"]
+        flags = _flags_of(own)
         common = [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=o) for n, o in _COMMON_OPTIONS.items()]
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *common)}
@@ -282,7 +323,11 @@ def exit_code_of(error: Exception) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and text.startswith("[Errno "):  # the system's own words
+        names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+        text = f"{' and '.join(names)}: {error.strerror}" if names else error.strerror
+    return " ".join(text.split())
 
 
 def _print_line(text: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from threading import Lock
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from tiercache.cli.common import (
     flag,
     option,
     parse_columns,
+    parse_size,
     parse_storage_options,
     printable,
     verb,
@@ -118,8 +120,8 @@ def pack(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
         schema=parse_types(column) or None,
         mode=mode,  # type: ignore[arg-type]
-        shard_size=shard_size,
-        block_size=block_size,
+        shard_size=parse_size("--shard-size", shard_size),
+        block_size=parse_size("--block-size", block_size),
         compression=compression,
         jobs=jobs,
         include=include or (),
@@ -373,6 +375,13 @@ def shorten(text: str) -> str:
     return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."
 
 
+# Endings of files, which no folder of Parquet files has.
+_OTHER_FILES = (
+    ".arrow", ".avro", ".csv", ".feather", ".gz", ".h5", ".hdf5", ".ipc", ".json", ".jsonl", ".npy", ".npz", ".orc",
+    ".pkl", ".pt", ".tar", ".tfrecord", ".tsv", ".txt", ".xlsx", ".zip", ".zst",
+)  # fmt: skip
+
+
 @verb(after_ctrl_c="no incomplete file was left behind; run the same command again with --overwrite")
 def export(
     output: Output,
@@ -400,6 +409,12 @@ def export(
 
     Images keep their encoding.
     """
+    ending = PurePosixPath(target).suffix.lower()
+    if ending in _OTHER_FILES:
+        raise ValueError(
+            f"{redact(target)}: export writes Parquet files, and no {ending} file: name a file that ends in .parquet, "
+            "or a folder; tiercache.Dataset(...).to_pandas() gives a table that pandas writes in other formats"
+        )
     folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
     with (
         open_data_set_store(url, storage_option) as source,
@@ -437,4 +452,4 @@ def _refuse_existing(store: Store, key: str) -> None:
         store.head(key)
     except NotFound:
         return
-    raise StoreError("the file exists already; give --overwrite to replace it", url=f"{store.url}/{key}")
+    raise StoreError("the file exists already; replace it with overwrite=True", url=f"{store.url}/{key}")

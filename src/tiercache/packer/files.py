@@ -276,7 +276,7 @@ def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
                 start = opened.read(_START_BYTES)
             for pattern, format_name in _INDEXES.items():
                 if pattern.match(start):
-                    raise _refused(files, file.path, format_name, "leave the index out with exclude")
+                    raise _refused(files, file.path, format_name, f"leave the index out with exclude=[{_INDEX_FILE!r}]")
 
 
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
@@ -287,7 +287,7 @@ def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
             name = name.removesuffix(suffix)
         format_name = _BY_SUFFIX.get("." + name.rpartition(".")[2]) if "." in name else None
         if format_name is not None:
-            raise _refused(files, file.path, format_name, "choose files with kind, include and exclude")
+            raise _refused(files, file.path, format_name, "choose files with kind=, include= and exclude=")
 
 
 def _name(path: str) -> str:
@@ -318,7 +318,7 @@ def find_partitions(files: Files, found: Sequence[SourceFile], stored: Sequence[
             raise SchemaError(
                 f"{files.location(file.path)}: its folders name the partition columns {_listed(pairs)}, those of "
                 f"{files.location(found[0].path)} name {_listed(first)}; pack only files with the same partition "
-                "columns, chosen with include and exclude"
+                "columns, chosen with include= and exclude="
             )
         for name, text in pairs.items():
             texts.setdefault(name, []).append(text)

@@ -181,7 +181,7 @@ def find_images(files: Files, found: Sequence[SourceFile], classes: Sequence[str
     if len(first) > 1:
         examples = ", ".join(f"{encoding} ({path})" for encoding, path in sorted(first.items()))
         raise SchemaError(
-            f"several image encodings: {examples}; a column holds one encoding: select with include, as in '*.png'"
+            f"several image encodings: {examples}; a column holds one encoding: choose one with include=['*.png']"
         )
     names = sorted({f.path.split("/")[0] for f in found})
     if classes is not None and (new := sorted(set(names) - set(classes))):
@@ -221,7 +221,7 @@ def _suffix(path: str) -> str:
 def _leave_out(path: str) -> str:
     suffix = _suffix(path)
     glob = f"*{suffix}" if suffix and suffix not in SUFFIXES else path
-    return f"leave it out with exclude, as in {glob!r}"
+    return f"leave it out with exclude=[{glob!r}]"
 
 
 def _runs(files: Sequence[SourceFile], batch_bytes: int) -> Iterator[list[SourceFile]]:

@@ -150,7 +150,7 @@ def kind_of(paths: Sequence[str]) -> SourceKind:
         if found
         else "no file name indicates the kind of the source"
     )
-    raise ValueError(f"{what}; specify kind: {', '.join(_SUFFIXES)}")
+    raise ValueError(f"{what}; say it with kind=, which is one of {', '.join(_SUFFIXES)}")
 
 
 def find_source(
@@ -164,7 +164,7 @@ def find_source(
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
     skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
     if not chosen:
-        raise NotFound(f"include and exclude leave none of the {len(found)} files", url=files.location(""))
+        raise NotFound(f"include= and exclude= leave none of the {len(found)} files", url=files.location(""))
 
     refuse_foreign_index(files, chosen)
     if options.kind is None:
@@ -172,7 +172,7 @@ def find_source(
     kind = options.kind or kind_of([f.path for f in chosen])
     if kind == "images":
         if options.schema is not None:
-            raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema")
+            raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema=")
         classes = next((c.classes for c in parent.schema.columns if c.classes), None) if parent is not None else None
         return _with_schema_of(parent, images.find_images(files, chosen, classes)), skipped
     # A folder of tables also holds other files (README.md, Spark's _SUCCESS); a file that is named explicitly always

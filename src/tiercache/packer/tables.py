@@ -92,7 +92,7 @@ def infer_types(records: Iterable[Mapping[str, Any]], location: Callable[[int], 
 
 
 def say_type(name: str) -> str:
-    return f"specify its type, as in schema={{{name!r}: 'str?'}} or --column '{name}=str?'"
+    return f"specify its type, as in schema={{{name!r}: 'str?'}}"
 
 
 class _Line(NamedTuple):
@@ -401,7 +401,7 @@ class Export:
         stale = sorted(number[0] for number in matches if int(number[1]) >= n_files)
         if stale and not self.overwrite:
             raise StoreError(
-                "the folder holds a file of another export; choose another folder, or overwrite",
+                "the folder holds a file of another export; choose another folder, or delete them with overwrite=True",
                 url=f"{self.target.url}/{stale[0]}",
             )
 
@@ -436,7 +436,8 @@ class Export:
             sink.finish()
             if upload.complete(if_absent=not self.overwrite) is None:
                 raise StoreError(
-                    "the file already exists; choose another name, or overwrite", url=f"{self.target.url}/{key}"
+                    "the file already exists; choose another name, or replace it with overwrite=True",
+                    url=f"{self.target.url}/{key}",
                 )
         return n_records
 

@@ -226,7 +226,7 @@ def parse_compression(text: str) -> int | None:
         return DEFAULT_LEVEL
     name, _, level = str(text).partition(":")
     if name != "zstd" or not level.isascii() or not level.isdigit() or not 1 <= int(level) <= MAX_LEVEL:
-        raise ValueError(f"a compression is 'auto', 'none', 'zstd' or 'zstd:1' to 'zstd:{MAX_LEVEL}', got {text!r}")
+        raise ValueError(f"compression must be 'auto', 'none', 'zstd' or 'zstd:1' to 'zstd:{MAX_LEVEL}', got {text!r}")
     return int(level)
 
 

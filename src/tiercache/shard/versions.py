@@ -721,7 +721,7 @@ MAX_SEGMENTS = 64
 
 def check_mode(mode: str) -> None:
     if mode not in get_args(VersionKind):
-        raise ValueError(f"mode is 'create', 'append' or 'overwrite', got {mode!r}")
+        raise ValueError(f"mode must be 'create', 'append' or 'overwrite', got {mode!r}")
 
 
 class Commit:

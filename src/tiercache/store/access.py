@@ -648,7 +648,7 @@ def _by_botocore(profile: str | None, config: dict[str, Any], url: str) -> tuple
         if frozen is None:
             raise ValueError(
                 f"{url}: no credentials in storage_options, in the environment, in {origin} or in the metadata service "
-                "of a cloud machine; for a public bucket set anon=True"
+                "of a cloud machine; for a public bucket set the storage option anon=true"
             )
         return Keys(frozen.access_key, frozen.secret_key, frozen.token, getattr(found, "_expiry_time", None))
 

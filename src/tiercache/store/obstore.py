@@ -86,14 +86,14 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
     if _METADATA.search(text) and status not in RETRYABLE_STATUSES:
         message = (
             f"{doing}: no credentials: none in storage_options or the environment, and the metadata service of a cloud "
-            f"machine gave none ({shown}); for a public bucket set skip_signature=True; AWS profiles need botocore: "
-            f"{install_command('archive')}"
+            f"machine gave none ({shown}); for a public bucket set the storage option skip_signature=true; AWS "
+            f"profiles need botocore: {install_command('archive')}"
         )
         return StoreError(message, url=url)
     if certificate := _CERTIFICATE.search(text):
         message = (
             f"{doing}: the certificate of {endpoint or 'the server'} is not trusted ({certificate[1]}); "
-            "set root_certificate= or AWS_CA_BUNDLE to a file of trusted certificates"
+            "set the storage option root_certificate, or AWS_CA_BUNDLE, to a file of trusted certificates"
         )
         return StoreError(message, url=url, sent=False)
     kind = _KIND.search(text)

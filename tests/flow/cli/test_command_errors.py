@@ -1,13 +1,14 @@
 """What a verb says when Ctrl-C strikes it."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import typer
 from tests.support.http_server import HttpFault, HttpFaultServer
 
 import tiercache as tc
-from tiercache.cli.common import INTERRUPTED, verb
+from tiercache.cli.common import INTERRUPTED, name_flags, verb
 from tiercache.errors import StoreError
 from tiercache.store import remote
 
@@ -73,3 +74,28 @@ def test_log_warnings_are_printed_on_standard_error(capsys):
     run()
     assert capsys.readouterr().err == "tiercache: warning: s3://bucket: has waited 2 s\n"
     assert not logging.getLogger("tiercache").handlers
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ('write with mode="append", or exclude=', "write with --mode append, or --exclude"),
+        ("leave it out with exclude=['a b']", "leave it out with --exclude 'a b'"),
+        ("give schema={'x': 'str?'} or overwrite=True", "give --column 'x=str?' or --overwrite"),
+        ("mode must be 'create', got mode=3", "--mode must be 'create', got --mode 3"),
+        ("a mode of x.mode=3 and schema={\"it's\": 'str'}", "a mode of x.mode=3 and schema={\"it's\": 'str'}"),
+    ],
+)
+def test_arguments_that_a_message_names_become_flags(said, shown):
+    flags = {"mode": "--mode", "exclude": "--exclude", "schema": "--column", "overwrite": "--overwrite"}
+    assert name_flags(said, flags) == shown
+
+
+def test_a_missing_file_is_named_without_the_number_of_the_error(capsys):
+    @verb(after_ctrl_c="")
+    def run(output):
+        (Path("no") / "file").read_bytes()
+
+    with pytest.raises(typer.Exit):
+        run()
+    assert capsys.readouterr().err == "tiercache: error: no/file: No such file or directory\n"

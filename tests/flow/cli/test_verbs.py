@@ -42,9 +42,24 @@ class TestPack:
         assert done.err.count("\n") == 1
         assert done.err.startswith(f"tiercache: error: {data_set}: a data set exists already")
         assert tiercache("pack", tmp_path / "gone", tmp_path / "out", code=1).err.endswith("no such file or folder\n")
-        assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
+        wrong_size = tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2)
+        assert "--shard-size: not a size: 'big'" in wrong_size.err
         wrong_mode = tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2)
-        assert "'create', 'append' or 'overwrite'" in wrong_mode.err
+        assert "--mode must be 'create', 'append' or 'overwrite'" in wrong_mode.err
+
+    def test_errors_name_flags_and_not_arguments(self, tiercache, photos, data_set, tmp_path):
+        def said(*arguments):
+            code = 2 if "--kind" in arguments else 1
+            return tiercache("pack", *arguments, code=code).err
+
+        target = tmp_path / "out"
+        assert "write with --mode append to add to it, or --mode overwrite to replace it" in said(photos, data_set)
+        assert "--include and --exclude leave none of the 20 files" in said(photos, target, "--exclude", "*.png")
+        assert "--kind must be one of images, " in said(photos, target, "--kind", "x")
+        (photos / "cat" / "a note.txt").write_text("a cat")
+        assert "leave it out with --exclude '*.txt'" in said(photos, target)
+        (tmp_path / "a.jsonl").write_text('{"x": null}\n')
+        assert "specify its type, as in --column 'x=str?'" in said(tmp_path / "a.jsonl", target)
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
 
     def test_ctrl_c_while_it_commits_does_not_say_that_nothing_was_committed(
@@ -113,6 +128,12 @@ class TestExport:
         assert before == after
         columns = [tiercache("info", u, "--json").events[0]["columns"] for u in (url, tmp_path / "again")]
         assert columns[0] == columns[1]
+
+    @pytest.mark.parametrize("name", ["out.csv", "OUT.JSONL", "out.tar"])
+    def test_a_file_of_another_format_is_refused(self, tiercache, data_set, tmp_path, name):
+        done = tiercache("export", data_set, tmp_path / name, code=2)
+        assert f"{tmp_path / name}: export writes Parquet files, and no {name[3:].lower()} file" in done.err
+        assert not (tmp_path / name).exists()
 
     def test_images_and_class_names_survive_export_and_pack(self, tiercache, data_set, photos, tmp_path):
         tiercache("export", data_set, tmp_path / "out.parquet")

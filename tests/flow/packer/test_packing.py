@@ -103,10 +103,10 @@ class TestImages:
 
     def test_a_file_that_is_no_image_of_the_encoding_is_named(self, photos, tmp_path):
         for path, data, message in (
-            ("cat/notes.txt", b"x", r"cat/notes\.txt: its name is not that of an image; .*exclude, as in '\*\.txt'"),
+            ("cat/notes.txt", b"x", r"cat/notes\.txt: its name is not that of an image; .*exclude=\['\*\.txt'\]"),
             ("top.png", PNG, r"top\.png: an image must lie in a sub-folder"),
             ("cat/a.jpg", JPEG, r"several image encodings: jpeg \(cat/a\.jpg\), png \(ant-eater/0\.png\)"),
-            ("cat/a.png", JPEG, r"cat/a\.png: this is a jpeg, but the others are png; .*exclude, as in 'cat/a\.png'"),
+            ("cat/a.png", JPEG, r"cat/a\.png: this is a jpeg, but the others are png; .*exclude=\['cat/a\.png'\]"),
             ("cat/a.png", b"GARBAGE", r"cat/a\.png: not an image in a supported format: it starts with b'GARBAGE'"),
             ("cat/a.png", b"", r"cat/a\.png: not an image in a supported format: it is empty"),
             ("cat/a.png", png(b"x" * 100)[:20], r"cat/a\.png: incomplete png"),

@@ -125,7 +125,7 @@ class TestSchemas:
         with pytest.raises(NotFound, match='mode="create"'):
             Writer(url, schema=SCHEMA, mode="append")
         for wrong in ({"mode": "add"}, {"shard_size": "huge"}, {"block_size": 0}, {"compression": "lz77"}):
-            with pytest.raises(ValueError, match=r"mode is|size|a compression is"):
+            with pytest.raises(ValueError, match=r"mode must be|size|compression must be"):
                 Writer(url, schema=SCHEMA, **wrong)
         assert manifest.list_versions(store) == []
         Writer(url, schema=SCHEMA).close()

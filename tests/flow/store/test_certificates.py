@@ -41,7 +41,7 @@ def test_a_certificate_bundle_is_trusted_by_every_back_end(server, certificate, 
 
 def test_without_the_bundle_the_server_is_not_trusted(server):
     store = open_store("s3://bucket", **options(server))
-    with pytest.raises(StoreError, match=r"UnknownIssuer.*root_certificate=") as caught:
+    with pytest.raises(StoreError, match=r"UnknownIssuer.*root_certificate") as caught:
         store.get("a")
     assert not caught.value.retryable
     store.close()

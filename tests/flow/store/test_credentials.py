@@ -306,7 +306,7 @@ def test_what_needs_botocore_is_an_error_that_names_the_extra(http_server, opene
 
 
 def test_no_credentials_at_all_are_reported_at_once(opened):
-    with pytest.raises(ValueError, match=r"no credentials in storage_options.*anon=True"):
+    with pytest.raises(ValueError, match=r"no credentials in storage_options.*anon=true"):
         opened().get("a")
 
 

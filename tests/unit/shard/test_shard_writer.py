@@ -47,7 +47,7 @@ def test_blocks_hold_about_block_bytes_and_a_longer_record_is_a_block_of_its_own
 
 def test_invalid_options_are_errors(store):
     for text in ("gzip", "zstd:0", "zstd:23", "zstd:", "zstd:-1", "lz4:1", "Zstd"):
-        with pytest.raises(ValueError, match="a compression is"):
+        with pytest.raises(ValueError, match="compression must be"):
             ShardOptions(compression=text)
     for sizes in ({"shard_bytes": 0}, {"block_bytes": 0}):
         with pytest.raises(ValueError, match=r"must be"):
