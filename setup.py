@@ -32,7 +32,7 @@ SOURCES = {
         "csrc/sigbus_guard.c",
     ],
     "permute": ["csrc/permute.c"],
-    "pixels": ["csrc/pixels.c"],
+    "pixels": ["csrc/pixels.c", "csrc/resize.c"],
     "record_finder": [],
     "ring": [
         "csrc/ring.c",

@@ -16,6 +16,11 @@ with its crop and resize, without the other transforms and without a loader; the
     python benchmarks/bench_images.py --places [--repetitions 15]
 
 Effect of the alignment of the memory that pictures of several sizes are decoded into before they are resized.
+
+    python benchmarks/bench_images.py --resizes [--repetitions 15]
+
+Difference of resized photographs (scikit-learn's, 427x427, as JPEGs of quality 90) to those of torchvision with
+antialias=True, and what decoding and resizing costs, beside OpenCV's linear resize of the whole decoded picture.
 """
 
 from __future__ import annotations
@@ -27,21 +32,23 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import cv2
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
 from stages.turns import Case, Effort, in_turns, tables
-from tiercache.images.decode_image import ImageDraws
+from tiercache.images.decode_image import Dct, ImageDraws
 from tiercache.images.decoder import Decoder, stored_dtype
 from workloads import DECODED_SIZE, IMAGE_HEIGHT, IMAGE_WIDTH, IMAGES, JITTER, KEY, MEAN, STD
 
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
     Decode = Callable[[bytes], object]
 
 SIZE = (DECODED_SIZE, DECODED_SIZE)
+RESIZED = (350, 292, 256, 214, 160, 128, 107, 96, 64, 32)
 PLACED = ((375, 500), (256, 256), (384, 512), (480, 640))
 # Copies of each picture in an epoch, so that the start of threads and memory counts as little as in a long epoch.
 COPIES = 4
@@ -92,7 +100,7 @@ def by_simplejpeg_five_eighths(data: bytes) -> np.ndarray:
 
 
 def by_simplejpeg_half(data: bytes) -> np.ndarray:
-    """Decode at half the size, as the loader does if the result is not larger than that."""
+    """Decode at half the size, as `DecodeImage(dct="fast")` does if the result is not larger than that."""
     # simplejpeg uses the smallest scale that covers both lengths: with lengths of 1 that would be an eighth.
     height, width = -(-IMAGE_HEIGHT // 2), -(-IMAGE_WIDTH // 2)
     return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, buffer=_memory()[0])
@@ -279,6 +287,37 @@ def _place_table(repetitions: int) -> str:
     return table(("picture", "on a multiple of 32, us", "16 beyond, us"), lines)
 
 
+def _resize_table(repetitions: int) -> str:
+    """Return a table of resizes of squares: difference to torchvision, and time to decode and resize."""
+    functional, lines = import_module("torchvision.transforms.v2.functional"), []
+    photographs = [simplejpeg.encode_jpeg(np.ascontiguousarray(_centre(p)), 90) for p in load_sample_images().images]
+    for side in RESIZED:
+        linear: Decode = partial(_by_opencv_to, side=side)
+        decoders = [Decoder(tc.DecodeImage(side, layout="HWC", dct=dct)) for dct in get_args(Dct)]
+        ways = [linear, *(partial(decoder.decode, draws=()) for decoder in decoders)]
+        whole = [torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1) for data in photographs]
+        resized = [functional.resize(picture, [side], antialias=True) for picture in whole]
+        expected = [picture.permute(1, 2, 0).numpy() for picture in resized]
+        took = [float("inf")] * len(ways)
+        for _ in range(repetitions):
+            for number, way in enumerate(ways):
+                start_s = time.thread_time()
+                for data in photographs * 5:
+                    way(data)
+                took[number] = min(took[number], (time.thread_time() - start_s) / 5 / len(photographs) * 1e6)
+        cells = []
+        for way, us in zip(ways, took, strict=True):
+            found = [np.abs(way(data) - e.astype(int)) for data, e in zip(photographs, expected, strict=True)]
+            cells += [" / ".join(f"{difference.mean():.2f}" for difference in found), f"{us:.0f}"]
+        lines.append([f"427 -> {side}", f"{427 / side:.2f}", *cells])
+    heads = [f"{way}, {what}" for way in ("linear", "accurate", "fast") for what in ("difference", "us")]
+    return table(("side", "factor", *heads), lines)
+
+
+def _by_opencv_to(data: bytes, *, side: int) -> np.ndarray:
+    return cv2.resize(by_simplejpeg(data), (side, side), interpolation=cv2.INTER_LINEAR)
+
+
 def _pack(folder: Path, n_images: int) -> tuple[list[bytes], Path]:
     """Return the pictures and the path of a data set of them."""
     source = generate(replace(IMAGES, n_records=n_images), folder / f"pictures-{n_images}")
@@ -303,12 +342,14 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     parser.add_argument("--augmented", action="store_true", help="Only the vision loop with all transforms.")
     parser.add_argument("--places", action="store_true", help="Only measure the alignment of decoded pictures.")
+    parser.add_argument("--resizes", action="store_true", help="Only compare resizes with those of torchvision.")
     asked = parser.parse_args(given)
     effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    if asked.places:
-        print(_place_table(1 if asked.quick else asked.repetitions))
+    if asked.places or asked.resizes:
+        tabulate = _place_table if asked.places else _resize_table
+        print(tabulate(1 if asked.quick else asked.repetitions))
         return
     asked.folder.mkdir(parents=True, exist_ok=True)
     pictures, path = _pack(asked.folder, 32 if asked.quick else asked.images)

@@ -1,4 +1,4 @@
-"""Colour jitter of a decoded picture, and conversion of its values by tables (csrc/pixels.h)."""
+"""Resize (csrc/resize.h), colour jitter and conversion by tables (csrc/pixels.h) of a decoded picture."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -37,4 +37,24 @@ def look_up(
 
     Raises:
         ValueError: The sizes do not match, or tables or out are not aligned to their elements.
+    """
+
+def resize(
+    picture: NDArray[np.uint8],
+    rows: tuple[float, float, float, int, int],
+    columns: tuple[float, float, float, int, int],
+    out: NDArray[np.uint8],
+) -> None:
+    """Resize a box of a picture with a triangle filter. Releases the GIL. Results are exact up to one level.
+
+    Args:
+        picture: uint8[height, width, 3], contiguous in each row. Held only during the call.
+        rows: How the rows of out come from those of the picture: start and length of the box, which may be fractions of
+            pixels; half the width of the filter in pixels of the picture; and the half-open range of pixels that are
+            read.
+        columns: The same of the columns.
+        out: uint8[height, width, 3], C-contiguous. The caller owns it; it must not overlap picture.
+
+    Raises:
+        ValueError: The shapes or an axis are invalid.
     """

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,8 @@ class DecodeImage:
     """How the images of a column are decoded: `Dataset(url, decode={"image": tc.DecodeImage(224)})`.
 
     Every result is RGB: grey is repeated, alpha is dropped, the upper 8 of 16 bits are kept, and CMYK is converted as
-    Pillow does. The steps are: decode, rotate by EXIF, crop, resize, flip, adjust the colours, normalise.
+    Pillow does. The steps are: decode, rotate by EXIF, crop, resize (as torchvision's bilinear resize with
+    antialias=True), flip, adjust the colours, normalise.
 
     In a loader, random values (of the crop, the flip and the colours) are keyed by (seed, epoch, position in the
     epoch): they are the same after a resume and for any number of ranks and threads. All columns of a record share
@@ -65,9 +66,10 @@ class DecodeImage:
             format `torch.channels_last`.
         dct: Inverse DCT of libjpeg-turbo for JPEGs: "accurate" (JDCT_ISLOW), as in Pillow and torchvision; "fast"
             (JDCT_IFAST), as in FFCV and by default in TensorFlow: less work, with pixels that differ by 1 of 255 on
-            average, and by more at qualities above 90. JPEGs that Pillow reads (CMYK, damaged ones) are decoded
-            accurately. JPEGs decoded at a half, a quarter or an eighth of their size use other transforms, which "fast"
-            does not change, except for the colours of 4:2:0 at a half.
+            average, and by more at qualities above 90. JPEGs that become at most a quarter ("accurate") or a half
+            ("fast") as high and as wide are decoded at a reduced size by other transforms: on average the result
+            differs by less than 1 of 255, or by up to 4 with "fast". JPEGs that Pillow reads (CMYK, damaged ones) are
+            decoded accurately.
         brightness: Range of the random factor of the brightness, as in torchvision's ColorJitter: (smallest, largest),
             or a number v for (max(0, 1 - v), 1 + v). Factors are at most 8; 1 changes nothing, and 0 gives black. The
             factors of brightness, contrast and saturation are uniform, and the three are applied in random order.
@@ -277,10 +279,35 @@ _ORDERS = tuple(itertools.permutations(range(3)))
 # Scales at which libjpeg decodes faster; its other scales (7/8, 5/8, ...) are slower than a full decode.
 _REDUCTIONS = (8, 4, 2)
 
+# How many times as large as the result a reduced JPEG must be in both directions. Its pixels are averages over squares,
+# which differ the more from those of the filter the fewer of them make a result: `bench_images.py --resizes` shows it.
+_LEAST_SHRINK: dict[Dct, int] = {"accurate": 2, "fast": 1}
+
+# Least half width of the filter over a reduced JPEG, in its pixels. At exactly a half it is the nearest to the filter
+# over all pixels: 1 would be the averages themselves, which are sharper.
+_LEAST_REDUCED_WIDTH = 1.15
+
+
+class ResizeAxis(NamedTuple):
+    """One direction of a resize, in pixels of the decoded image, as `pixels.resize` takes it."""
+
+    start: float
+    length: float
+    half_width: float
+    first: int
+    stop: int
+
+    def is_copy(self, n_out: int) -> bool:
+        """Return whether n_out results are pixels of the image."""
+        return self.half_width == 1 and self.length == n_out and float(self.start).is_integer()
+
 
 @dataclass(frozen=True, slots=True)
 class CropPlan:
-    """Box of an image, in pixels, which may be fractions; its size in the result; and whether that is mirrored."""
+    """Box of an image, in pixels, which may be fractions; its size in the result; and whether that is mirrored.
+
+    is_cut: Whether the filter of the resize reads no pixels around the box: the image is cropped first, then resized.
+    """
 
     top: float
     left: float
@@ -289,20 +316,23 @@ class CropPlan:
     out_height: int
     out_width: int
     flip: bool = False
+    is_cut: bool = False
 
-    @property
-    def reduction(self) -> int:
-        """Factor 1, 2, 4 or 8 by which the decoder may shrink the image: the box stays as large as the result."""
-        fits = (k for k in _REDUCTIONS if self.height >= k * self.out_height and self.width >= k * self.out_width)
-        return next(fits, 1)
+    def reduction(self, dct: Dct) -> int:
+        """Return the factor 1, 2, 4 or 8 by which the decoder of a JPEG may shrink the image."""
+        times = _LEAST_SHRINK[dct]
+        height, width = times * self.out_height, times * self.out_width
+        return next((k for k in _REDUCTIONS if self.height >= k * height and self.width >= k * width), 1)
 
-    def pixels(self, picture: tuple[int, int], decoded: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Return the box as (top, bottom, left, right) of the decoded image, in whole pixels, at least 1 x 1.
+    def axes(self, decoded: tuple[int, int], reduction: int) -> tuple[ResizeAxis, ResizeAxis]:
+        """Return how the rows and the columns are resized: with a triangle, as by torchvision with antialias=True.
 
-        The arguments are (height, width) of the image that the plan was made for, and of the decoded image.
+        Args:
+            decoded: Height and width of the decoded image.
+            reduction: Factor by which the decoder shrank the image.
         """
-        rows = _edges(self.top, self.height, picture[0], decoded[0])
-        return *rows, *_edges(self.left, self.width, picture[1], decoded[1])
+        rows = _axis(self.top, self.height, self.out_height, decoded[0], reduction, is_cut=self.is_cut)
+        return rows, _axis(self.left, self.width, self.out_width, decoded[1], reduction, is_cut=self.is_cut)
 
 
 def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float]) -> CropPlan:
@@ -317,7 +347,7 @@ def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[flo
         return CropPlan(0, 0, height, width, height, width, flip)
     out_height, out_width = options.shape
     if options.crop == "random":
-        return CropPlan(*_random_box(height, width, options, draws), out_height, out_width, flip)
+        return CropPlan(*_random_box(height, width, options, draws), out_height, out_width, flip, is_cut=True)
     short, long = min(height, width), max(height, width)
     resize = options.resize or max(options.shape)
     longer = int(resize * long / short)
@@ -422,10 +452,11 @@ def _random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _edges(start: float, length: float, whole: int, decoded: int) -> tuple[int, int]:
-    factor = decoded / whole
-    first = min(round(start * factor), decoded - 1)
-    return first, min(max(round((start + length) * factor), first + 1), decoded)
+def _axis(start: float, length: float, n_out: int, n_decoded: int, reduction: int, *, is_cut: bool) -> ResizeAxis:
+    start, length = start / reduction, length / reduction
+    half_width = max(length / n_out, 1.0 if reduction == 1 else _LEAST_REDUCED_WIDTH)
+    first, stop = (math.floor(start), math.ceil(start + length)) if is_cut else (0, n_decoded)
+    return ResizeAxis(start, length, half_width, first, min(stop, n_decoded))
 
 
 def colour_tables(options: DecodeImage) -> NDArray[np.uint8] | None:

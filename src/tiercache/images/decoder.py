@@ -1,7 +1,7 @@
 """Decoder of encoded images into the caller's memory.
 
-It decodes JPEG by simplejpeg (libjpeg-turbo), PNG and WebP by OpenCV, other formats by
-Pillow, and resizes by OpenCV; `_native/pixels` adjusts colours and normalises. All of them release the GIL.
+It decodes JPEG by simplejpeg (libjpeg-turbo), PNG and WebP by OpenCV, and other formats by
+Pillow; `_native/pixels` resizes, adjusts colours and normalises. All of them release the GIL.
 docs/design.md holds the measurements behind this choice.
 decode_image.py says what becomes of an image: crop, mirroring and colours.
 """
@@ -48,9 +48,6 @@ MAX_PIXELS = 2 * 89_478_485
 # leave 0.5 GiB in each thread.
 MAX_KEPT_BYTES = 64 << 20
 
-# Linear interpolation reads 2 x 2 pixels, so beyond this factor it skips pixels. INTER_AREA reads all of them, at 8
-# times the cost (828 us instead of 95 us for 375 x 375 to 224 x 224).
-MAX_LINEAR_SHRINK = 2.0
 _ORIENTATION = 274  # tag of EXIF
 # Exceptions of the readers of Pillow for damaged files; each has its own. Warnings, which the user may have turned into
 # errors, are caught beside them.
@@ -79,8 +76,8 @@ class Decoder:
 
         If it raises DecodeError, the contents of out are undefined.
         """
-        picture, plan, size = self._picture(data, draws)
-        self._render(picture, plan, size, out, draws)
+        picture, plan, reduction = self._picture(data, draws)
+        self._render(picture, plan, reduction, out, draws)
 
     def decode(self, data: Any, draws: Sequence[float]) -> NDArray[Any]:
         """Decode an image into new memory, of the image's own size if options.size is None.
@@ -88,15 +85,15 @@ class Decoder:
         The result has the shape options.memory_shape(height, width); see in_layout. Raises DecodeError.
         """
         options = self._options
-        picture, plan, size = self._picture(data, draws)
+        picture, plan, reduction = self._picture(data, draws)
         out = np.empty(options.memory_shape(plan.out_height, plan.out_width), stored_dtype(options.dtype))
-        self._render(picture, plan, size, out, draws)
+        self._render(picture, plan, reduction, out, draws)
         return out
 
-    def _picture(self, data: Any, draws: Sequence[float]) -> tuple[NDArray[np.uint8], CropPlan, tuple[int, int]]:
-        """Return the decoded image, its plan and its own size (height, width), all as the image is shown.
+    def _picture(self, data: Any, draws: Sequence[float]) -> tuple[NDArray[np.uint8], CropPlan, int]:
+        """Return the decoded image and its plan, as the image is shown, and the factor by which the decoder shrank it.
 
-        The image is uint8[h, w, 3]; it may be reduced, and may lie in scratch memory.
+        The image is uint8[h, w, 3], and may lie in scratch memory.
         """
         reads_exif, orientation, picture = self._options.apply_exif_orientation, 1, None
         if bytes(memoryview(data)[:3]) == b"\xff\xd8\xff":
@@ -105,17 +102,18 @@ class Decoder:
             if space in _JPEG_SPACES:
                 shown = size if orientation <= 4 else (size[1], size[0])
                 plan = plan_crop(*shown, self._options, draws)
-                picture = self._decode_jpeg(data, size, plan.reduction)
+                reduction = plan.reduction(self._options.dct)
+                picture = self._decode_jpeg(data, size, reduction)
                 if picture is not None:
-                    return self._turned(picture, orientation), plan, shown
+                    return self._turned(picture, orientation), plan, reduction
         # OpenCV turns a PNG, but not a WebP.
         elif 0 < declared_pixels(data) <= MAX_PIXELS and not (reads_exif and bytes(memoryview(data)[:4]) == b"RIFF"):
             picture = self._decode_cv2(data)
         if picture is None:
             picture, orientation = _decode_pillow(self._pillow, data, with_orientation=reads_exif)
             picture = self._turned(picture, orientation)
-        size = picture.shape[0], picture.shape[1]
-        return picture, plan_crop(*size, self._options, draws), size
+        height, width = picture.shape[:2]
+        return picture, plan_crop(height, width, self._options, draws), 1
 
     def _turned(self, picture: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
         if orientation > 4:
@@ -159,18 +157,22 @@ class Decoder:
         self,
         picture: NDArray[np.uint8],
         plan: CropPlan,
-        size: tuple[int, int],
+        reduction: int,
         out: NDArray[Any],
         draws: Sequence[float],
     ) -> None:
-        top, bottom, left, right = plan.pixels(size, (picture.shape[0], picture.shape[1]))
         options = self._options
+        rows, columns = plan.axes((picture.shape[0], picture.shape[1]), reduction)
         is_direct = options.layout != "CHW" and options.dtype == "uint8"
         shown = out
         if not is_direct or options.has_jitter:
             shape = plan.out_height, plan.out_width, 3
             shown = self._scratch("resized", math.prod(shape)).reshape(shape)
-        self._resize(picture[top:bottom, left:right], shown)
+        if rows.is_copy(plan.out_height) and columns.is_copy(plan.out_width):
+            top, left = int(rows.start), int(columns.start)
+            np.copyto(shown, picture[top : top + plan.out_height, left : left + plan.out_width])
+        else:
+            pixels.resize(picture, rows, columns, shown)
         if plan.flip:
             self._cv2.flip(shown, 1, shown)
         if shown is not out:
@@ -190,15 +192,6 @@ class Decoder:
             if n_bytes <= MAX_KEPT_BYTES:
                 self._kept[name] = memory
         return memory[:n_bytes]
-
-    def _resize(self, box: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-        if box.shape == out.shape:
-            np.copyto(out, box)
-            return
-        height, width = out.shape[:2]
-        shrink = max(box.shape[0] / height, box.shape[1] / width)
-        how = self._cv2.INTER_LINEAR if shrink <= MAX_LINEAR_SHRINK else self._cv2.INTER_AREA
-        self._cv2.resize(box, (width, height), out, interpolation=how)
 
     def _convert(self, shown: NDArray[np.uint8], out: NDArray[Any], steps: Sequence[tuple[int, float]]) -> None:
         cv2, tables, to_planar, source = self._cv2, self._tables, self._options.layout == "CHW", shown

@@ -32,15 +32,18 @@ def test_a_crop_lies_inside_its_image_at_every_reduction(height, width, options,
     assert plan.left >= -1e-6
     assert plan.top + plan.height <= height + 1e-6
     assert plan.left + plan.width <= width + 1e-6
-    decoded = (-(-height // plan.reduction), -(-width // plan.reduction))
-    top, bottom, left, right = plan.pixels((height, width), decoded)
-    assert 0 <= top < bottom <= decoded[0]
-    assert 0 <= left < right <= decoded[1]
     if options.size is not None:
         assert (plan.out_height, plan.out_width) == options.shape
-    if plan.reduction > 1:
-        assert bottom - top >= plan.out_height - 1
-        assert right - left >= plan.out_width - 1
+    sizes = plan.out_height, plan.out_width
+    for dct in ("accurate", "fast"):
+        reduction = plan.reduction(dct)
+        decoded = (-(-height // reduction), -(-width // reduction))
+        for axis, n_decoded, n_out in zip(plan.axes(decoded, reduction), decoded, sizes, strict=True):
+            assert 0 <= axis.first < axis.stop <= n_decoded
+            assert axis.first - 1e-6 <= axis.start
+            assert axis.start + axis.length <= n_decoded + 1e-6
+            if reduction > 1:
+                assert axis.length >= n_out * (2 if dct == "accurate" else 1)
 
 
 @given(SIDES, SIDES, st.integers(1, 300), st.integers(0, 200))

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from tests.support.pictures import by_pillow, encode, picture
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from tiercache.images import decoder
-from tiercache.images.decode_image import DecodeImage
+from tiercache.images.decode_image import DecodeImage, plan_crop
 from tiercache.images.decoder import DecodeError, Decoder
 
 WHOLE = DecodeImage(None, layout="HWC")
@@ -63,16 +65,6 @@ def test_the_fast_transform_is_for_jpegs_that_pillow_is_not_needed_for():
     assert np.abs(whole(others[-1]).astype(int) - by_pillow(data)).max() <= 1  # stray bytes, which Pillow skips
 
 
-@pytest.mark.parametrize(
-    ("reduction", "subsampling", "differs"), [(2, "4:2:0", True), (2, "4:4:4", False), (4, "4:2:0", False)]
-)
-def test_the_fast_transform_changes_of_reduced_jpegs_the_colours_of_420_at_a_half(reduction, subsampling, differs):
-    data = encode(picture(100 * reduction, 100 * reduction), subsampling=subsampling)
-    fast, accurate = (Decoder(DecodeImage(100, dct=dct)).decode(data, ()) for dct in ("fast", "accurate"))
-    assert np.array_equal(fast, accurate) is not differs
-    assert np.abs(fast.astype(int) - accurate).max() <= 4  # 2
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_every_kind_of_png_is_converted_to_rgb_as_by_pillow(mode):
     data = encode(picture(37, 53).convert(mode), "png")
@@ -92,15 +84,40 @@ def test_the_upper_8_of_16_bits_are_kept(how):
     assert np.array_equal(found, np.repeat((levels >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
 
 
-@pytest.mark.parametrize("size", [(600, 800), (375, 500), (224, 224), (100, 150), (1900, 2500)])
-def test_the_center_looks_like_that_of_torchvision(size):
-    data = encode(picture(*size))
-    found = Decoder(DecodeImage(224, resize=256)).decode(data, ())
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def difference_to_torchvision(data: bytes, options: DecodeImage, transform: v2.Transform) -> np.ndarray:
+    expected = transform(torch.from_numpy(np.array(by_pillow(data))).permute(2, 0, 1)).numpy()
+    return np.abs(Decoder(options).decode(data, ()).astype(int) - expected)
+
+
+@pytest.mark.parametrize("how", ["jpeg", "png"])
+@pytest.mark.parametrize("size", [(375, 500), (260, 260), (800, 600), (100, 150), (256, 300)])
+def test_the_center_is_that_of_torchvision_with_antialias_up_to_one_level(size, how):
+    expected = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    difference = difference_to_torchvision(encode(noise(*size), how), DecodeImage(224, resize=256), expected)
+    assert difference.max() <= 1
+
+
+@given(st.integers(40, 300), st.integers(40, 300), st.lists(st.floats(0, 0.999), min_size=24, max_size=24))
+def test_a_random_crop_is_that_of_torchvision_with_antialias_up_to_one_level(height, width, draws):
+    data, options = encode(noise(height, width), "png"), DecodeImage(64, crop="random")
+    plan = plan_crop(height, width, options, draws)
     image = torch.from_numpy(np.array(by_pillow(data))).permute(2, 0, 1)
-    expected = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(image).numpy()
-    difference = np.abs(found.astype(int) - expected)
-    assert difference.mean() < 1
-    assert difference.max() <= 8
+    box = round(plan.top), round(plan.left), round(plan.height), round(plan.width)
+    expected = functional.resized_crop(image, *box, [64, 64], antialias=True).numpy()
+    assert np.abs(Decoder(options).decode(data, draws).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+@pytest.mark.parametrize("size", [292, 220, 150, 106, 100, 80, 53, 40, 20])
+def test_a_photograph_differs_from_torchvision_with_antialias_by_less_than_one_level_on_average(name, size):
+    data = encode(Image.fromarray(load_sample_image(name)))
+    expected = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    assert difference_to_torchvision(data, DecodeImage(size), expected).mean() < 1
+    assert difference_to_torchvision(data, DecodeImage(size, dct="fast"), expected).mean() < 4
 
 
 @pytest.mark.parametrize("how", ["png", "jpeg"])

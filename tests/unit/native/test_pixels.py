@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from tiercache._native.pixels import BRIGHTNESS, CONTRAST, MAX_FACTOR, SATURATION, adjust, look_up
+from tiercache._native.pixels import BRIGHTNESS, CONTRAST, MAX_FACTOR, SATURATION, adjust, look_up, resize
 
 EXPECTED = {
     BRIGHTNESS: functional.adjust_brightness,
@@ -138,3 +138,46 @@ def test_tables_and_memory_that_do_not_match_are_refused(n_values, table_shape, 
     out = np.zeros(n_bytes + 8, np.uint8)[skip : skip + n_bytes]
     with pytest.raises(ValueError, match="expected"):
         look_up(np.zeros(n_values, np.uint8), True, np.zeros(table_shape, np.uint8), out, True)
+
+
+def whole(n: int, n_out: int) -> tuple[float, float, float, int, int]:
+    return 0.0, n, max(n / n_out, 1), 0, n
+
+
+@given(*[st.integers(1, 90)] * 4, st.integers(0, 99))
+def test_a_resized_picture_is_that_of_torchvision_with_antialias_up_to_one_level(height, width, rows, columns, seed):
+    wide = np.random.default_rng(seed).integers(0, 256, (height, width + 3, 3), np.uint8)
+    image, found = wide[:, :width], np.empty((rows, columns, 3), np.uint8)
+    resize(image, whole(height, rows), whole(width, columns), found)
+    planes = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    expected = functional.resize(planes, [rows, columns], antialias=True).permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("side", [3, 224, 3001])
+@pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
+def test_a_resized_picture_of_one_colour_keeps_it(side, level):
+    found = np.empty((7, 64, 3), np.uint8)
+    resize(np.full((side, side, 3), level, np.uint8), whole(side, 7), whole(side, 64), found)
+    assert (found == level).all()
+
+
+def test_the_filter_reads_no_pixel_outside_its_range():
+    image = np.full((40, 40, 3), 255, np.uint8)
+    image[10:30, 12:32] = 7
+    found = np.empty((8, 8, 3), np.uint8)
+    resize(image, (10, 20, 2.5, 10, 30), (12, 20, 2.5, 12, 32), found)
+    assert (found == 7).all()
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [(0, 9, 1, 0, 9), (0, 8, 1, 8, 8), (0, 8, 1, -1, 8), (0, 8, 0, 0, 8), (float("nan"), 8, 1, 0, 8), (9, 8, 1, 0, 8)],
+)
+def test_a_resize_outside_of_the_picture_is_an_error(axis):
+    image, found = np.zeros((8, 8, 3), np.uint8), np.empty((4, 4, 3), np.uint8)
+    for rows, columns in ((axis, whole(8, 4)), (whole(8, 4), axis)):
+        with pytest.raises(ValueError, match="expected"):
+            resize(image, rows, columns, found)
+    with pytest.raises(ValueError, match="three channels"):
+        resize(image[:, ::2], whole(8, 4), whole(4, 4), found)
