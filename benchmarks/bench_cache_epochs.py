@@ -108,8 +108,7 @@ def summary(found: Sequence[Case], n_cold: int, n_bytes: int) -> Case:
         "epochs": shares,
         "wall_s": mean(max(rank["wall_s"] for rank in epoch["ranks"]) for epoch in found[n_cold:]),
         "private_mib": max(rank["private_bytes"] for rank in ranks) / 2**20,
-        "hits": sum(rank["hits"] for rank in ranks),
-        "misses": sum(rank["misses"] for rank in ranks),
+        "bytes_from": {name: sum(rank["bytes_from"][name] for rank in ranks) for name in ranks[0]["bytes_from"]},
         "evicted": sum(rank["counters"].get("evicted", 0) for rank in ranks),
     }
 

@@ -114,8 +114,7 @@ def run(job: Job) -> dict[str, Any]:
         "used_bytes": found["bytes_used"],
         "limit_bytes": limit_bytes,
         "fetched_bytes": stats["bytes_fetched"],
-        "hits": stats["cache_hits"],
-        "misses": stats["cache_misses"],
+        "bytes_from": stats["bytes_from"],
         "counters": {name: int(value) for name, value in cache.counters.snapshot().items()},
     }
 

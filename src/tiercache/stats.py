@@ -14,16 +14,19 @@ class Counters:
 
     Args:
         names: Names of the sums that exist from the start; add() creates others.
+        total: Counters to which everything is added too.
     """
 
-    def __init__(self, *names: str) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, *names: str, total: Counters | None = None) -> None:
+        self._lock, self._total = threading.Lock(), total
         self._sums: dict[str, float] = dict.fromkeys(names, 0)
 
     def add(self, name: str, n: float = 1) -> None:
         """Add n to the sum with this name."""
         with self._lock:
             self._sums[name] = self._sums.get(name, 0) + n
+        if self._total is not None:
+            self._total.add(name, n)
 
     def __getitem__(self, name: str) -> float:
         with self._lock:

@@ -83,6 +83,7 @@ class World:
         try:
             if not lease.wait([ByteRange(0, lease.n_bytes)], deadline_s=60):
                 return None
+            lease.note_read(lease.n_bytes, lambda: [ByteRange(0, lease.n_bytes)])
             return os.pread(lease.fd, lease.n_bytes, 0)
         finally:
             lease.close()

@@ -148,10 +148,8 @@ def command_of(pid: int) -> str:
 # -- accounts ----------------------------------------------------------------------------------------------------------
 
 FIGURES = (
-    "hits",
-    "misses",
-    "prefetched",
     "bytes_hit",
+    "bytes_missed",
     "bytes_fetched",
     "evicted",
     "quarantined",
@@ -247,7 +245,6 @@ class Accounts:
             db.execute(statement)
         # The accounts of another boot of the machine are not trusted.
         db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (boot_id(), secrets.token_hex(8)))
-        db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
         self._come_back(db)
         self._take_in(db, is_new=True)
 
@@ -381,7 +378,8 @@ class Accounts:
         self._database.run(lambda db: db.executemany(query, list(figures.items())))
 
     def figures(self) -> dict[str, int]:
-        return self._database.run(lambda db: dict(db.execute("SELECT name, value FROM figures").fetchall()))
+        rows = self._database.run(lambda db: dict(db.execute("SELECT name, value FROM figures").fetchall()))
+        return {name: rows.get(name, 0) for name in FIGURES}
 
     # -- queries ----------------------------------------------------------------------------------------------------
 

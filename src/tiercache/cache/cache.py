@@ -55,7 +55,7 @@ MOST_SPECS = 4096
 class CachedStore(WrapperStore):
     """A Store and a LocalStore around another Store. Reads use the cache; all other methods call the inner store.
 
-    `counters` are those of the inner store, with cache_hits and cache_misses. The lock guards the table of opened keys.
+    `counters` are those of the inner store. The lock guards the table of opened keys.
     """
 
     def __init__(self, cache: Cache, inner: Store) -> None:
@@ -77,23 +77,17 @@ class CachedStore(WrapperStore):
         if identity is None:
             self._note_use(key)
         spec = self.spec_of(key, identity)
-        return None if spec is None else self.open_copy(spec, self._count)
+        return None if spec is None else self.open_copy(spec)
 
-    def open_copy(self, spec: CopySpec, on_lookup: Callable[[bool], object] = bool) -> CopyLease | None:
-        """Return a lease as open_local() does. on_lookup is called once, with True for a cache hit."""
+    def open_copy(self, spec: CopySpec) -> CopyLease | None:
+        """Return a lease as open_local() does."""
         session = self._session()
-        if session is None:
-            on_lookup(False)
-            return None
-        return session.open(spec, self.inner, on_lookup)
+        return None if session is None else session.open(spec, self.inner)
 
     def _note_use(self, key: str) -> None:
         """Count a read of an object that no manifest describes: a `Dataset` counts those of its shards itself."""
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
             uses.record_use(f"{self._inner_url}/{key}")
-
-    def _count(self, is_hit: bool) -> None:
-        self.counters.add("cache_hits" if is_hit else "cache_misses")
 
     def prefetch(
         self,
@@ -422,10 +416,10 @@ class Cache:
     def stats(self) -> dict[str, int]:
         """Return the space that the folder uses, and the counters of this process.
 
-        The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
-        process asked for it), misses, prefetched (misses for which this process had already fetched the data with
-        prefetch()), bytes_hit, bytes_fetched, evicted, quarantined (corrupt copies, which were removed) and poisoned
-        (objects that are corrupt at their source). With peers also peer_requests, peer_bytes (received from them) and
+        The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: bytes_hit (read from copies that were
+        cached before this process asked for the bytes), bytes_missed (read after they were fetched for the reader, or
+        past the cache), bytes_fetched, evicted, quarantined (corrupt copies, which were removed) and poisoned (objects
+        that are corrupt at their source). With peers also peer_requests, peer_bytes (received from them) and
         peer_failures.
         """
         opened = self._open()
@@ -458,7 +452,7 @@ class Cache:
         disk, n_copies = disk_space(folder.root), len(folder.names(""))
         opened.evictor.flush_uses()
         figures = opened.accounts.figures()
-        n_lookups = figures["hits"] + figures["misses"]
+        read_bytes = figures["bytes_hit"] + figures["bytes_missed"]
         return facts | {
             "n_copies": n_copies,
             "n_parts": len(folder.sizes()) - n_copies,
@@ -469,7 +463,7 @@ class Cache:
             "holders": [{"pid": pid, "command": command} for pid, command in opened.owners.processes()],
             "plans": opened.plans.labels(),
             "figures": figures,
-            "hit_ratio": figures["hits"] / n_lookups if n_lookups else None,
+            "hit_ratio": figures["bytes_hit"] / read_bytes if read_bytes else None,
             "path": str(self._options.path),
             "policy": self._options.policy,
             "min_free": self._options.min_free,

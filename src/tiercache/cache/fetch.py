@@ -73,8 +73,16 @@ class Fetch:
         keeps: Object that lives until the fetch has ended: the cache, which no fetch thread may be the last to have.
     """
 
-    def __init__(self, spec: CopySpec, store: Store, evictor: Evictor, is_crowded: Callable[[], bool]) -> None:
-        self.spec, self.store = spec, store
+    def __init__(
+        self,
+        spec: CopySpec,
+        store: Store,
+        evictor: Evictor,
+        is_crowded: Callable[[], bool],
+        on_fetched: Callable[[ByteRange], object],
+    ) -> None:
+        """on_fetched: Is called with each fetched range, from any thread, before a reader can see it."""
+        self.spec, self.store, self._on_fetched = spec, store, on_fetched
         self.cancel = Event()
         self.step = "waiting for a free thread"
         self.protected: Set[str] = frozenset()
@@ -534,6 +542,7 @@ class Fetch:
         for span, position in zip(ranges, positions, strict=True):
             if position != span.end:
                 raise ValueError(f"{span}: received only {position - span.start} bytes")
+            self._on_fetched(span)
             part.mark_present(span)
         self._evictor.counters.add("bytes_fetched", sum(span.n_bytes for span in ranges))
         with self._changed:
@@ -578,15 +587,15 @@ class CopyLease:
         file: CopyFile | None = None,
         *,
         start_fetch: Callable[[Sequence[ByteRange], bool], Fetch] | None = None,
-        on_lookup: Callable[[bool], object] | None = None,
+        note_read: Callable[[int, Callable[[], Sequence[ByteRange]]], int] = lambda _n_bytes, _ranges: 0,
     ) -> None:
         """Create a lease, which then owns file; None: nothing is cached yet.
 
         start_fetch: Returns the fetch of ranges (urgent or not), of which this lease is then a user; None: nothing is
             missing.
-        on_lookup: Is called once, with whether the first requested ranges were already cached.
+        note_read: See Lease.note_read.
         """
-        self._n_bytes, self._start_fetch, self._on_lookup = n_bytes, start_fetch, on_lookup
+        self._n_bytes, self._start_fetch, self.note_read = n_bytes, start_fetch, note_read
         self._fetch: Fetch | None = None
         self._is_user = False
         self._lock = Lock()
@@ -627,7 +636,7 @@ class CopyLease:
         return file is not None and file.is_partial and file.covers([span for span, _ in spans]) and file.read(spans)
 
     def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
-        if ranges and not self._look_up(ranges):
+        if ranges and not self.present(ranges):
             self._request(ranges, urgent=urgent)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
@@ -636,7 +645,7 @@ class CopyLease:
         They do not come if there is no space, the disk failed, the object is corrupt at its source, or the fetch
         belonged to the parent of a fork. Raises StoreError if the source failed, or the deadline passed.
         """
-        is_present = self._look_up(ranges)
+        is_present = self.present(ranges)
         fetch = self._completing_fetch() if is_present else self._request(ranges, urgent=True)
         if fetch is None:
             return is_present or self.present(ranges)
@@ -649,13 +658,6 @@ class CopyLease:
             is_present = self.present(ranges)
         if not is_present and (any(span.n_bytes for span in ranges) or not self._n_bytes):
             self._start_fetch = None  # refused: asking again for each block would cost milliseconds each
-        return is_present
-
-    def _look_up(self, ranges: Sequence[ByteRange]) -> bool:
-        is_present = self.present(ranges)
-        on_lookup, self._on_lookup = self._on_lookup, None
-        if on_lookup is not None:
-            on_lookup(is_present)
         return is_present
 
     def _completing_fetch(self) -> Fetch | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.cache.accounts import Accounts, Owners
-from tiercache.cache.copy_file import CopyFile, bytes_of, open_map, open_part, open_whole, read_all, read_checksum
+from tiercache.cache.copy_file import CopyFile, open_map, open_part, open_whole, read_all, read_checksum
 from tiercache.cache.eviction import POLICIES, Evictor, Notices
 from tiercache.cache.fetch import CopyLease, Fetch
 from tiercache.cache.folder import Folder, NameLock, charge_bytes, disk_space, is_disk_full, network_file_system
@@ -37,8 +37,8 @@ JOIN_S = 30.0
 PROBE_AFTER_S = 30.0
 REMOVE_WAIT_S = 10.0
 USES_PER_FLUSH = 1024
-# Limit of remembered prefetches whose copies were not opened yet. A prefetch runs a few hundred shards ahead at most.
-MOST_PREFETCHED = 65_536
+# Copies whose fetched and unread bytes are remembered. A prefetch runs a few hundred shards ahead at most.
+MOST_UNREAD = 4096
 
 
 class Breaker:
@@ -75,6 +75,24 @@ class Breaker:
             self._probe_at_s = None
 
 
+def cut_out(have: Sequence[ByteRange], ranges: Iterable[ByteRange]) -> tuple[list[ByteRange], int]:
+    """Return the disjoint ranges `have` without the bytes of `ranges`, and the number of bytes that this removed."""
+    left, n_bytes = list(have), 0
+    for span in ranges:
+        if not left:
+            break
+        kept: list[ByteRange] = []
+        for one in left:
+            start, end = max(one.start, span.start), min(one.end, span.end)
+            if start >= end:
+                kept.append(one)
+                continue
+            n_bytes += end - start
+            kept += [ByteRange(*rest) for rest in ((one.start, start), (end, one.end)) if rest[0] < rest[1]]
+        left = kept
+    return left, n_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
     path: Path
@@ -109,7 +127,8 @@ class CacheSession:
         self._uncached: set[str] = set()
         # Partial copies that a reader found corrupt although the disk holds what the source sent.
         self._suspected: set[str] = set()
-        self._prefetched: dict[str, bool] = {}  # requested by fetch_ahead() and not opened since
+        self._unread: OrderedDict[str, list[ByteRange]] = OrderedDict()  # fetched for readers here, and not read since
+        self._unread_lock = Lock()
         self._lock = Lock()
         self._fetches: dict[str, Fetch] = {}
         self._urgent: deque[Fetch] = deque()  # fetches with urgent units that have no thread yet
@@ -247,7 +266,7 @@ class CacheSession:
             return None
         if self.breaker.is_open:
             self.breaker.reset()
-        lease = CopyLease(n_bytes, file)
+        lease = CopyLease(n_bytes, file, note_read=partial(self._note_read, name))
         self._note_use(name)
         return lease
 
@@ -326,48 +345,45 @@ class CacheSession:
         finally:
             checked.close()
 
-    def open(self, spec: CopySpec, store: Store, on_lookup: Callable[[bool], object] = bool) -> CopyLease | None:
-        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache.
-
-        on_lookup is called once, with True for a hit; for a partial copy, when its reader asks for the first ranges.
-        """
+    def open(self, spec: CopySpec, store: Store) -> CopyLease | None:
+        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache."""
         if spec.name not in self._uncached and self.breaker.allows():
             lease = self.hit(spec.name, spec.n_bytes)
             if lease is not None:
-                self._count(spec, on_lookup, spec.n_bytes)
                 return lease
             part = self._open_part(spec)
-            start_fetch = partial(self.fetch, spec, store)
             if part is not None:
                 self._note_use(spec.name)
-                count = partial(self._count_partial, spec, on_lookup, part)
-                return CopyLease(spec.n_bytes, part, start_fetch=start_fetch, on_lookup=count)
-            if self._admits(spec, spec.n_bytes):
-                self._count(spec, on_lookup, 0)
-                return CopyLease(spec.n_bytes, start_fetch=start_fetch)
-        self._count(spec, on_lookup, 0)
+            if part is not None or self._admits(spec, spec.n_bytes):
+                note_read = partial(self._note_read, spec.name)
+                return CopyLease(spec.n_bytes, part, start_fetch=partial(self.fetch, spec, store), note_read=note_read)
         return None
 
-    def _count_partial(
-        self, spec: CopySpec, on_lookup: Callable[[bool], object], part: CopyFile, is_present: bool
-    ) -> None:
-        self._count(spec, on_lookup, bytes_of(part.mask(), spec.n_bytes) if is_present else 0)
+    def _note_fetched(self, name: str, span: ByteRange) -> None:
+        with self._unread_lock:
+            self._unread[name] = [*cut_out(self._unread.pop(name, []), [span])[0], span]
+            if len(self._unread) > MOST_UNREAD:
+                self._unread.popitem(last=False)
 
-    def _count(self, spec: CopySpec, on_lookup: Callable[[bool], object], hit_bytes: int) -> None:
-        """Count a hit of hit_bytes, or a miss if that is 0. An empty copy is a hit if its file exists.
+    def _note_read(self, name: str, n_bytes: int, ranges: Callable[[], Sequence[ByteRange]]) -> int:
+        """See Lease.note_read."""
+        fetched_bytes = 0
+        if name in self._unread:
+            read = ranges()
+            with self._unread_lock:
+                left, fetched_bytes = cut_out(self._unread.pop(name, []), read)
+                if left:
+                    self._unread[name] = left
+        fetched_bytes = min(fetched_bytes, n_bytes)
+        self.counters.add("bytes_hit", n_bytes - fetched_bytes)
+        self.counters.add("bytes_missed", fetched_bytes)
+        return fetched_bytes
 
-        A copy that this process prefetched for this opening counts as a miss that took no time.
-        """
-        is_present, is_ours = hit_bytes > 0 or spec.n_bytes == 0, self._prefetched.pop(spec.name, False)
-        is_hit = is_present and not is_ours
-        if is_present and is_ours:
-            self.counters.add("prefetched")
-        if is_hit:
-            self.counters.add("hits")
-            self.counters.add("bytes_hit", hit_bytes)
-        else:
-            self.counters.add("misses")
-        on_lookup(is_hit)
+    def forget_unread(self, names: Iterable[str]) -> None:
+        """Let reads of these copies, which were not fetched for a reader, count as reads from the cache."""
+        with self._unread_lock:
+            for name in names:
+                self._unread.pop(name, None)
 
     def publish_plan(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
         try:
@@ -393,9 +409,6 @@ class CacheSession:
             return
         ranges = [ByteRange(0, spec.n_bytes)] if ranges is None else ranges
         if self._admits(spec, sum(span.n_bytes for span in ranges)):
-            if len(self._prefetched) >= MOST_PREFETCHED:
-                self._prefetched.clear()
-            self._prefetched[spec.name] = True
             is_urgent = urgent_ranges is not None
             self.fetch(spec, store, ranges if urgent_ranges is None else urgent_ranges, is_urgent).leave()
 
@@ -435,7 +448,7 @@ class CacheSession:
                 return fetch
             if self.peers is not None and spec.identity is not None:
                 store = self.peers.store_for(spec.name, spec.key, spec.n_bytes, store)
-            fetch = Fetch(spec, store, self.evictor, self._is_crowded)
+            fetch = Fetch(spec, store, self.evictor, self._is_crowded, partial(self._note_fetched, spec.name))
             fetch.request(ranges, urgent=is_urgent)
             if not self._is_closed:
                 queue = self._urgent if is_urgent else self._ahead

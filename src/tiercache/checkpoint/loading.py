@@ -669,6 +669,7 @@ class _OpenFile:
             for buffer in buffers:
                 crc = crc32c(buffer, crc)
             return crc
+        lease.note_read(whole.n_bytes, lambda: [whole])
         # The threads read one descriptor at several offsets, so that the kernel's own read-ahead sees no sequence.
         os.posix_fadvise(lease.fd, whole.start, whole.n_bytes, os.POSIX_FADV_WILLNEED)
         for buffer in _buffers(piece.targets, _STEP_BYTES):

@@ -284,6 +284,7 @@ class _File:
                     if self._mapping is None:
                         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
                         self._mapping = mmap.mmap(lease.fd, lease.n_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+                    lease.note_read(span.n_bytes, lambda: [span])
                     return self._mapping, span.start
                 if isinstance(self._store, CachedStore):
                     self._store.remove_if_corrupt(self.key)

@@ -103,11 +103,11 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         texts.append(f"{format_bytes(facts['reserved_bytes'])} being fetched")
     figures = facts["figures"]
     if facts["hit_ratio"] is not None:
-        n_opens = figures["hits"] + figures["misses"]
-        fetched = format_bytes(figures.get("bytes_fetched", 0))
-        ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
-        found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
-        texts.append(f"{found}, {ahead}{fetched} fetched")
+        read = format_bytes(figures["bytes_hit"] + figures["bytes_missed"])
+        texts.append(
+            f"{facts['hit_ratio']:.1%} of {read} read came from the cache, "
+            f"{format_bytes(figures.get('bytes_fetched', 0))} fetched"
+        )
     names = {"quarantined": "corrupt and removed", "poisoned": "corrupt at their source"}
     texts += [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
     return "; ".join(texts)

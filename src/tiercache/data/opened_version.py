@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -210,15 +210,12 @@ class VersionStores:
             self.uses.begin(None if reads_all else keys.to_pylist())
 
     def figures(self) -> dict[str, float]:
-        """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
+        """Return the counters of this process: requests, bytes_fetched, retries, ..., and dollars."""
         counters = self.placed.figures()
-        stats = self.cache.counters.snapshot() if self.cache is not None else {}
         return {
             "requests": counters.get("requests", 0),
             "bytes_fetched": counters.get("bytes_read", 0),
             **{name: counters.get(name, 0) for name in ("retries", "hedges", "throttled", "dollars", "egress_dollars")},
-            "cache_hits": stats.get("hits", 0),
-            "cache_misses": stats.get("misses", 0),
         }
 
     def close(self) -> None:
@@ -374,6 +371,20 @@ class OpenedVersion:
         Raises NotFound and StoreError; or CorruptShard if fetching damaged bytes again did not help.
         """
         return self._read(shard, lambda reader: reader.load_blocks(blocks, self.stored_columns))
+
+    def count_read(self, shard: int, loaded: Blocks) -> dict[str, int]:
+        """Count blocks that were just loaded as read; return their stored bytes by where these came from.
+
+        The keys are "store" (bytes that were fetched for this, or read past the cache), and "cache", "disk" (a local
+        folder) or "memory" (memory://).
+        """
+        n_bytes = loaded.stored_bytes
+        if not loaded.is_cached:
+            if self.cache is not None:
+                self.cache.counters.add("bytes_missed", n_bytes)
+            return {"memory" if self.cache is None and isinstance(self.inner, MemoryStore) else "store": n_bytes}
+        store_bytes = self._readers.get(shard).count_read(loaded) if shard in self._readers else 0
+        return {"store": store_bytes, "cache" if self.stores.has_cache else "disk": n_bytes - store_bytes}
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """Return a block as Arrow arrays of the served columns, completely checked. Raises as `load`."""
@@ -617,6 +628,8 @@ class Leaf(Protocol):
 
     def load_blocks(self, shard: int, blocks: Sequence[int], /) -> Blocks: ...
 
+    def count_read(self, shard: int, loaded: Blocks, /) -> dict[str, int]: ...
+
     def is_mapped(self, shard: int, /) -> bool: ...
 
     def prefetch_blocks(self, shard: int, blocks: Sequence[int], /) -> None: ...
@@ -696,6 +709,11 @@ class Storage:
         leaf, number = self.locate(shard)
         return leaf.stored.is_local(number)
 
+    def count_read(self, shard: int, loaded: Blocks) -> dict[str, int]:
+        """See OpenedVersion.count_read."""
+        leaf, number = self.locate(shard)
+        return leaf.count_read(number, loaded)
+
     def remove_if_corrupt(self, shard: int) -> bool:
         leaf, number = self.locate(shard)
         return leaf.stored.remove_if_corrupt(number)
@@ -738,14 +756,10 @@ class Storage:
             leaf.stored.warm(numbers.tolist(), jobs=jobs, on_progress=on_progress)
 
     def figures(self) -> Mapping[str, float]:
-        """Return the sums of VersionStores.figures(); a shared cache counts once."""
-        sums: dict[str, float] = {}
-        caches: set[int] = set()
+        """Return the sums of VersionStores.figures()."""
+        sums: Counter[str] = Counter()
         for version in self.versions:
-            for name, figure in version.stores.figures().items():
-                if not (name.startswith("cache_") and id(version.cache) in caches):
-                    sums[name] = sums.get(name, 0) + figure
-            caches.add(id(version.cache))
+            sums.update(version.stores.figures())
         return sums
 
     def on_close(self, release: Callable[[], None]) -> None:

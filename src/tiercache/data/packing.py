@@ -219,6 +219,11 @@ class PackedBlocks(Blocks):
         self.addresses: NDArray[np.uint64] = np.stack(parts)
 
     @property
+    def stored(self) -> Blocks:
+        """See Blocks.stored."""
+        return self._inner
+
+    @property
     def pages(self) -> NDArray[np.uint64]:
         """See Blocks.pages."""
         return self._inner.pages
@@ -398,6 +403,10 @@ class PackedVersion:
     def is_mapped(self, _shard: int) -> bool:
         """Return False: loading a unit is work, which threads share. See OpenedVersion.is_mapped."""
         return False
+
+    def count_read(self, shard: int, loaded: Blocks) -> dict[str, int]:
+        """See OpenedVersion.count_read."""
+        return self.stored.count_read(shard, loaded.stored)
 
     def prefetch_blocks(self, shard: int, units: Sequence[int]) -> None:
         """See OpenedVersion.prefetch_blocks."""

@@ -259,6 +259,7 @@ class ObjectReader(StoreFile):
             # Through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
             # name. Otherwise by name, which also removes a wrong copy from the cache: it is fetched again.
             if lease.read(spans) or self._cached.read_copy(self._spec, spans):
+                lease.note_read(sum(span.n_bytes for span in ranges), lambda: ranges)
                 return True
             lease.close()
             self._lease = self._cached.open_copy(self._spec)

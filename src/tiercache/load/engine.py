@@ -262,7 +262,9 @@ class Engine(ABC):
         self.transforms: TransformSettings | None = None
         self._workers: WorkerPool | None = None  # of the last epoch
         self._counters = Counters("padded")
+        self._epoch_counters = Counters()  # of the newest epoch
         self._waits = WaitHistogram()
+        self._waits_before_s = 0.0, 0.0  # totals of `_waits` and of the exposed waits before the newest epoch
         self._memory = BatchMemory()
         self._device: BatchDevice | None = None  # of the newest epoch
         self._warned: set[str] = set()
@@ -283,20 +285,37 @@ class Engine(ABC):
         """Return the rank whose share of an epoch this process is served."""
 
     def stats(self, *, across_ranks: bool = False) -> dict[str, Any]:
-        counters = self._counters.snapshot()
+        counters, epoch = self._counters.snapshot(), self._epoch_counters.snapshot()
         iterator = self._iterator() if self._iterator is not None else None
         if iterator is not None:
             for name, figure in iterator.figures().items():
                 counters[name] = counters.get(name, 0) + figure
-        exposed = self._waits if self._device is None else self._device.exposed_waits()
+                epoch[name] = epoch.get(name, 0) + figure
+        exposed = self._exposed_waits()
+        for name, waits, before_s in zip(
+            ("wait_s", "idle_s"), (self._waits, exposed), self._waits_before_s, strict=True
+        ):
+            epoch[name] = waits.total_s - before_s
         workers = 0 if self.transforms is None else self.transforms.n_workers
-        n_threads = self._resources().n_threads
-        stats = summarise(counters, self._waits, exposed, self._fetched(), threads=n_threads, workers=workers)
+        n_threads, has_cache = self._resources().n_threads, self._source.storage.has_cache
+        stats = summarise(
+            counters,
+            epoch,
+            self._waits,
+            exposed,
+            self._fetched(),
+            has_cache=has_cache,
+            threads=n_threads,
+            workers=workers,
+        )
         if self._source.fill_ratio is not None:
             stats["fill_ratio"] = self._source.fill_ratio
         if across_ranks:
             stats["exposed_wait_s"]["slowest_rank"] = find_slowest(self.rank(), stats["exposed_wait_s"])
         return stats
+
+    def _exposed_waits(self) -> WaitHistogram:
+        return self._waits if self._device is None else self._device.exposed_waits()
 
     def _fetched(self) -> dict[str, float]:
         now = self._source.storage.figures()
@@ -346,10 +365,12 @@ class Engine(ABC):
                     f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of {n_last} '
                     f"records instead of {batch_size}: give drop_last=True"
                 )
+        self._epoch_counters = Counters(total=self._counters)
+        self._waits_before_s = self._waits.total_s, self._exposed_waits().total_s
         inputs = PipelineInputs(
             setup=self._setup,
             share=share,
-            counters=self._counters,
+            counters=self._epoch_counters,
             waits=self._waits,
             memory=self._memory if pinned is None else pinned,
             warned=self._warned,
@@ -577,43 +598,37 @@ class OrderEngine(Engine):
 WAITING_SHARE = 0.05
 
 
+# Where the bytes of loaded blocks come from.
+SOURCES = ("memory", "cache", "disk", "store")
+
+
 def summarise(
     counters: Mapping[str, float],
+    epoch: Mapping[str, float],
     waits: WaitHistogram,
     exposed: WaitHistogram,
     fetched: Mapping[str, float],
     *,
+    has_cache: bool,
     threads: int,
     workers: int = 0,
 ) -> dict[str, Any]:
     """Return the dict of `DataLoader.stats()`.
 
-    waits: of the consumer's thread, for the stages before the device; exposed: of the training loop, on its device if
-    it has one; workers: processes that run transforms (0: the consumer's thread does, which counts as waiting).
+    epoch: counters of the newest epoch, with wait_s and idle_s, its parts of waits and exposed; waits: of the
+    consumer's thread, for the stages before the device; exposed: of the training loop, on its device if it has one;
+    has_cache: whether the data is read through a cache; workers: processes that run transforms (0: the consumer's
+    thread does, which counts as waiting).
     """
     wall_s = counters.get("wall_s", 0.0)
     wait, idle = waits.snapshot(), exposed.snapshot()
     share = min(1.0, wait["total"] / wall_s) if wall_s else 0.0
-    idle_share = min(1.0, idle["total"] / wall_s) if wall_s else 0.0
-    looked_up = fetched.get("cache_hits", 0) + fetched.get("cache_misses", 0)
-    stages = {name: counters.get(name, 0.0) for name in ("plan_s", "load_s")}
-    stages["gather_s"] = counters.get("gather_ns", 0.0) / 1e9
-    for name in ("decode", "transform"):
-        if f"{name}_ns" in counters:
-            stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
-    verdict = _verdict(idle_share, stages, fetched, threads, workers)
-    if idle_share >= WAITING_SHARE and idle["total"] > 2 * wait["total"]:
-        verdict = (
-            f"copy (waited {idle_share:.1%} of the time, most of it for copies to the device; serve fewer bytes, e.g. "
-            "by cast=, or raise device_batches)"
-        )
     return {
-        **{name: int(counters.get(name, 0)) for name in ("samples", "batches", "bytes_served")},
+        **_served(counters, has_cache),
+        "epoch": _served(epoch, has_cache) | {"wall_s": epoch.get("wall_s", 0.0), "wait_s": epoch["wait_s"]},
         "bytes_fetched": int(fetched.get("bytes_fetched", 0)),
         **{name: int(fetched.get(name, 0)) for name in ("requests", "retries", "hedges", "throttled")},
         **{name: fetched.get(name, 0.0) for name in ("dollars", "egress_dollars")},
-        **{name: int(fetched.get(name, 0)) for name in ("cache_hits", "cache_misses")},
-        "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
         **{name: int(counters.get(name, 0)) for name in ("padded", "skipped", "unpinned")},
         "held_bytes": held_bytes() + lent_bytes(),
         "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
@@ -623,18 +638,42 @@ def summarise(
             "p99": idle["p99"],
         },
         "samples_per_s": counters.get("samples", 0) / wall_s if wall_s else None,
-        "stages": stages,
+        "stages": _stages(counters),
         "threads": threads,
-        "bottleneck": verdict,
+        "bottleneck": _verdict(epoch, threads, workers),
     }
 
 
-def _verdict(
-    share: float, stages: Mapping[str, float], fetched: Mapping[str, float], threads: int, workers: int
-) -> str:
+def _served(counters: Mapping[str, float], has_cache: bool) -> dict[str, Any]:
+    bytes_from = {source: int(counters.get(f"bytes_from_{source}", 0)) for source in SOURCES}
+    read_bytes = sum(bytes_from.values())
+    return {
+        **{name: int(counters.get(name, 0)) for name in ("samples", "batches", "bytes_served")},
+        "bytes_from": bytes_from,
+        "hit_ratio": 1 - bytes_from["store"] / read_bytes if has_cache and read_bytes else None,
+    }
+
+
+def _stages(counters: Mapping[str, float]) -> dict[str, float]:
+    stages = {name: counters.get(name, 0.0) for name in ("plan_s", "load_s")}
+    stages["gather_s"] = counters.get("gather_ns", 0.0) / 1e9
+    for name in ("decode", "transform"):
+        if f"{name}_ns" in counters:
+            stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
+    return stages
+
+
+def _verdict(epoch: Mapping[str, float], threads: int, workers: int) -> str:
+    wall_s, stages = epoch.get("wall_s", 0.0), _stages(epoch)
+    share = min(1.0, epoch["idle_s"] / wall_s) if wall_s else 0.0
     waited = f"waited {share:.1%} of the time"
     if share < WAITING_SHARE:
         return f"consumer ({waited} for data)"
+    if epoch["idle_s"] > 2 * epoch["wait_s"]:
+        return (
+            f"copy ({waited}, most of it for copies to the device; serve fewer bytes, e.g. by cast=, or raise "
+            "device_batches)"
+        )
     parallel = {"gather_s": threads, "decode_s": threads, "transform_s": max(workers, 1)}
     busiest = max(stages, key=lambda name: stages[name] / parallel.get(name, 1))
     runs = f"{workers} worker processes run" if workers else "the training thread runs"
@@ -646,7 +685,8 @@ def _verdict(
     }
     if busiest in sentences:
         return sentences[busiest]
-    if fetched.get("bytes_fetched", 0):
-        rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
+    store_bytes = epoch.get("bytes_from_store", 0)
+    if store_bytes:
+        rate = format_bytes(store_bytes / max(stages["load_s"], 1e-9))
         return f"store ({waited}; {rate}/s from the store; warm the cache first)"
     return f"disk ({waited} for blocks to be read and decompressed; columns stored raw need no decompression)"

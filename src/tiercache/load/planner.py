@@ -582,6 +582,8 @@ class _Planner:
                 loaded = load.finish(self._threads)
                 self._windows[id(loaded.window)] = loaded
                 self.pressure.record_usage(loaded)
+                for source, n_bytes in loaded.bytes_from.items():
+                    self._inputs.counters.add(f"bytes_from_{source}", n_bytes)
                 new.append(loaded)
         finally:
             for load in loading:

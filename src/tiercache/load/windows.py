@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, partial
 from threading import Event
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +97,8 @@ class LoadedWindow:
 
     addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; block_groups: the
     blocks of each load task; group_of_block, position: int32[n_blocks], the index of the group that has the block (-1:
-    none), and the block's index there.
+    none), and the block's index there; bytes_from: stored bytes of the blocks that were loaded last, by where they came
+    from (see count_read).
     """
 
     window: AnyWindow
@@ -104,6 +106,7 @@ class LoadedWindow:
     block_groups: tuple[Blocks, ...]
     group_of_block: NDArray[np.int32]
     position: NDArray[np.int32]
+    bytes_from: Mapping[str, int]
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
@@ -203,6 +206,21 @@ class LoadThreads:
         return future.result()
 
 
+# Indices of blocks in their window; the blocks; and their stored bytes by where these came from.
+_LoadedBlocks: TypeAlias = "tuple[NDArray[np.int64], tuple[Blocks, dict[str, int]]]"
+
+
+def count_read(source: Records, shard: int, blocks: Blocks) -> dict[str, int]:
+    """Count blocks as read; return their stored bytes by where they came from: "store", "cache", "disk" or "memory".
+
+    Mapped blocks of which every page is in the page cache come from memory.
+    """
+    bytes_from = source.storage.count_read(shard, blocks)
+    if not blocks.private_bytes and is_in_memory(blocks):
+        bytes_from["memory"] = bytes_from.pop("cache", 0) + bytes_from.pop("disk", 0)
+    return bytes_from
+
+
 class WindowLoad:
     """A window that is being loaded: threads read and decode, in load tasks; finish() maps the rest.
 
@@ -228,7 +246,7 @@ class WindowLoad:
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
         self._mapped, tasks = cut_load_tasks(window, missing, n_threads, source.storage.is_mapped)
-        self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
+        self._loaded: list[_LoadedBlocks] = []
         self._tasks = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in tasks]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
@@ -248,12 +266,14 @@ class WindowLoad:
             self.cancel()  # after an error the other tasks need not start
             # The epoch refers to this object to its end, and must not keep this memory.
             self._loaded, self._tasks, self._base = [], [], None
-        for number, (indices, blocks) in enumerate(loaded, len(groups)):
+        bytes_from: Counter[str] = Counter()
+        for number, (indices, (blocks, sources)) in enumerate(loaded, len(groups)):
+            bytes_from.update(sources)
             addresses[:, indices] = blocks.addresses
             holder[indices] = number
             position[indices] = np.arange(len(indices))
-        groups += tuple(blocks for _, blocks in loaded)
-        return LoadedWindow(self.window, addresses, groups, holder, position)
+        groups += tuple(blocks for _, (blocks, _) in loaded)
+        return LoadedWindow(self.window, addresses, groups, holder, position, bytes_from)
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
@@ -267,20 +287,20 @@ class WindowLoad:
         for _, future in self._tasks:
             future.cancel()
 
-    def _load_unless_unwanted(self, indices: NDArray[np.int64]) -> Blocks:
+    def _load_unless_unwanted(self, indices: NDArray[np.int64]) -> tuple[Blocks, dict[str, int]]:
         if self._unwanted is not None and self._unwanted.is_set():
             raise CancelledError
         with stop_retries_when(self._unwanted):
             return self._load(indices)
 
-    def _load(self, indices: NDArray[np.int64]) -> Blocks:
+    def _load(self, indices: NDArray[np.int64]) -> tuple[Blocks, dict[str, int]]:
         shard = int(self.window.shards[indices[0]])
         try:
             blocks = self._source.load_blocks(shard, self.window.blocks[indices].tolist())
             # A single row needs one or two pages of 4 KiB; checking it would read 64 KiB.
             if self.window.reads_whole_blocks:
                 renew_checks(blocks)
-            return blocks
+            return blocks, count_read(self._source, shard, blocks)
         except CorruptShard as error:
             error.location = shard, error.block, None  # used if corrupt records are replaced
             raise

@@ -515,6 +515,15 @@ class Blocks:
                 addresses[number, :, 2] = values[:, 1] // np.uint64(stream.width_bytes)
         return addresses
 
+    @property
+    def stored(self) -> Blocks:
+        """The stored blocks: this object, unless it is made from others."""
+        return self
+
+    @property
+    def stored_bytes(self) -> int:
+        return int(self._footer.chunks["stored"][np.ix_(self.blocks, self.columns)].sum())
+
     def select(self, blocks: Sequence[int]) -> Blocks:
         """Return some of the blocks over the same memory; this object must hold all blocks."""
         chosen = tuple(blocks)

@@ -105,6 +105,15 @@ class ShardReader:
         whole = self.mapped_blocks(columns) if is_kept else None
         return self._load(blocks, columns) if whole is None else whole.select(blocks)
 
+    def count_read(self, loaded: Blocks) -> int:
+        """Count loaded blocks as read from the local copy; return how many of their bytes were fetched for that."""
+        copy = self._byte_source.local_copy
+        if copy is None:
+            return 0
+        return copy.lease.note_read(
+            loaded.stored_bytes, lambda: self._chunks.ranges(self._ids(loaded.blocks, loaded.columns))
+        )
+
     def prefetch_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Start fetching blocks, which are loaded next, into the local copy, if there is one. Returns at once."""
         self._chunks.prefetch_blocks(blocks, columns)

@@ -370,6 +370,12 @@ class Lease(Protocol):
         StoreError if the source failed, or the deadline passed.
         """
 
+    def note_read(self, n_bytes: int, ranges: Callable[[], Sequence[ByteRange]], /) -> int:
+        """Count n_bytes that were read from the copy; return how many of them had been fetched for this process.
+
+        A byte that was fetched counts once. ranges: Returns the ranges that were read; called only if it matters.
+        """
+
     def close(self) -> None:
         """Release the lease. Repeated calls have no effect."""
 

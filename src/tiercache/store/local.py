@@ -57,6 +57,9 @@ class FileLease:
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:  # noqa: ARG002 - the contract
         return self.present(ranges)
 
+    def note_read(self, _n_bytes: int, _ranges: Callable[[], Sequence[ByteRange]], /) -> int:
+        return 0
+
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:

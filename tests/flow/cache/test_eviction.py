@@ -147,9 +147,9 @@ def test_the_cache_has_the_hits_that_the_simulator_predicts(world, monkeypatch):
     store = world.store(cache)
     hits = []
     for i in order.tolist():
-        before = cache.counters["hits"]
+        before = cache.counters["bytes_hit"]
         world.read(store, keys[i])
-        hits.append(cache.counters["hits"] > before)
+        hits.append(cache.counters["bytes_hit"] > before)
         cache._open().evictor.flush_uses()  # not in batches: the simulator knows the order of every use
     expected = simulate(Trace(order, sizes, order * 0, order * 0), "lru", size) > 0
     assert hits == expected.tolist()

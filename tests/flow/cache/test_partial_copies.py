@@ -46,7 +46,6 @@ def test_only_requested_units_are_fetched_reserved_and_kept(world):
     assert cache.stats()["bytes_used"] <= 2 * UNIT + 4 * UNIT  # two of the map, one for the record
     with world.store(cache).open_local("a", identity) as lease:
         assert wait(lease, (MIB, MIB + UNIT))
-    assert (cache.stats()["hits"], cache.stats()["misses"]) == (1, 1)
 
 
 def test_a_copy_written_in_pieces_is_charged_with_its_extent_block(world):

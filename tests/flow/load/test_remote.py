@@ -65,7 +65,55 @@ def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_se
     assert warm["ids"] == second
     assert shard_requests(server) == []
     assert warm["hit_ratio"] == 1
-    assert warm["cache_hits"] >= n_shards
+    assert n_shards > 1
+    assert warm["bytes_from"]["cache"] + warm["bytes_from"]["memory"] > 0
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_figures_of_an_epoch_say_how_many_of_its_bytes_came_from_the_store_and_the_cache(server, tmp_path, shuffle):
+    def run_epoch():
+        ids_of(loader)
+        stats = loader.stats()
+        here = stats["epoch"]["bytes_from"]
+        return stats, here["store"], here["cache"] + here["memory"]
+
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=32, shuffle=shuffle, options=tc.LoaderOptions(seed=2))
+        stats, n_bytes, from_cache = run_epoch()
+        assert (from_cache, stats["epoch"]["hit_ratio"]) == (0, 0)
+        assert 0 < n_bytes < cache.stats()["bytes_fetched"]
+        assert run_epoch()[1:] == (0, n_bytes)
+        stats, *later = run_epoch()
+        assert later == [0, n_bytes]
+        assert (stats["epoch"]["hit_ratio"], stats["hit_ratio"]) == (1, pytest.approx(2 / 3))
+        assert (stats["epoch"]["samples"], stats["samples"]) == (N, 3 * N)
+        assert stats["bottleneck"].split()[0] != "store"
+        dataset.close()
+        assert cache.status()["hit_ratio"] >= 2 / 3
+
+
+def test_bytes_that_were_warmed_in_this_process_come_from_the_cache(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        dataset.warm()
+        loader = tc.DataLoader(dataset, batch_size=32)
+        ids_of(loader)
+        assert loader.stats()["epoch"]["hit_ratio"] == 1
+        dataset.close()
+
+
+def test_bytes_that_a_full_cache_refuses_come_from_the_store_in_each_epoch(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="8KiB") as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=32)
+        for _ in range(2):
+            ids_of(loader)
+        assert loader.stats()["epoch"]["hit_ratio"] == 0
+        assert loader.stats()["epoch"]["bytes_from"]["store"] > 0
+        assert cache.status()["hit_ratio"] == 0
+        dataset.close()
 
 
 @pytest.mark.usefixtures("no_hedges")

@@ -16,8 +16,9 @@ def verdict(wait_s: float, exposed_s: float | None = None, fetched: int = 0, **c
     for total_s in (wait_s, wait_s if exposed_s is None else exposed_s):
         histograms.append(WaitHistogram())
         histograms[-1].add(total_s)
-    figures: dict[str, Any] = {"wall_s": 10.0, "samples": 100, **counters}
-    found = summarise(figures, *histograms, {"bytes_fetched": fetched}, threads=2)
+    figures: dict[str, Any] = {"wall_s": 10.0, "samples": 100, "bytes_from_store": fetched, **counters}
+    epoch = figures | {"wait_s": histograms[0].total_s, "idle_s": histograms[1].total_s}
+    found = summarise(figures, epoch, *histograms, {}, has_cache=True, threads=2)
     text: str = found["bottleneck"]
     return text
 
