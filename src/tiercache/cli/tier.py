@@ -69,10 +69,8 @@ _DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def format_dollars(amount: float) -> str:
-    if amount == 0 or abs(amount) >= 0.01:
-        return f"{amount:,.2f}"
-    digits = 1 - math.floor(math.log10(abs(amount)))
-    return f"{amount:.{digits}f}" if digits <= 6 else "0.00"
+    digits = 2 if amount == 0 or abs(amount) >= 0.01 else 1 - math.floor(math.log10(abs(amount)))
+    return f"{amount:,.{digits}f}" if digits <= 6 and amount else "0.00"
 
 
 def format_duration(seconds: float) -> str:
@@ -252,8 +250,8 @@ def plan(
 ) -> None:
     """Show what would be moved, why, and what it costs and saves.
 
-    Nothing is moved. Moves that are refused are shown too. With --json, all moves and refusals are printed, whatever
-    --rows says.
+    Nothing is moved. Moves that are refused are shown too. "back in" is the time after which a move has saved its cost;
+    it is empty if that never happens. With --json, all moves and refusals are printed, whatever --rows says.
     """
     with open_tiers(rules) as tiers:
         made = plan_tiers(output, tiers)
@@ -341,8 +339,14 @@ def plan_facts(made: Plan) -> dict[str, Any]:
 def plan_text(made: Plan) -> str:
     facts = plan_facts(made)
     text = f"{count(facts['n_moves'], 'move')}, {format_bytes(facts['n_bytes'])}"
-    text += f", costs ${format_dollars(facts['cost'])}, saves ${format_dollars(facts['saving_month'])} a month"
+    saving = facts["saving_month"]
+    change = f"saves {_sum_of_dollars(saving)}" if saving >= 0 else f"then costs {_sum_of_dollars(-saving)} more"
+    text += f", costs {_sum_of_dollars(facts['cost'])} once, {change} a month"
     return text + (f"; {count(facts['n_refused'], 'move')} refused" if facts["n_refused"] else "")
+
+
+def _sum_of_dollars(amount: float) -> str:
+    return "less than $0.01" if 0 < amount < 0.01 else f"${amount:,.2f}"
 
 
 @verb(after_ctrl_c="finished moves stay, nothing was lost; the same command continues from there")

@@ -603,7 +603,7 @@ class Leaf(Protocol):
     """Records in shards and blocks: an `OpenedVersion`, which says what the methods do, or a `PackedVersion` over one.
 
     All methods may be called from any thread. stored: The version whose shards are read, with the same numbers.
-    fill_ratio: Share of the positions of packed rows that hold stored tokens; None for other records.
+    fill_ratio: Share of the positions of packed rows that are not padding; None for other records.
     """
 
     stored_schema: Schema

@@ -155,7 +155,7 @@ class PackIndex:
     first_unit: NDArray[np.int64]  # [n_shards + 1], units before each shard, then of all
     n_blocks: NDArray[np.int64]  # [n_units], consecutive stored blocks of each unit
     n_rows: NDArray[np.int64]  # [n_units]
-    n_tokens: int  # stored tokens of all documents
+    n_tokens: int  # of all documents, with their end tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = [np.diff(self.first_unit), self.n_blocks, self.n_rows]
@@ -308,7 +308,7 @@ class PackedVersion:
 
     @property
     def fill_ratio(self) -> float:
-        """Share of the positions of all rows that hold stored tokens; 1 if there are no rows."""
+        """Share of the positions of all rows that are not padding; 1 if there are no rows."""
         n_positions = int(self._first_row[-1]) * self._options.length
         return self.index.n_tokens / n_positions if n_positions else 1.0
 
@@ -537,7 +537,7 @@ def _pack_shard(below: Records, options: SequenceOptions, how: packing.Packing, 
     else:
         sums = np.append(0, np.cumsum(positions))
         rows = -(-np.diff(sums[bounds]) // options.length)
-    return _ShardRows(np.diff(bounds).tolist(), rows.tolist(), int(tokens.sum()))
+    return _ShardRows(np.diff(bounds).tolist(), rows.tolist(), int(positions.sum()))
 
 
 def _lengths_of_blocks(

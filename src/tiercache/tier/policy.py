@@ -680,7 +680,8 @@ def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
 def _unprofitable_reasons(too_late: MoveColumns, deleted_in_days: NDArray[np.float64]) -> Reasons:
     def words(once: float, saving: float, days: float, deleted_in: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
-        what = f"costs {dollars_in_reason(once)} once and saves {dollars_in_reason(saving)} a month: {when}"
+        change = f"saves {dollars_in_reason(saving)}" if saving >= 0 else f"{dollars_in_reason(-saving)} more"
+        what = f"costs {dollars_in_reason(once)} once and {change} a month: {when}"
         if deleted_in >= 0:
             limit = f", and it is deleted in {deleted_in} days (delete_after)"
         else:
@@ -703,8 +704,7 @@ def figures(values: NDArray[Any]) -> Dollars:
 
 
 def dollars_in_reason(dollars: float) -> str:
-    sign = "-" if dollars < 0 else ""
-    return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
+    return f"${dollars:,.2f}" if dollars >= 1 else f"${dollars:.3g}"
 
 
 def _refuse_immovable(index: SnapshotIndex) -> MoveColumns:

@@ -126,8 +126,8 @@ def test_stored_order_equals_a_plain_packer_in_every_way_of_reading(opened, mode
                     == torchs[name][at].tolist()
                     == value.tolist()
                 )
-    stored = sum(token not in (PAD, END) for row in expected for token in row.tokens)
-    assert rows._source.fill_ratio == stored / (len(expected) * LENGTH)
+    used = sum(token != PAD for row in expected for token in row.tokens)
+    assert rows._source.fill_ratio == used / (len(expected) * LENGTH)
     bounds = [0, *(at * LENGTH + bound for at, i in enumerate(some) for bound in expected[i].bounds[1:])]
     assert by_index["cu_seqlens"].tolist() == bounds
     assert by_index["max_seqlen"] == max(b - a for a, b in itertools.pairwise(bounds))

@@ -7,7 +7,9 @@ import pytest
 
 from tiercache.cli.common import Output, aligned
 from tiercache.cli.data import format_value, json_value
+from tiercache.cli.tier import format_dollars, plan_text
 from tiercache.shard.schema import Column, Image, Ragged, Tensor
+from tiercache.tier.plans import Plan, PlanTotals
 
 
 def test_table_columns_are_aligned_and_numbers_right_aligned():
@@ -68,3 +70,21 @@ def test_values_are_one_line_for_people_and_complete_in_json(kind, value, line, 
     assert format_value(column, value) == line
     assert json_value(column, value) == as_json
     json.dumps(json_value(column, value))
+
+
+@pytest.mark.parametrize(
+    ("cost", "saving", "text"),
+    [
+        (0.0, 0.0, "costs $0.00 once, saves $0.00 a month"),
+        (0.004, 0.00033, "costs less than $0.01 once, saves less than $0.01 a month"),
+        (0.004, -0.00033, "costs less than $0.01 once, then costs less than $0.01 more a month"),
+        (1234.5, -2.0, "costs $1,234.50 once, then costs $2.00 more a month"),
+    ],
+)
+def test_a_plan_says_what_it_saves_or_costs_more(cost, saving, text):
+    made = Plan("id", 0.0, "rules.toml", "", (), (), totals=PlanTotals(5, cost, saving))
+    assert plan_text(made) == f"0 moves, 5 B, {text}"
+
+
+def test_a_sum_that_is_rounded_to_zero_has_no_sign():
+    assert [format_dollars(amount) for amount in (-0.0, -1e-9, 0.25, -0.00033)] == ["0.00", "0.00", "0.25", "-0.00033"]

@@ -203,7 +203,7 @@ REFUSED = {  # group, options, part of the reason
     "below the minimum size": (lying("standard", copy=Copy(15, days=100)), {}, "never earned back"),
     "a dearer tier": (
         lying("standard", copy=GB), {"prices": (FREE, STANDARD, replace(COLD, store_gb_month=0.03))},
-        "saves -$0.01 a month: never earned back",
+        " once and $0.01 more a month: never earned back",
     ),
     "dear": (
         lying("standard", copy=GB), {"prices": (FREE, STANDARD, replace(COLD, put_1000=0.016 / 30 * 370 * 1000))},
