@@ -526,7 +526,9 @@ class Dataset:
     def __repr__(self) -> str:
         source, urls = self._source, [version.url for version in self._source.storage.versions]
         numbers = list(dict.fromkeys(self._recipe[0].versions))
-        url = repr(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else "")
+        names = [*map(repr, urls[:2]), *([f"{len(urls) - 2} more"] if len(urls) > 2 else [])]
+        is_concat = source.n_joined > 1 and source.mixture is None
+        url = (f"concat of {source.n_joined} data sets, " if is_concat else "") + " and ".join(names)
         version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
         steps = source.steps if source.mixture is None else (f"mix(weights={list(source.mixture.weights)})",)
         view = f" by {'.'.join(steps)}" if steps else ""

@@ -468,6 +468,14 @@ class Records:
             node = node.below
         return tuple(step for steps in reversed(found) for step in steps)
 
+    @property
+    def n_joined(self) -> int:
+        """Number of the data sets that were joined, below all views; 1 if none were."""
+        node = self.node
+        while isinstance(node, ViewNode):
+            node = node.below
+        return len(node.below) if isinstance(node, JoinNode) else 1
+
     @cached_property
     def parts(self) -> tuple[SourcePart, ...]:
         """The data sets that are read, one per leaf, with hashes of the selections; a state compares them."""

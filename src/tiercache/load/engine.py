@@ -281,6 +281,10 @@ class Engine(ABC):
         return facts if options == LoaderOptions() else [*facts, short_repr(options)]
 
     @abstractmethod
+    def describe_position(self) -> str:
+        """Return the order, and the position of the next batch in it, for people. A run does not begin by it."""
+
+    @abstractmethod
     def rank(self) -> Rank:
         """Return the rank whose share of an epoch this process is served."""
 
@@ -398,6 +402,15 @@ class OrderEngine(Engine):
         # A mesh does not change; torch may know what it is a part of only in this thread.
         self._rank: Rank | None = None if self._options.mesh is None else find_rank(self._options)
         self._n_records = epoch_records(source)  # the sum took 70 us of the start of each epoch
+
+    def describe_position(self) -> str:
+        order = "tiercache's shuffled order" if self.arguments.shuffle else "stored order"
+        try:
+            state = self._state if self._position is None else self.state()
+        except RuntimeError:  # another loader has the batches
+            return f"{order}, at a position that its sampler's user knows"
+        epoch, offset = (self._epoch, 0) if state is None else (state.epoch, state.offset)
+        return f"{order}, at record {offset:,} of {self._n_records:,} in epoch {epoch}"
 
     def rank(self) -> Rank:
         """Return this process's rank, found anew until the run begins: torch.distributed may be initialised late."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils import dlpack
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Sampler, default_collate
+from torch.utils.data import IterableDataset, Sampler, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tiercache._native.ring import RowType, Slot
@@ -23,7 +23,7 @@ from tiercache.load.batch import ArrayLibrary
 from tiercache.load.device import find_device, make_batch_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.epoch import RunState, epoch_records
-from tiercache.load.loader_options import LoaderOptions, Rank
+from tiercache.load.loader_options import LoaderOptions, Rank, checks_arguments
 from tiercache.load.samplers import (
     OrderSampler,
     SamplerEngine,
@@ -168,6 +168,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         ValueError: An argument that torch refuses, or an option that has no effect on this loader.
     """
 
+    @checks_arguments
     def __init__(
         self,
         dataset: TorchDataset[Any] | NativeDataset,
@@ -220,7 +221,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             sampler = ShuffledOrder(records, generator=generator) if shuffle and len(records) else StoredOrder(records)
             shuffle = None
         # Set first, because torch's constructor calls check_worker_number_rationality().
-        self._is_native, self._has_sampler = not reason, has_sampler
+        self._is_native, self._reason_for_torch, self._has_sampler = not reason, reason, has_sampler
         # Whether the native path runs functions of the user.
         self._runs_functions = (
             access is not None and not reason and (access.transform is not None or collate_fn is not collate)
@@ -394,10 +395,15 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         facts = [repr(self.dataset), f"batch_size={self.batch_size}"]
         if self._engine is not None:
             facts += self._engine.facts()
-        path = "" if self._is_native else "torch's path"
+        facts += [f"torch's path ({self._reason_for_torch})" if self._reason_for_torch else "native path"]
         if self._engine is not None:
-            path += f"{', ' if path else ''}{self._engine.rank()}"
-        return f"{type(self).__name__}({', '.join(facts)}, {path})"
+            facts += [self._engine.describe_position(), str(self._engine.rank())]
+        else:
+            # torch's own batch sampler, or torchdata's, only groups what the sampler returns.
+            own = self.sampler if type(self.batch_sampler).__name__ == "BatchSampler" else self._index_sampler
+            is_iterable = isinstance(self.dataset, IterableDataset)
+            facts += [f"the order of {'the data set' if is_iterable else f'its {type(own).__name__}'}"]
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     def _start_engine(self, arguments: LoaderArguments, position: Any) -> None:
         source = self.dataset.__tiercache__().source

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import operator
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from tiercache import config
 from tiercache.model import parse_bytes
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 ALL = "all"
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +227,27 @@ def find_rank(options: LoaderOptions) -> Rank:
     if environment:
         return Rank(environment[0], environment[1], "environment", local_ranks)
     return Rank(0, 1, "alone")
+
+
+def checks_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Let the constructor of a loader say what is meant by a path instead of a data set, and by an option as argument.
+
+    In a decorator, because frameworks read the signature and expect torch's arguments there.
+    """
+
+    @wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        name = type(args[0]).__name__
+        dataset = args[1] if len(args) > 1 else kwargs.get("dataset")
+        if isinstance(dataset, str | os.PathLike):
+            path = os.fspath(dataset)
+            raise TypeError(f"{name}() takes a data set, got a path: {name}(tiercache.Dataset({path!r}), ...)")
+        if options := [f"{one.name}={kwargs[one.name]!r}" for one in fields(LoaderOptions) if one.name in kwargs]:
+            said = f"tiercache.LoaderOptions({', '.join(options)})"
+            raise TypeError(f"{options[0].partition('=')[0]}= is an option: {name}(..., options={said})")
+        init(*args, **kwargs)
+
+    return checked
 
 
 def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tiercache.errors import SchemaError
 from tiercache.load.batch import ArrayLibrary, Batch, numpy_dtype
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.epoch import RunState
-from tiercache.load.loader_options import LoaderOptions
+from tiercache.load.loader_options import LoaderOptions, checks_arguments
 from tiercache.shard.schema import Schema
 
 
@@ -57,6 +57,7 @@ class NumpyLoader:
             ml_dtypes is not installed.
     """
 
+    @checks_arguments
     def __init__(
         self,
         dataset: NativeDataset,
@@ -151,4 +152,5 @@ class NumpyLoader:
 
     def __repr__(self) -> str:
         facts = [repr(self._dataset), f"batch_size={self._engine.arguments.batch_size}", *self._engine.facts()]
-        return f"{type(self).__name__}({', '.join(facts)}, {self._engine.rank()})"
+        position = f"native path, {self._engine.describe_position()}"
+        return f"{type(self).__name__}({', '.join(facts)}, {position}, {self._engine.rank()})"

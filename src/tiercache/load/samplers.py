@@ -171,6 +171,11 @@ class SamplerEngine(Engine):
         self._epoch = 0  # number of the next epoch
         self._seed = arguments.options.seed  # seed of the random values of a record
 
+    def describe_position(self) -> str:
+        state = self._saved if self._pass is None or self._saved is not None else self._pass.state()
+        epoch, batch = (self._epoch, 0) if state is None else (state[_EPOCH], state[_BATCHES])
+        return f"the order of its {type(self._batch_sampler.sampler).__name__}, at batch {batch:,} in epoch {epoch}"
+
     def rank(self) -> Rank:
         return Rank(0, 1, "sampler", find_rank(self.arguments.options).local_ranks)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import torch
+from torch.utils.data import RandomSampler
 
 import tiercache as tc
 
@@ -28,6 +30,9 @@ class TestDataset:
         assert f"version 1, 1 record by {steps}: " in repr(view)
         part = dataset.split({"a": 0.75, "b": 0.25}, seed=3, by="id")["b"]
         assert "by split({'a': 0.75, 'b': 0.25}, seed=3, by='id')['b']: " in repr(part)
+        joined = repr(tc.concat([dataset, dataset.take(3)]))
+        assert joined.startswith(f"Dataset(concat of 2 data sets, {str(path)!r}, version 1, 15 records: ")
+        assert "concat of 3 data sets, " in repr((dataset + dataset + dataset).take(2))
         assert "by mix(weights=[7, 3]): " in repr(tc.mix([dataset, dataset], [0.7, 0.3]))
 
     def test_it_shows_url_version_records_and_how_columns_are_served(self, path):
@@ -44,16 +49,47 @@ class TestDataset:
 
 
 class TestLoader:
-    def test_it_shows_its_data_set_options_and_rank(self, path):
+    @pytest.mark.parametrize("kind", [tc.DataLoader, tc.NumpyLoader])
+    def test_it_shows_its_data_set_options_path_order_position_and_rank(self, path, kind):
         options = tc.LoaderOptions(seed=3, rank=1, world_size=2)
         dataset = tc.Dataset(path)
-        loader = tc.DataLoader(dataset, 8, shuffle=True, drop_last=True, options=options)
-        rest = "batch_size=8, shuffle=True, drop_last=True, LoaderOptions(seed=3, rank=1, world_size=2), rank 1 of 2"
-        assert repr(loader) == f"DataLoader({dataset!r}, {rest} (from options))"
-        loader = tc.NumpyLoader(dataset, 8, shuffle=True, drop_last=True, options=options)
-        assert repr(loader) == f"NumpyLoader({dataset!r}, {rest} (from options))"
-        assert repr(tc.DataLoader(dataset, 8)) == f"DataLoader({dataset!r}, batch_size=8, rank 0 of 1 (alone))"
-        assert repr(tc.DataLoader(dataset, batch_size=None)).endswith("torch's path, rank 0 of 1 (alone))")
+        loader = kind(dataset, 4, shuffle=True, drop_last=True, options=options)
+        said = "batch_size=4, shuffle=True, drop_last=True, LoaderOptions(seed=3, rank=1, world_size=2), native path, "
+        begin, order = f"{kind.__name__}({dataset!r}, ", "tiercache's shuffled order, at record {} of 12 in epoch {}"
+        end = ", rank 1 of 2 (from options))"
+        assert repr(loader) == begin + said + order.format(0, 0) + end
+        iterator = iter(loader)
+        next(iterator)
+        assert repr(loader) == begin + said + order.format(8, 0) + end
+        assert list(iterator) == []
+        assert repr(loader) == begin + said + order.format(0, 1) + end
+        plain = "batch_size=8, native path, stored order, at record 0 of 12 in epoch 0, rank 0 of 1 (alone))"
+        assert repr(kind(dataset, 8)) == begin + plain
+
+    def test_it_shows_why_torch_serves_it_and_whose_order_it_has(self, path):
+        dataset = tc.Dataset(path)
+        single = repr(tc.DataLoader(dataset, batch_size=None))
+        assert "torch's path (batch_size=None asks for single records), stored order, at record 0 of 12" in single
+        assert "is a list, not a tiercache.Dataset), the order of its SequentialSampler)" in repr(tc.DataLoader([1, 2]))
+        loader = tc.DataLoader(dataset, 4, sampler=RandomSampler(dataset))
+        next(iter(loader))
+        assert "native path, the order of its RandomSampler, at batch 1 in epoch 0" in repr(loader)
+
+    def test_a_description_does_not_begin_the_run(self, path):
+        loader = tc.DataLoader(tc.Dataset(path), 4, shuffle=True, generator=torch.Generator().manual_seed(5))
+        other = tc.DataLoader(tc.Dataset(path), 4, shuffle=True, generator=torch.Generator().manual_seed(6))
+        seeds = [one.state_dict()["seed"] for one in (loader, other) if repr(one)]
+        assert seeds[0] != seeds[1]
+
+    @pytest.mark.parametrize("kind", [tc.DataLoader, tc.NumpyLoader])
+    def test_a_path_and_options_as_arguments_are_refused_with_what_is_meant(self, path, kind):
+        with pytest.raises(TypeError, match=r"takes a data set, got a path: \w+\(tiercache.Dataset\('data'\), ...\)"):
+            kind("data", 4)
+        with pytest.raises(TypeError, match=r"got a path"):
+            kind(dataset=path, batch_size=4)
+        meant = r"seed= is an option: \w+\(..., options=tiercache.LoaderOptions\(seed=3, threads=2\)\)"
+        with pytest.raises(TypeError, match=meant):
+            kind(tc.Dataset(path), 4, threads=2, seed=3)
 
 
 def test_a_writer_shows_its_state(tmp_path):
