@@ -47,7 +47,7 @@ ARROW_TYPES = {
     "span": pa.duration("ms"),
     "fixed": pa.binary(3),
     "words": pa.list_(pa.string()),
-    "large": pa.large_list(pa.float64()),
+    "large": "large_list<float64?>?",
     "pair": pa.list_(pa.string(), 2),
     "choice": pa.dictionary(pa.int8(), pa.string()),
     "text_view": pa.string_view(),
@@ -65,7 +65,7 @@ WIDE = Schema.of(
         "blob": "bytes?",
         "facts": "json?",
         "nulls only": "str?",
-        **{name: pa.field(name, kind) for name, kind in ARROW_TYPES.items()},
+        **{name: kind if isinstance(kind, str) else pa.field(name, kind) for name, kind in ARROW_TYPES.items()},
     }
 )
 ROWS = Schema.of({"id": "int64", "caption": "str?", "tokens": Tensor("uint16", (4,))})

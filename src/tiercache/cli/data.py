@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
 from tiercache.packer.tables import Export
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
+from tiercache.shard.schema import Column, Kind, UserType
 from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version
 from tiercache.store import Store, open_store, redact, split_url
 from tiercache.store.placement import follow_placement
@@ -81,7 +80,11 @@ def pack(
     ] = None,
     column: Annotated[
         list[str] | None,
-        option("--column", "NAME=TYPE", "Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."),
+        option(
+            "--column",
+            "NAME=TYPE",
+            "Type of a column, e.g. label=int or x=float32[3], as `info` prints it. May be repeated.",
+        ),
     ] = None,
     mode: Annotated[
         str,
@@ -158,39 +161,14 @@ def _print_skipped(output: Output, skipped: Sequence[SkippedFile]) -> None:
         output.event("left_out", {}, f"left out: {len(skipped) - _MOST_SKIPPED:,} more (--json names all)")
 
 
-_TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
-
-
 def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
     types: dict[str, UserType] = {}
     for pair in pairs or ():
         name, found, text = pair.rpartition("=")
         if not found or not name:
             raise ValueError(f"--column takes NAME=TYPE, e.g. label=int64 or caption=str?, got {pair!r}")
-        types[name] = parse_type(text)
+        types[name] = str(Column.of(name, text))
     return types
-
-
-def parse_type(text: str) -> UserType:
-    """Return the column type that a text names, in the form that `info` prints. Raises ValueError, SchemaError."""
-    match = _TYPE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(
-            f"not a column type: {text!r}; examples are int64, str?, image<jpeg>, float32[3, 64], float32[*, 4]?"
-        )
-    nullable = bool(match["nullable"])
-    if match["encoding"] is not None and match["name"] == "image":
-        return Image(match["encoding"], nullable=nullable)
-    if match["shape"] is None:
-        return text.strip()
-    try:
-        shape = tuple(None if d.strip() == "*" else int(d) for d in match["shape"].split(","))
-    except ValueError as error:
-        raise ValueError(f"a shape consists of numbers, and * for a size that varies, got {text!r}") from error
-    fixed = tuple(d for d in shape if d is not None)
-    if len(fixed) == len(shape):
-        return Tensor(match["name"], fixed, nullable=nullable)
-    return Ragged(match["name"], shape, nullable=nullable)
 
 
 @verb(after_ctrl_c="nothing was changed; run the same command again")
@@ -339,7 +317,7 @@ def format_value(column: Column, value: Any) -> str:
     if value is None:
         return "null"
     if column.kind in (Kind.IMAGE, Kind.BYTES):
-        return f"<{column.encoding or 'bytes'} {format_bytes(len(value))}>"
+        return f"<{column.encoding or column.kind} {format_bytes(len(value))}>"
     if column.kind is Kind.STR:
         return shorten(json.dumps(value, ensure_ascii=False))
     if column.shape:

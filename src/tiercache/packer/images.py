@@ -5,17 +5,14 @@ Each JPEG, PNG or WebP file is checked to be a complete image by its header and 
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from tiercache.errors import SchemaError
 from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile
-from tiercache.shard.schema import CLASSES_KEY, Image, Schema
+from tiercache.shard.schema import Image, Schema
 
 _STARTS = {
     b"\xff\xd8\xff": "jpeg",
@@ -121,9 +118,8 @@ class ImageFolder:
 
     @property
     def schema(self) -> Schema:
-        names = json.dumps(self.classes, ensure_ascii=False).encode()
-        label = pa.field("label", pa.int64(), nullable=False, metadata={CLASSES_KEY: names})
-        return Schema.of({"image": Image(self.encoding), "label": label, "path": "str"})
+        types = {"image": Image(self.encoding), "label": "int64", "path": "str"}
+        return Schema.of(types).with_classes({"label": self.classes})
 
     @property
     def splits(self) -> tuple[InputSplit, ...]:

@@ -65,6 +65,7 @@ class PackOptions:
 
     kind: SourceKind | None = None
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     mode: VersionKind = "create"
     shard_size: int | str = "128MiB"
     block_size: int | str = "1MiB"
@@ -173,6 +174,8 @@ def find_source(
     if kind == "images":
         if options.schema is not None:
             raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema=")
+        if options.classes:
+            raise SchemaError("the sub-folders of a folder of images name its classes: omit classes=")
         classes = next((c.classes for c in parent.schema.columns if c.classes), None) if parent is not None else None
         return _with_schema_of(parent, images.find_images(files, chosen, classes)), skipped
     # A folder of tables also holds other files (README.md, Spark's _SUCCESS); a file that is named explicitly always
@@ -183,10 +186,14 @@ def find_source(
         reason = f"its name is not that of a {kind} file"
         markers = {f for f in others if f.path.rpartition("/")[2].startswith("_")}
         skipped += [SkippedFile(f.path, reason) for f in chosen if f in others - markers]
-    return _with_schema_of(parent, _find_table(kind, files, tables or chosen, options)), skipped
+    table = _find_table(kind, files, tables or chosen, options)
+    table = replace(table, schema=table.schema.with_classes(options.classes))
+    return _with_schema_of(parent, table, options.classes), skipped
 
 
-def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> RecordSource:
+def _find_table(
+    kind: SourceKind, files: Files, found: Sequence[SourceFile], options: PackOptions
+) -> tables.ParquetFiles | tables.JsonLines:
     given = options.schema
     if given is None or isinstance(given, Mapping):
         if kind == "parquet":
@@ -199,7 +206,9 @@ def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], opt
     return tables.JsonLines(files, Schema.of(given), tables.split_files(found), find_partitions(files, found))
 
 
-def _with_schema_of(parent: Version | None, source: RecordSource) -> RecordSource:
+def _with_schema_of(
+    parent: Version | None, source: RecordSource, classes: Mapping[str, Sequence[str]] | None = None
+) -> RecordSource:
     """Return the source with the schema of the data set that it is appended to, if any.
 
     If a table has the data set's columns, its inferred types are ignored: each value is checked when it is written.
@@ -208,10 +217,11 @@ def _with_schema_of(parent: Version | None, source: RecordSource) -> RecordSourc
     if parent is None:
         return source
     names, expected = set(source.schema.names), set(parent.schema.names)
+    schema = parent.schema.with_classes(classes or {})  # the writer refuses other classes than those of the data set
     if isinstance(source, tables.JsonLines) and names <= expected:
-        return replace(source, schema=parent.schema)
+        return replace(source, schema=schema)
     if isinstance(source, tables.ParquetFiles) and names == expected:
-        return replace(source, schema=parent.schema)
+        return replace(source, schema=schema)
     check_same_schema(parent.schema, source.schema)
     return source
 
@@ -434,6 +444,7 @@ def pack(
     *,
     kind: SourceKind | None = None,
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
     mode: VersionKind = "create",
     shard_size: int | str = "128MiB",
     block_size: int | str = "1MiB",
@@ -459,6 +470,8 @@ def pack(
         kind: Kind of the source: "images", "parquet" or "jsonl"; None: decided by the files' names.
         schema: Mapping from column names to types, which overrides the types of these columns; or an Arrow schema (or a
             Schema) with all columns to pack. Not for images.
+        classes: Mapping of columns of integers to the class names of their labels 0, 1, 2, .... Not for images, whose
+            folders name the classes.
         mode: "create" for a new data set, "append" or "overwrite".
         shard_size: Target size of a shard in bytes, or a text such as "128MiB".
         block_size: Target size of a block in bytes, or a text such as "1MiB".
@@ -479,6 +492,7 @@ def pack(
     options = PackOptions(
         kind=kind,
         schema=schema,
+        classes=classes or {},
         mode=mode,
         shard_size=shard_size,
         block_size=block_size,

@@ -23,7 +23,7 @@ from tiercache.config import available_cpus
 from tiercache.errors import SchemaError, StoreError
 from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.schema import Ragged, Schema, UserType
+from tiercache.shard.schema import Schema, UserType
 from tiercache.shard.versions import ShardTable, Version, read_shards
 from tiercache.store import Store, Upload
 
@@ -35,13 +35,13 @@ _BATCH_RECORDS = 4096
 
 
 def type_of(value: object) -> str | None:
-    """Return the type of a JSON value: a scalar type, "[int64]" or "[float64]", or "json"; None for null."""
+    """Return the type of a JSON value: a scalar type, "int64[*]" or "float64[*]", or "json"; None for null."""
     if value is None:
         return None
     if isinstance(value, list):
         kinds = {type(element) for element in value}
         if kinds <= {int, float}:
-            return "[float64]" if float in kinds else "[int64]"
+            return "float64[*]" if float in kinds else "int64[*]"
         return "json"
     return _SCALARS.get(type(value), "json")
 
@@ -52,9 +52,9 @@ def join(first: str, second: str) -> str | None:
         return first
     if kinds == {"int64", "float64"}:
         return "float64"
-    if kinds == {"[int64]", "[float64]"}:
-        return "[float64]"
-    return "json" if kinds & {"json", "[int64]", "[float64]"} else None
+    if kinds == {"int64[*]", "float64[*]"}:
+        return "float64[*]"
+    return "json" if kinds & {"json", "int64[*]", "float64[*]"} else None
 
 
 def infer_types(records: Iterable[Mapping[str, Any]], location: Callable[[int], str]) -> dict[str, UserType]:
@@ -83,11 +83,7 @@ def infer_types(records: Iterable[Mapping[str, Any]], location: Callable[[int], 
     for name, found in kinds.items():
         if found is None:
             raise SchemaError(f"only nulls in the first {n_records} records; {say_type(name)}", column=name)
-        nullable = n_values[name] < n_records
-        if found.startswith("["):
-            types[name] = Ragged(found.strip("[]"), (None,), nullable=nullable)
-        else:
-            types[name] = f"{found}?" if nullable else found
+        types[name] = f"{found}?" if n_values[name] < n_records else found
     return types
 
 

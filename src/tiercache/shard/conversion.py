@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -23,15 +26,19 @@ from tiercache.shard.schema import (
     INTEGERS,
     STORED,
     SUPPORTED_TYPES,
+    TYPE_KEY,
     BFloat16Type,
     Column,
+    Image,
     Kind,
+    PlainType,
     Ragged,
     Schema,
     Tensor,
     UserType,
     check_mapping,
     find_bad_shape,
+    is_list,
 )
 from tiercache.shard.shard_file import ColumnData, shapes_of
 
@@ -206,22 +213,35 @@ def _holds_in(field: pa.Field, value: Any, stored: Any) -> bool:
 _PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", str: "str", dict: "json"}
 
 
-def type_of_value(name: str, value: object) -> UserType:
+# Types of the elements of a list, and of its column.
+_ELEMENT_TYPES = {
+    frozenset({int}): "int64",
+    frozenset({float}): "float64",
+    frozenset({int, float}): "float64",
+    frozenset({bool}): "bool",
+    frozenset({str}): "str",
+}
+
+
+def type_of_value(name: str, value: object) -> PlainType:
     """Return the type of a column that has this value in a record. Raises SchemaError if it cannot be inferred."""
     for python_type, text in _PYTHON_TYPES.items():
         if type(value) is python_type:
             return text
     if isinstance(value, bytes | bytearray | memoryview):
         return "bytes"
+    if is_pillow_image(value):
+        return Image()
     shape = _shape_of(value)
     if shape is not None:
         dtype = _dtype_name(name, value)
         return Tensor(dtype, shape) if shape else dtype
-    hint = (
-        "; a list may be a Ragged, a Tensor, json or an Arrow list: pass a schema"
-        if isinstance(value, list | tuple)
-        else ""
-    )
+    hint = ""
+    if isinstance(value, list | tuple):
+        element = _ELEMENT_TYPES.get(frozenset(map(type, value)))
+        if element is not None:
+            return f"list<{element}>" if element == "str" else Ragged(element, (None,))
+        hint = "; a list may be a Ragged, a Tensor, json or an Arrow list: pass a schema"
     got = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
     raise SchemaError(
         f"cannot infer the column's type from {got}{hint}", column=name, expected=SUPPORTED_TYPES, got=got
@@ -254,17 +274,17 @@ def type_of_column(name: str, values: Any) -> UserType:
     return _type_of_list(name, values)
 
 
-def _type_of_list(name: str, values: Sequence[object]) -> UserType:
+def _type_of_list(name: str, values: Sequence[object]) -> PlainType:
     """Return a type for all values of a list. It may mix int and float, or arrays of one dtype and several shapes."""
-    found: UserType | None = None
+    found: PlainType | None = None
     for record, value in enumerate(values):
-        if value is None:
+        if value is None or (isinstance(value, list | tuple) and not value):
             continue
         value_type = type_of_value(name, value)
         joined = value_type if found is None else _join(found, value_type)
         if joined is None:
             raise SchemaError(
-                f"expected {found}, like the records before, got {value_type}",
+                f"expected {Column.of(name, found)}, like the records before, got {Column.of(name, value_type)}",
                 column=name,
                 record=record,
                 expected=str(found),
@@ -273,24 +293,35 @@ def _type_of_list(name: str, values: Sequence[object]) -> UserType:
         found = joined
     if found is None:
         raise SchemaError(
-            "cannot infer the column's type: no value, or only nulls", column=name, expected=SUPPORTED_TYPES, got="None"
+            "cannot infer the column's type: no value, or only nulls and empty lists; pass a schema",
+            column=name,
+            expected=SUPPORTED_TYPES,
+            got="None",
+            is_untyped=True,
         )
     if all(value is not None for value in values):
         return found
     return f"{found}?" if isinstance(found, str) else replace(found, nullable=True)
 
 
-def _join(first: UserType, second: UserType) -> UserType | None:
+def _join(first: PlainType, second: PlainType) -> PlainType | None:
     if first == second:
         return first
-    if {first, second} == {"int64", "float64"}:
-        return "float64"
-    if isinstance(first, Tensor | Ragged) and isinstance(second, Tensor):
-        if first.dtype != second.dtype or len(first.shape) != len(second.shape):
+    if isinstance(first, str) and isinstance(second, str):
+        return _join_dtypes(first, second)
+    if isinstance(first, Tensor | Ragged) and isinstance(second, Tensor | Ragged):
+        dtype = _join_dtypes(first.dtype, second.dtype)
+        if dtype is None or len(first.shape) != len(second.shape):
             return None
         shape = tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True))
-        return Ragged(first.dtype, shape) if None in shape else first
+        return Ragged(dtype, shape) if None in shape else replace(first, dtype=dtype)
     return None
+
+
+def _join_dtypes(first: str, second: str) -> str | None:
+    if first == second:
+        return first
+    return "float64" if {first, second} == {"int64", "float64"} else None
 
 
 def _shape_of(value: Any) -> tuple[int, ...] | None:
@@ -311,15 +342,57 @@ def _dtype_name(name: str, value: Any) -> str:
     )
 
 
-def infer_record(record: Mapping[str, object]) -> Schema:
-    check_mapping(record)
-    return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
+def infer_records(records: Sequence[Mapping[str, object]]) -> Schema:
+    """Return the schema of records: a column that is missing, or None, in one of them is nullable. Raises SchemaError.
+
+    If a column has no value that gives its type, the error has the detail `is_untyped`; there is no other error then.
+    """
+    for record in records:
+        check_mapping(record)
+    types: dict[str, UserType] = {}
+    untyped: SchemaError | None = None
+    for name in dict.fromkeys(name for record in records for name in record):
+        try:
+            types[name] = _type_of_list(name, [record.get(name) for record in records])
+        except SchemaError as error:
+            if not error.details.get("is_untyped"):
+                raise
+            untyped = error
+    if untyped is not None:
+        raise untyped
+    return Schema.of(types)
+
+
+def as_table(columns: Any) -> Any:
+    """Return a frame of pandas or polars, or other columns that Arrow can read, as a table; other objects as they are.
+
+    The index of a frame of pandas becomes columns where it has names, and otherwise is left out.
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(columns, pandas.DataFrame):
+        named = [name for name in columns.index.names if name is not None]
+        return pa.Table.from_pandas(columns.reset_index(named) if named else columns, preserve_index=False)
+    if isinstance(columns, Mapping | pa.RecordBatch | pa.Table) or not hasattr(columns, "__arrow_c_stream__"):
+        return columns
+    return pa.table(columns)
 
 
 def infer_batch(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
-    """Return the schema of a batch: arrays or lists by column name, or an Arrow batch or table. Raises SchemaError."""
+    """Return the schema of a batch: arrays or lists by column name, or an Arrow batch or table. Raises SchemaError.
+
+    A column is nullable if the batch has a null in it: Arrow's own flag is set for almost every column. The fields of a
+    data set's own batches (with TYPE_KEY) say what they are.
+    """
     if isinstance(columns, pa.RecordBatch | pa.Table):
-        return Schema.of(columns.schema)
+        fields = zip(columns.schema, columns.columns, strict=True)
+        return Schema.of(
+            pa.schema(
+                [
+                    field if TYPE_KEY in (field.metadata or {}) else field.with_nullable(array.null_count > 0)
+                    for field, array in fields
+                ]
+            )
+        )
     check_mapping(columns)
     return Schema.of({name: type_of_column(name, values) for name, values in columns.items()})
 
@@ -386,7 +459,7 @@ def _numbers(column: Column, array: pa.Array) -> Array:
 def _tensors(column: Column, array: pa.Array) -> ColumnData:
     n, array_type = len(array), array.type
     shape: list[int] = []
-    if pt.is_list(array.type) or pt.is_large_list(array.type):
+    if is_list(array.type):
         array = _equal_lists(column, array)
     inner = array
     while pt.is_fixed_size_list(inner.type):
@@ -421,7 +494,10 @@ def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_recor
             allowed = np.repeat(~valid.to_numpy(zero_copy_only=False), per_record)[: len(inner)]
         wrong = inner.is_null().to_numpy(zero_copy_only=False) & ~allowed
         if wrong.any():
-            raise ConversionError(str(column), "a tensor with nulls inside", int(np.argmax(wrong)) // per_record)
+            got = "a tensor with nulls inside"
+            if column.kind is Kind.RAGGED:
+                got = f"a list with nulls inside, whose type is list<{column.dtype}?>"
+            raise ConversionError(str(column), got, int(np.argmax(wrong)) // per_record)
     try:
         return _numbers(column, inner)
     except ConversionError as error:
@@ -468,7 +544,7 @@ def _ragged(column: Column, array: pa.Array) -> ColumnData:
         if pt.is_list(data.type):
             data = data.cast(pa.large_list(data.type.value_type))
         return _ragged_of(column, data, _shapes(column, shape, valid), valid)
-    if (pt.is_list(array.type) or pt.is_large_list(array.type)) and len(column.shape) == 1:
+    if is_list(array.type) and len(column.shape) == 1:
         data = array.cast(pa.large_list(array.type.value_type))
         valid = array.is_valid().to_numpy(zero_copy_only=False)
         return _ragged_of(column, data, None, valid)
@@ -515,7 +591,25 @@ def _any_arrow(column: Column, array: pa.Array) -> ColumnData:
         found.validate(full=True)
     except pa.ArrowException as error:
         raise ConversionError(str(column), f"an Arrow array of {array.type}: {error}") from error
+    if _has_forbidden_null(found):
+        raise ConversionError(str(column), "a value with nulls inside", _first_forbidden(found))
     return ColumnData(len(found), array=found)
+
+
+def _has_forbidden_null(array: pa.Array) -> bool:
+    """Return whether a value has a null that its type forbids. Arrow casts such lists without an error."""
+    inner: list[tuple[pa.Field, pa.Array]] = []
+    if is_list(array.type) or pt.is_fixed_size_list(array.type):
+        inner = [(array.type.value_field, array.flatten())]
+    elif pt.is_struct(array.type):
+        inner = list(zip(array.type, array.drop_null().flatten(), strict=True))
+    elif pt.is_map(array.type):
+        inner = [(array.type.item_field, array.items)]
+    return any(_has_forbidden_null(values) or (values.null_count and not field.nullable) for field, values in inner)
+
+
+def _first_forbidden(array: pa.Array) -> int:
+    return next(index for index in range(len(array)) if _has_forbidden_null(array[index : index + 1]))
 
 
 # JSON is missing, because its values are parsed and arrive as a list.
@@ -731,6 +825,36 @@ def _convert_bytes(column: Column, value: Any) -> bytes:
     raise ConversionError(str(column), _type_name(value))
 
 
+_QUALITY = 95  # of JPEG and WebP, for images that were not read from a JPEG file
+
+
+def _convert_image(column: Column, value: Any) -> bytes:
+    """Return the bytes of an image: as they are given, those of a file, or of an image of Pillow, which is encoded."""
+    if isinstance(value, os.PathLike):
+        try:
+            return Path(value).read_bytes()
+        except OSError as error:
+            raise ConversionError(f"{column}, or a path of one", f"{os.fspath(value)!r}: {error.strerror}") from error
+    if not is_pillow_image(value):
+        if isinstance(value, str):
+            raise ConversionError(str(column), "a str; the path of a file is a pathlib.Path")
+        return _convert_bytes(column, value)
+    # Pillow's `format` is that of the file from which the image was read. It is None after a change such as resize().
+    encoding = column.encoding or (value.format or "png").lower()
+    stream = io.BytesIO()
+    try:
+        value.save(stream, encoding, quality="keep" if encoding == "jpeg" and value.format == "JPEG" else _QUALITY)
+    except (OSError, ValueError, KeyError) as error:
+        got = f"an image of the mode {value.mode}, which Pillow cannot write as {encoding}: {error}"
+        raise ConversionError(str(column), got) from error
+    return stream.getvalue()
+
+
+def is_pillow_image(value: object) -> bool:
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
 def _convert_str(_: Column, value: Any) -> bytes:
     if not isinstance(value, str):
         raise ConversionError("str", _type_name(value))
@@ -789,7 +913,7 @@ _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
     Kind.TENSOR: _fit_value,
     Kind.RAGGED: _fit_value,
     Kind.BYTES: _convert_bytes,
-    Kind.IMAGE: _convert_bytes,
+    Kind.IMAGE: _convert_image,
     Kind.STR: _convert_str,
     Kind.JSON: _convert_json,
     Kind.ARROW: _convert_arrow,

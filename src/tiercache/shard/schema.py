@@ -1,4 +1,4 @@
-"""Types of columns, Column and Schema, the inference of types from values, and the comparison of two schemas."""
+"""Types of columns and their notation, Column and Schema, and the comparison of two schemas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -38,8 +39,10 @@ STORED: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
 INTEGERS = frozenset(name for name in STORED if "int" in name)
 FLOATS = frozenset(name for name in STORED if "float" in name)
 SUPPORTED_TYPES = (
-    f"{', '.join(STORED)}, bytes, str, json (add '?' for nullable), tiercache.Image(encoding), "
-    "tiercache.Tensor(dtype, shape), tiercache.Ragged(dtype, shape), or an Arrow type"
+    f"{', '.join(STORED)}, int and float (64 bits), bytes, str, json, image, image<jpeg>; with a shape, as in "
+    "float32[3, 64] or int32[*, 4]; list<str>, struct<a: str, b: int8>, map<str, int8>; timestamp[us] and other names "
+    "of Arrow; each with '?' if values may be None; a type of Python, NumPy, torch or Arrow; tiercache.Image, "
+    "tiercache.Tensor or tiercache.Ragged"
 )
 _ENCODING = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 # The file stores a dimension as an int32. 32 dimensions are the limit of numpy 1.
@@ -66,14 +69,16 @@ class Image:
     """Column type: bytes of an encoded image.
 
     Args:
-        encoding: Name of the encoding in lower case, such as "jpeg" or "png".
+        encoding: Name of the encoding in lower case, such as "jpeg" or "png". None: images of any encoding.
         nullable: Whether a record may have no image (None).
     """
 
-    encoding: str
+    encoding: str | None = None
     nullable: bool = False
 
     def __post_init__(self) -> None:
+        if self.encoding is None:
+            return
         if type(self.encoding) is not str or not _ENCODING.fullmatch(self.encoding):
             raise SchemaError(f"an image's encoding is a short lower-case name such as 'jpeg', got {self.encoding!r}")
 
@@ -83,7 +88,7 @@ class Tensor:
     """Column type: an array that has the same shape in every record.
 
     Args:
-        dtype: Data type of the elements: a name such as "float32", a numpy dtype or type, or a torch dtype.
+        dtype: Data type of the elements: a name such as "float32", or a type of Python, NumPy, torch or Arrow.
         shape: Shape of the array of a record, 1 to 32 dimensions.
         nullable: Whether a record may have no array (None).
     """
@@ -111,7 +116,7 @@ class Ragged:
     """Column type: an array whose shape differs between records.
 
     Args:
-        dtype: Data type of the elements: a name such as "float32", a numpy dtype or type, or a torch dtype.
+        dtype: Data type of the elements: a name such as "float32", or a type of Python, NumPy, torch or Arrow.
         shape: Shape of the array of a record, 1 to 32 dimensions; None for a dimension that varies.
         nullable: Whether a record may have no array (None).
     """
@@ -127,7 +132,10 @@ class Ragged:
             raise SchemaError(f"a Ragged has a dimension that varies (None), got {self.shape}; use a Tensor")
 
 
-UserType: TypeAlias = str | Image | Tensor | Ragged | pa.DataType | pa.Field
+# A type as users state it: in the notation of resolve_type(), or as an object. torch's types need no import of torch.
+UserType: TypeAlias = str | type | np.dtype[Any] | Image | Tensor | Ragged | pa.DataType | pa.Field
+# A resolved type, without its "?". A str is a dtype, or "bytes", "str" or "json".
+PlainType: TypeAlias = str | Image | Tensor | Ragged | pa.DataType
 
 
 def check_name(name: object) -> str:
@@ -138,11 +146,21 @@ def check_name(name: object) -> str:
 
 
 def check_dtype(dtype: object) -> str:
-    """Return the name of a dtype given as a name, a numpy dtype or type, or a torch dtype. Raises SchemaError."""
-    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
-    if name not in STORED:
-        raise SchemaError(f"no such dtype: {dtype!r}", expected=f"one of {', '.join(STORED)}", got=repr(dtype))
-    return name
+    """Return the name of a dtype that is stated as a name, or as a type of Python, NumPy, torch or Arrow."""
+    if type(dtype) is str and dtype in STORED:
+        return dtype
+    nearest: object = ""
+    try:
+        plain, nullable = resolve_type(dtype)
+        if plain in STORED and not nullable:
+            return str(plain)
+    except SchemaError as error:
+        nearest = error.details.get("nearest", "")
+    raise SchemaError(
+        f"no such dtype: {dtype!r}{nearest}; the dtypes are {', '.join(STORED)}",
+        expected=f"one of {', '.join(STORED)}",
+        got=repr(dtype),
+    )
 
 
 def _check_shape(shape: object) -> tuple[int | None, ...]:
@@ -352,6 +370,205 @@ def _type_of_extension(arrow_type: pa.BaseExtensionType) -> UserType:
     return type_of_arrow(arrow_type.storage_type)
 
 
+_PLAIN_NAMES = {name: name for name in (*STORED, "bytes", "str", "json")} | {"int": "int64", "float": "float64"}
+_NESTED = ("list", "large_list", "struct", "map")
+# Names that an unknown name is compared with.
+_NAMES = (*_PLAIN_NAMES, "image", *_NESTED, "timestamp", "date32", "time64", "duration", "decimal128")
+_PYTHON_TYPES = (bool, int, float, str, bytes)  # their names are names of types
+_NAME = re.compile(r"\s*(\w*)\s*")
+
+
+def resolve_type(user: object) -> tuple[PlainType, bool]:
+    """Return a type that a user states, and whether it is nullable. Raises SchemaError, which lists the types.
+
+    The notation of types is the same wherever a type is written or shown::
+
+        float32    int    str    bytes    json    image    image<jpeg>
+        float32[3, 64]    int32[*, 4]                    a Tensor; a Ragged
+        list<int32>                                      the same as int32[*]
+        list<str>    list<str>[2]    struct<a: str, b: int8>    map<str, int8>
+        timestamp[us]    timestamp[us, UTC]    decimal128(10, 2)    date32    and the other names of Arrow's types
+
+    A "?" after a type, also after an inner one, says that values may be None. An Arrow list of numbers is a Ragged,
+    although Arrow lists may have null elements unless they say otherwise; list<int32?> is an Arrow list.
+    """
+    if isinstance(user, Image | Tensor | Ragged):
+        return user, user.nullable
+    if isinstance(user, pa.Field):
+        return _type_of_user_arrow(user.type), bool(user.nullable)
+    if isinstance(user, pa.DataType):
+        return _type_of_user_arrow(user), bool(pt.is_null(user))
+    text = str(user)
+    try:
+        text = _text_of_type(user)
+        plain, nullable, rest = _parse_type(text)
+        if rest:
+            raise ValueError(f"{rest!r} follows the type")
+    except LookupError as error:
+        raise _unknown_type(user, text, str(error.args[0])) from None
+    except SchemaError:
+        raise
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise _unknown_type(user, text) from error
+    return type_of_arrow(plain) if isinstance(plain, pa.DataType) and not is_list(plain) else plain, nullable
+
+
+def _text_of_type(user: object) -> str:
+    """Return the notation of a type of Python, NumPy or torch. Raises LookupError for another object."""
+    if isinstance(user, str):
+        return user
+    if isinstance(user, np.dtype):
+        if user.kind in "Mm":
+            return str(pa.from_numpy_dtype(user))
+        return {"U": "str", "T": "str", "S": "bytes"}.get(user.kind, user.name)
+    if isinstance(user, type) and (user in _PYTHON_TYPES or issubclass(user, np.generic)):
+        return user.__name__.rstrip("_")
+    if type(user).__module__ == "torch":
+        return str(user).removeprefix("torch.")
+    raise LookupError(getattr(user, "__name__", ""))
+
+
+def _unknown_type(user: object, text: str, name: str = "") -> SchemaError:
+    """Return the error of a text that is no type. name: The part of it that is no name of a type."""
+    found = get_close_matches(name.lower(), _NAMES, 1)
+    nearest = f"; the nearest is {text.replace(name, found[0], 1)!r}" if found else ""
+    message = f"no such type: {user!r}{nearest}; the types are {SUPPORTED_TYPES}"
+    return SchemaError(message, expected=SUPPORTED_TYPES, got=repr(user), nearest=nearest)
+
+
+def _parse_type(text: str) -> tuple[PlainType, bool, str]:
+    """Return the type at the start of a text, whether it is nullable, and the rest of the text.
+
+    Raises LookupError with a name that is unknown, and ValueError.
+    """
+    plain: PlainType
+    _, name, rest = _NAME.split(text, 1)
+    if rest.startswith("<"):
+        plain, rest = _parse_nested(name, rest[1:].lstrip())
+    elif rest.startswith(("[", "(")):
+        arguments, end, rest = rest[1:].partition("]" if rest[0] == "[" else ")")
+        if not end:
+            raise ValueError("a bracket is not closed")
+        plain = _apply_arguments(name, [argument.strip() for argument in arguments.split(",")])
+    elif name == "image":
+        plain = Image()
+    else:
+        plain = _PLAIN_NAMES.get(name) or _arrow_name(name)
+    rest = rest.lstrip()
+    return plain, rest.startswith("?"), rest.removeprefix("?").lstrip()
+
+
+def _arrow_name(name: str, arguments: str = "") -> pa.DataType:
+    try:
+        return pa.type_for_alias(name + arguments)
+    except ValueError:
+        if name in _NAMES:
+            raise
+        raise LookupError(name) from None
+
+
+def _apply_arguments(name: str, arguments: list[str]) -> PlainType:
+    """Return a dtype with a shape, or an Arrow type with its arguments."""
+    dtype = _PLAIN_NAMES.get(name, "")
+    if dtype in STORED:
+        shape = tuple(None if d == "*" else int(d) for d in arguments)
+        return Ragged(dtype, shape) if None in shape else Tensor(dtype, tuple(d or 0 for d in shape))
+    if name == "timestamp" and len(arguments) > 1:
+        return pa.timestamp(arguments[0], arguments[1].removeprefix("tz="))
+    if name == "fixed_size_binary":
+        return pa.binary(int(arguments[0]))
+    if name in ("decimal32", "decimal64", "decimal128", "decimal256"):
+        return getattr(pa, name)(*map(int, arguments))
+    return _arrow_name(name, f"[{', '.join(arguments)}]")
+
+
+def _parse_nested(name: str, text: str) -> tuple[PlainType, str]:
+    """Return the type whose name and "<" were read, and the rest of the text. Raises as _parse_type()."""
+    if name == "image":
+        encoding, _, rest = text.partition(">")
+        return Image(encoding.strip()), rest
+    if name not in _NESTED:
+        raise LookupError(name)
+    inner: list[PlainType] = []
+    fields: list[pa.Field] = []
+    while not text.startswith(">"):
+        field_name = "item"
+        if name == "struct":
+            field_name, _, text = text.partition(":")
+        plain, nullable, text = _parse_type(text)
+        inner.append(plain)
+        fields.append(pa.field(field_name.strip(), _arrow_type_of(plain), nullable=nullable))
+        if not text.startswith((",", ">")):
+            raise ValueError("expected ',' or '>'")
+        text = text.removeprefix(",").lstrip()
+    text = text[1:].lstrip()
+    if name == "struct":
+        return pa.struct(fields), text
+    if name == "map":
+        key, item = fields
+        return pa.map_(key.type, item.with_name("value")), text
+    (item,) = fields
+    if text.startswith("["):
+        size, _, text = text[1:].partition("]")
+        return pa.list_(item, int(size)), text
+    if name == "list" and inner[0] in STORED and not item.nullable:
+        return Ragged(str(inner[0]), (None,)), text
+    return pa.large_list(item) if name == "large_list" else pa.list_(item), text
+
+
+def _arrow_type_of(plain: PlainType) -> pa.DataType:
+    """Return the Arrow type of an inner type. Raises SchemaError for one that Arrow's nested types cannot have."""
+    if isinstance(plain, pa.DataType):
+        return plain
+    if isinstance(plain, Image) or plain in ("json", "bfloat16"):
+        name = "image" if isinstance(plain, Image) else plain
+        raise SchemaError(f"lists, structs and maps cannot have values of the type {name}", got=name)
+    if isinstance(plain, str):
+        return {"str": pa.string(), "bytes": pa.binary(), "bool": pa.bool_()}.get(plain) or pa.from_numpy_dtype(
+            STORED[plain]
+        )
+    found = _arrow_type_of(plain.dtype)
+    for dimension in reversed(plain.shape):
+        item = pa.field("item", found, nullable=False)
+        found = pa.list_(item) if dimension is None else pa.list_(item, dimension)
+    return found
+
+
+def is_list(arrow_type: pa.DataType) -> bool:
+    """Return whether values are lists of any lengths."""
+    return bool(pt.is_list(arrow_type) or pt.is_large_list(arrow_type) or _is_view(arrow_type))
+
+
+def _type_of_user_arrow(arrow_type: pa.DataType) -> PlainType:
+    """Return the type for an Arrow type that a user states or a file has; a list of numbers is a Ragged."""
+    if not is_list(arrow_type):
+        return type_of_arrow(arrow_type)
+    inner = arrow_type.value_type
+    if pt.is_integer(inner) or pt.is_floating(inner) or pt.is_boolean(inner):
+        return Ragged(_element_name(inner), (None,))
+    return arrow_type
+
+
+def show_arrow_type(arrow_type: pa.DataType) -> str:
+    """Return an Arrow type in the notation of resolve_type()."""
+    if is_list(arrow_type):
+        name = "list" if pt.is_list(arrow_type) else "large_list"
+        return f"{name}<{_show_field(arrow_type.value_field)}>"
+    if pt.is_fixed_size_list(arrow_type):
+        return f"list<{_show_field(arrow_type.value_field)}>[{arrow_type.list_size}]"
+    if pt.is_struct(arrow_type):
+        return f"struct<{', '.join(f'{field.name}: {_show_field(field)}' for field in arrow_type)}>"
+    if pt.is_map(arrow_type):
+        return f"map<{show_arrow_type(arrow_type.key_type)}, {_show_field(arrow_type.item_field)}>"
+    if pt.is_timestamp(arrow_type) and arrow_type.tz is not None:
+        return f"timestamp[{arrow_type.unit}, {arrow_type.tz}]"
+    return {"string": "str", "binary": "bytes"}.get(str(arrow_type), _element_name(arrow_type))
+
+
+def _show_field(field: pa.Field) -> str:
+    return f"{show_arrow_type(field.type)}{'?' if field.nullable else ''}"
+
+
 # These values equal those in csrc/gather.h; a test compares them.
 FIXED, BITS, VAR = 0, 1, 2
 TYPE_KEY = b"tiercache.type"
@@ -485,8 +702,8 @@ class Column:
         text = {
             Kind.TENSOR: f"{self.dtype}[{dimensions}]",
             Kind.RAGGED: f"{self.dtype}[{dimensions}]",
-            Kind.IMAGE: f"image<{self.encoding}>",
-            Kind.ARROW: str(self.arrow.type),
+            Kind.IMAGE: f"image<{self.encoding}>" if self.encoding else "image",
+            Kind.ARROW: show_arrow_type(self.arrow.type),
         }.get(self.kind, self.dtype or self.kind.value)
         return f"{text}?" if self.nullable else text
 
@@ -552,9 +769,24 @@ class Schema:
         """Return a schema of these columns, in the order of names. Raises SchemaError if a column does not exist."""
         return Schema([self.columns[self.index(name)] for name in names])
 
+    def with_classes(self, classes: Mapping[str, Sequence[str]]) -> Schema:
+        """Return the schema with class names of the labels 0, 1, 2, ... of these columns. Raises SchemaError."""
+        columns = list(self.columns)
+        for name, names in classes.items():
+            index = self.index(name)
+            column = columns[index]
+            if column.kind is not Kind.SCALAR or column.dtype not in INTEGERS:
+                raise SchemaError(f"only a column of integers has class names, and this is {column}", column=name)
+            if isinstance(names, str) or not all(isinstance(one, str) for one in names):
+                raise SchemaError(f"class names are a list of str, got {names!r}", column=name)
+            metadata = column.arrow.metadata | {CLASSES_KEY: json.dumps(list(names), ensure_ascii=False).encode()}
+            columns[index] = replace(column, arrow=column.arrow.with_metadata(metadata))
+        return Schema(columns)
+
     def to_bytes(self) -> bytes:
         """Return the schema as an Arrow IPC schema message."""
-        return bytes(self.arrow.serialize())
+        fields = [c.arrow.remove_metadata() if c.kind is Kind.ARROW else c.arrow for c in self.columns]
+        return bytes(pa.schema(fields).serialize())
 
     @staticmethod
     def from_bytes(data: bytes) -> Schema:
@@ -591,7 +823,7 @@ def _schema_from_bytes(data: bytes) -> Schema:
         _ = arrow.names  # a forged name may be no UTF-8
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise SchemaError(f"not an Arrow schema message: {error}") from error
-    return Schema.of(arrow)
+    return Schema([_stored_column(check_name(field.name), field) for field in arrow])
 
 
 def _column_from_bytes(data: bytes) -> Column:
@@ -603,25 +835,32 @@ def _rest(error: SchemaError) -> dict[str, Any]:
 
 
 def _column_of(name: str, user: UserType) -> Column:
-    if isinstance(user, pa.Field):
-        return _column_of_field(name, user)
-    if isinstance(user, pa.DataType):
-        return _column_of_field(name, pa.field(name, user, nullable=pa.types.is_null(user)))
-    if isinstance(user, str):
-        text, nullable = user.removesuffix("?"), user.endswith("?")
-        if text in ("bytes", "str", "json"):
-            return _build(name, Kind(text), nullable)
-        if text == "bool":
-            return _build(name, Kind.BOOL, nullable, dtype=text)
-        if text in STORED:
-            return _build(name, Kind.SCALAR, nullable, dtype=text)
-    elif isinstance(user, Image):
-        return _build(name, Kind.IMAGE, user.nullable, encoding=user.encoding)
-    elif isinstance(user, Tensor):
-        return _build(name, Kind.TENSOR, user.nullable, dtype=user.dtype, shape=user.shape)
-    elif isinstance(user, Ragged):
-        return _build(name, Kind.RAGGED, user.nullable, dtype=user.dtype, shape=user.shape)
-    raise SchemaError(f"no such type: {user!r}", expected=SUPPORTED_TYPES, got=repr(user))
+    if isinstance(user, pa.Field) and TYPE_KEY in (user.metadata or {}):
+        return _stored_column(name, user)
+    plain, nullable = resolve_type(user)
+    return _column_of_plain(name, plain, nullable, _kept(user) if isinstance(user, pa.Field) else None)
+
+
+def _column_of_plain(name: str, plain: PlainType, nullable: bool, kept: Mapping[bytes, bytes] | None = None) -> Column:
+    if isinstance(plain, pa.DataType):
+        return _arrow_column(name, plain, nullable)
+    if isinstance(plain, Image):
+        return _build(name, Kind.IMAGE, nullable, encoding=plain.encoding, kept=kept)
+    if isinstance(plain, Tensor | Ragged):
+        kind = Kind.TENSOR if isinstance(plain, Tensor) else Kind.RAGGED
+        return _build(name, kind, nullable, dtype=plain.dtype, shape=plain.shape, kept=kept)
+    if plain in STORED:
+        return _build(name, Kind.BOOL if plain == "bool" else Kind.SCALAR, nullable, dtype=plain, kept=kept)
+    return _build(name, Kind(plain), nullable, kept=kept)
+
+
+def _arrow_column(name: str, arrow_type: pa.DataType, nullable: bool) -> Column:
+    # Without a stated kind, a list of numbers would become a Ragged where a program states this field as a type. Stored
+    # schemas do not state it.
+    is_ambiguous = isinstance(_type_of_user_arrow(arrow_type), Ragged)
+    metadata = {TYPE_KEY: b'{"kind": "arrow"}'} if is_ambiguous else None
+    field = pa.field(name, storable_type(arrow_type), nullable=nullable, metadata=metadata)
+    return Column(name, Kind.ARROW, None, (), nullable, None, field)
 
 
 def _build(
@@ -657,41 +896,37 @@ def _arrow_type(kind: Kind, dtype: str | None, shape: tuple[int | None, ...], en
     return RaggedType(element, shape)
 
 
-def _column_of_field(name: str, field: pa.Field) -> Column:
+def _stored_column(name: str, field: pa.Field) -> Column:
+    """Return the column of a field of a stored schema: of the type that its metadata states, or of its Arrow type."""
     stated = (field.metadata or {}).get(TYPE_KEY)
-    if stated is None:
-        user = type_of_arrow(field.type)
-        if isinstance(user, pa.DataType):
-            arrow = pa.field(name, storable_type(user), nullable=field.nullable)
-            return Column(name, Kind.ARROW, None, (), field.nullable, None, arrow)
-        plain = _column_of(name, user)
-    else:
-        plain = _stated_column(name, field, stated)
-    return _build(name, plain.kind, field.nullable, plain.dtype, plain.shape, plain.encoding, _kept(field))
+    plain = type_of_arrow(field.type) if stated is None else _stated_type(name, field, stated)
+    return _column_of_plain(name, plain, field.nullable, _kept(field))
 
 
-def _stated_column(name: str, field: pa.Field, stated: bytes) -> Column:
-    """Return the column that the metadata of the field describes, if the field's storage type agrees with it."""
+def _stated_type(name: str, field: pa.Field, stated: bytes) -> PlainType:
+    """Return the type that the metadata of the field describes, if the field's storage type agrees with it."""
     try:
         facts = json.loads(stated)
         if isinstance(facts["kind"], str) and facts["kind"] not in set(Kind):
             raise UnknownKindError(f"no such kind here: {facts['kind']!r}", column=name, kind=facts["kind"])
         kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
         dtype, encoding = facts.get("dtype"), facts.get("encoding")
-        user: UserType = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}.get(kind, kind.value)
+        if kind is Kind.ARROW:
+            return field.type
+        plain: PlainType = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}.get(kind, kind.value)
         if kind is Kind.TENSOR:
-            user = Tensor(dtype, shape)
+            plain = Tensor(dtype, shape)
         elif kind is Kind.RAGGED:
-            user = Ragged(dtype, shape)
+            plain = Ragged(dtype, shape)
         elif kind is Kind.IMAGE:
-            user = Image(encoding)
-        plain = _column_of(name, user)
+            plain = Image(encoding)
+        column = _column_of_plain(name, plain, field.nullable)
     except UnknownKindError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SchemaError(f"cannot read the type {stated!r}: {error}", column=name) from error
     storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
-    if plain.kind is not kind or plain.storage_type != storage:
+    if column.kind is not kind or column.storage_type != storage:
         raise SchemaError(f"the type {stated!r} is not stored as {storage}", column=name)
     return plain
 

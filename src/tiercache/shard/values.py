@@ -6,7 +6,6 @@ list), and the array "<column>.valid" is False for it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,11 +32,10 @@ from tiercache.shard.schema import (
     Schema,
     Tensor,
     UserType,
-    check_dtype,
     find_bad_shape,
 )
 
-Casts: TypeAlias = Mapping[str, str]
+Casts: TypeAlias = Mapping[str, str]  # dtypes, or whole types of columns in their notation
 ServedColumns: TypeAlias = Mapping[str, Column]
 # The numbers equal those in csrc/cast.h.
 DTYPE_NUMBERS: dict[str, int] = {
@@ -54,7 +52,7 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 
 
 def parse_casts(casts: object) -> dict[str, str]:
-    """Return the casts that a user states, with dtypes by name. Raises TypeError and SchemaError."""
+    """Return the casts that a user states, in the notation of types. Raises TypeError and SchemaError."""
     if casts is None:
         return {}
     if not isinstance(casts, Mapping):
@@ -62,9 +60,13 @@ def parse_casts(casts: object) -> dict[str, str]:
     found = {}
     for name, dtype in casts.items():
         try:
-            found[str(name)] = check_dtype(dtype)
+            served = Column.of(name, dtype)
         except SchemaError as error:
-            raise _refusal(str(name), "cast: no such dtype", f"one of {', '.join(STORED)}", repr(dtype)) from error
+            text = error.message.removeprefix(f"column {name!r}: ")
+            raise SchemaError(f"cast: {text}", column=name, expected=error.expected, got=error.got) from error
+        if served.kind not in _NUMBERS:
+            raise _refusal(name, "cast: only numbers can be cast", f"one of {', '.join(STORED)}", str(served))
+        found[name] = str(served)
     return found
 
 
@@ -73,6 +75,11 @@ def served_column(column: Column, casts: Casts) -> Column:
     dtype = casts.get(column.name)
     if dtype is None or dtype == column.dtype:
         return column
+    if column.kind in _NUMBERS and dtype not in STORED:
+        stated = Column.of(column.name, dtype)
+        if (stated.shape or column.shape) != column.shape or stated.nullable > column.nullable:
+            raise _refusal(column.name, f"cast: only the dtype can be cast, and this is {column}", "a dtype", dtype)
+        return served_column(column, {column.name: stated.dtype or ""})
     if column.kind not in _NUMBERS:
         pictures = column.kind in (Kind.IMAGE, Kind.BYTES)
         hint = "; DecodeImage(dtype=) sets the dtype of decoded images" if pictures else ""
@@ -86,7 +93,7 @@ def served_column(column: Column, casts: Casts) -> Column:
     names = (column.arrow.metadata or {}).get(CLASSES_KEY)
     if names is None:
         return plain
-    return dataclasses.replace(plain, arrow=plain.arrow.with_metadata({**plain.arrow.metadata, CLASSES_KEY: names}))
+    return replace(plain, arrow=plain.arrow.with_metadata({**plain.arrow.metadata, CLASSES_KEY: names}))
 
 
 def served_columns(schema: Schema, casts: Casts) -> dict[str, Column]:

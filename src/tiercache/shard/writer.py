@@ -7,10 +7,11 @@ import secrets
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +24,11 @@ from tiercache.shard.codec import BlockCodec, parse_compression
 from tiercache.shard.conversion import (
     ConversionError,
     StoredArray,
+    as_table,
     build_column_data,
     convert_column,
     infer_batch,
-    infer_record,
+    infer_records,
     value_converter,
 )
 from tiercache.shard.footer import FOOTER_LIMIT_BYTES
@@ -55,7 +57,12 @@ from tiercache.shard.versions import (
 from tiercache.store import open_store
 from tiercache.store.contract import Store
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _LARGEST_INT64 = 2**63 - 1
+# Number of records among which each column needs a value, if a Writer has no schema.
+_FIRST_RECORDS = 100
 
 
 class RecordBuffer:
@@ -141,7 +148,8 @@ class RecordBuffer:
 
 def misfit_error(column: Column, error: ConversionError, record: int) -> SchemaError:
     """Return a ConversionError as a SchemaError. record: Number of the record in the whole input."""
-    return SchemaError(str(error), column=column.name, record=record, expected=error.expected, got=error.got)
+    hint = f"; a column with nulls has the type '{column}?'" if error.got in ("None", "null") else ""
+    return SchemaError(f"{error}{hint}", column=column.name, record=record, expected=error.expected, got=error.got)
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,6 +455,7 @@ class Writer:
         url: str | os.PathLike[str],
         *,
         schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
+        classes: Mapping[str, Sequence[str]] | None = None,
         mode: VersionKind = "create",
         shard_size: int | str = "128MiB",
         block_size: int | str = "1MiB",
@@ -457,8 +466,9 @@ class Writer:
 
         Args:
             url: URL or path of the data set's folder.
-            schema: Mapping of column names to types, or an Arrow schema. None: the schema of the data set (append), or
-                the schema that is inferred from the first record or batch.
+            schema: Mapping of column names to types (docs/guide/datasets.md), or an Arrow schema. None: the schema of
+                the data set (append), or the schema that is inferred from the first record or batch.
+            classes: Mapping of columns of integers to the class names of their labels 0, 1, 2, ....
             mode: "create" makes a new data set; "append" adds records to an existing one; "overwrite" replaces one, or
                 creates it. Until an overwrite commits, readers see the old version; later they can open it by number.
             shard_size: Approximate size of a shard in stored bytes; an int or a text such as "128MiB".
@@ -483,7 +493,9 @@ class Writer:
         self._commit: Commit | None = None
         self._ended = ""
         self.version: Version | None = None
-        given = None if schema is None else Schema.of(schema)
+        self._first_records: list[dict[str, Any]] = []  # records that wait for the schema
+        self._classes = dict(classes or {})
+        given = None if schema is None else Schema.of(schema).with_classes(self._classes)
         self._store.require_conditional_put()  # here, because the commit comes hours later
         self._parent = find_latest(self._store)
         if mode == "create" and self._parent is not None:
@@ -493,8 +505,9 @@ class Writer:
         if mode == "append":
             if self._parent is None:
                 raise no_data_set_error(self._store)
-            if given is not None:
-                check_same_schema(self._parent.schema, given)
+            if given is None:
+                given = self._parent.schema.with_classes(self._classes)
+            check_same_schema(self._parent.schema, given)
             given = self._parent.schema
         self._schema = given
         if given is not None:
@@ -521,10 +534,13 @@ class Writer:
     @property
     def n_records(self) -> int:
         """Number of records that this writer has written so far."""
-        return self._shards.n_records if self._shards is not None else 0
+        return self._shards.n_records if self._shards is not None else len(self._first_records)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add one record.
+
+        If no schema was given, the first record gives the types. Where it has None or an empty list, the next records
+        do, up to 100; a copy of these records waits until then.
 
         Args:
             record: Mapping of column names to values. A nullable column may be missing.
@@ -536,21 +552,33 @@ class Writer:
                 context or call abort().
             ValueError: The writer is closed.
         """
-        if self._shards is None:
-            with self._starting(infer_record(record)) as shards:
-                shards.write(record)
-        else:
+        if self._shards is not None:
             self._shards.write(record)
+            return
+        self._check_open()
+        try:
+            schema = infer_records([*self._first_records, record])
+        except SchemaError as error:
+            if not error.details.get("is_untyped") or len(self._first_records) + 1 == _FIRST_RECORDS:
+                raise
+            self._first_records.append(deepcopy(dict(record)))
+            return
+        with self._starting(schema) as shards:
+            shards.write(record)
 
-    def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
+    def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table | pd.DataFrame) -> None:
         """Add several records, given by column. After an error none of them is written.
 
+        If no schema was given, a column is nullable if the first batch has a null in it.
+
         Args:
-            columns: Mapping of column names to arrays or lists of equal length, or an Arrow record batch or table.
+            columns: Mapping of column names to arrays or lists of equal length; or an Arrow record batch or table, or a
+                frame of pandas or polars. NaN in a frame of pandas is a null.
 
         Raises:
             SchemaError, StoreError, ValueError: See write().
         """
+        columns = as_table(columns)
         if self._shards is None:
             with self._starting(infer_batch(columns)) as shards:
                 shards.write_batch(columns)
@@ -589,6 +617,8 @@ class Writer:
         self._end_watch()  # from here on, an exception says what was not committed
         if self._commit is None:
             try:
+                if self._first_records:
+                    infer_records(self._first_records)  # raises the error that names the column without a type
                 if self._shards is None or self._schema is None:
                     raise SchemaError("cannot create a data set: no schema was given and no record was written")
                 infos, schema, writer_id = self._shards.finish(), self._schema, self._shards.writer_id
@@ -625,11 +655,18 @@ class Writer:
     def _starting(self, schema: Schema) -> Iterator[ShardWriter]:
         """Yield a shard writer for an inferred schema; drop both if the data that gave the schema cannot be written."""
         self._check_open()
+        first = self._first_records
+        nullable = {c.name: c.nullable or any(record.get(c.name) is None for record in first) for c in schema.columns}
+        schema = Schema.of({c.name: c.arrow.with_nullable(nullable[c.name]) for c in schema.columns})
+        schema = schema.with_classes(self._classes)
         shards = ShardWriter(self._store, schema, self._options)
         self._schema = schema
         self._begin(shards)
         try:
+            for record in first:
+                shards.write(record)
             yield shards
+            self._first_records = []
         except SchemaError:
             self._end_watch()
             self._schema = self._shards = None

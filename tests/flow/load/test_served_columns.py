@@ -38,7 +38,7 @@ OTHERS: dict[str, Any] = {
     "count": "int32?",
     "flag": "bool?",
     "point": tc.Tensor("bfloat16", (2,), nullable=True),
-    "when": pa.field("when", pa.list_(pa.int64())),
+    "when": "list<int64?>?",
 }
 SCHEMA = OTHERS | VARIED
 ONE_VARIES_FIRST = ("blob", "text", "picture", "flat", "half", "flags", "rows", "empty")
@@ -551,7 +551,10 @@ def test_a_value_that_would_be_lost_is_an_error_that_names_it_whichever_way_it_i
 def test_invalid_casts_are_refused_when_the_data_set_is_opened(packed):
     for cast, match in (
         ({"nothing": "int64"}, "'nothing': no such column"),
-        ({"flat": "int65"}, "'flat': cast: no such dtype.*one of int8.*'int65'"),
+        ({"flat": "int65"}, "'flat': cast: no such type: 'int65'; the nearest is 'int64'; the types are int8"),
+        ({"flat": "str"}, "'flat': cast: only numbers can be cast.*got str"),
+        ({"flat": "int64[3]"}, r"'flat': cast: only the dtype can be cast, and this is .*got int64\[3\]"),
+        ({"id": "int32?"}, "'id': cast: only the dtype can be cast, and this is int64"),
         ({"text": "int64"}, "'text': cast: only numbers can be cast, and this is str"),
         ({"blob": "int64"}, "'blob': cast: only numbers can be cast.*DecodeImage"),
         ({"picture": "int64"}, "'picture'.*DecodeImage"),

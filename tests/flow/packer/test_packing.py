@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.image_files import jpeg, png
 
+from tiercache.data.dataset import Dataset
+from tiercache.data.packing import pack_sequences
 from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import tables
 from tiercache.packer.pack import PackOptions, pack, plan_pack, run_pack
@@ -182,6 +184,31 @@ class TestParquet:
         plan = plan_pack("memory://test-pack-nested-nulls/in", "memory://test-pack-nested-nulls/out", PackOptions())
         nullable = {column.name for column in plan.source.schema.columns if column.nullable}
         assert nullable >= {name for name in table.column_names if table[name].null_count}
+
+    def test_lists_of_numbers_become_ragged_arrays_and_their_tokens_can_be_packed_into_rows(self, tmp_path):
+        documents = [[1, 2, 3], [4, 5], [6, 7, 8]]
+        table = pa.table({"tokens": pa.array(documents, pa.list_(pa.int32())), "label": [0, 1, 0]})
+        pq.write_table(table, tmp_path / "in.parquet")
+        version = pack(tmp_path / "in.parquet", tmp_path / "out", classes={"label": ["ant", "bee"]})
+        assert [str(c) for c in version.schema.columns] == ["int32[*]", "int64"]
+        assert version.schema.columns[1].classes == ("ant", "bee")
+        assert [r["tokens"].tolist() for r in read(tmp_path / "out")] == documents
+        rows = pack_sequences(Dataset(tmp_path / "out"), "tokens", length=4)
+        assert [row["tokens"].tolist() for row in rows] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+        pack(tmp_path / "in.parquet", tmp_path / "out", mode="append", classes={"label": ["ant", "bee"]})
+        with pytest.raises(SchemaError, match="column 'label': the appended batch has other class names"):
+            pack(tmp_path / "in.parquet", tmp_path / "out", mode="append", classes={"label": ["ant"]})
+
+    def test_a_list_with_nulls_inside_is_an_error_that_names_its_type(self, tmp_path):
+        pq.write_table(pa.table({"x": [[1], [2, None]], "word": [["a"], ["b", None]]}), tmp_path / "in.parquet")
+        with pytest.raises(SchemaError, match=r"column 'x'.*row 1: .*nulls inside, whose type is list<int64\?>"):
+            pack(tmp_path / "in.parquet", tmp_path / "out")
+        with pytest.raises(
+            SchemaError, match=r"column 'word'.*row 1: expected list<str>, got a value with nulls inside"
+        ):
+            pack(tmp_path / "in.parquet", tmp_path / "out", schema={"x": "list<int64?>", "word": "list<str>"})
+        pack(tmp_path / "in.parquet", tmp_path / "out", schema={"x": "list<int64?>", "word": "list<str?>"})
+        assert read(tmp_path / "out")[1] == {"x": [2, None], "word": ["b", None]}
 
     def test_other_files_in_a_folder_of_parquet_files_are_skipped(self, tmp_path):
         (tmp_path / "in").mkdir()

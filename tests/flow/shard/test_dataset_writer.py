@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from tests.support.faults import Fault, FaultKind, FaultStore
 
 from tiercache._native.checksum import crc32c
+from tiercache.data.dataset import Dataset
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.shard import versions as manifest
 from tiercache.shard import writer as dataset_writer
@@ -65,6 +68,16 @@ def faulty(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> FaultStore:
     return faulty
 
 
+class Stream:
+    """A table of another library, such as polars, which Arrow reads by its C interface."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
 class TestWriting:
     def test_a_commit_lists_complete_shards_in_order(self, url: str, store: MemoryStore) -> None:
         with Writer(url, schema=SCHEMA, shard_size="4KiB", block_size="1KiB", compression="none") as writer:
@@ -107,6 +120,69 @@ class TestSchemas:
             assert writer.schema is None
             writer.write({"x": 1, "tokens": np.zeros(4, np.uint16)})
         assert str(writer.schema) == "Schema(x: int64, tokens: uint16[4])"
+
+    def test_types_come_from_the_first_records_that_have_values(self, url: str) -> None:
+        with Writer(url) as writer:
+            tokens = np.zeros(2, np.uint8)
+            writer.write({"x": None, "tokens": [], "ok": tokens})
+            tokens[:] = 1  # the caller may use its memory again
+            with pytest.raises(SchemaError, match="column 'ok', record 1: expected uint8"):
+                writer.write({"x": None, "tokens": [1], "ok": "text"})
+            writer.write({"tokens": [], "ok": tokens})
+            assert (writer.schema, writer.n_records) == (None, 2)
+            writer.write({"x": "a", "tokens": [1, 2], "ok": tokens})
+            assert str(writer.schema) == "Schema(x: str?, tokens: int64[*], ok: uint8[2])"
+        dataset = Dataset(url)
+        assert dataset[:]["x"] == [None, None, "a"]
+        assert [record["tokens"].tolist() for record in dataset] == [[], [], [1, 2]]
+        assert dataset[:]["ok"].tolist() == [[0, 0], [1, 1], [1, 1]]
+
+    def test_a_batch_gives_the_types_of_records_that_wait_for_them(self, url: str) -> None:
+        with Writer(url) as writer:
+            writer.write({"x": None, "y": 1})
+            with pytest.raises(SchemaError, match="column 'y': no such column"):
+                writer.write_batch({"x": ["a"], "z": [2]})
+            writer.write_batch({"x": ["a"], "y": [2]})
+        assert str(writer.schema) == "Schema(x: str?, y: int64)"
+        assert Dataset(url)[:]["y"].tolist() == [1, 2]
+
+    def test_a_column_without_any_value_is_an_error_that_names_it(self, url: str) -> None:
+        writer = Writer(url)
+        for _ in range(99):
+            writer.write({"x": None, "y": 1})
+        with pytest.raises(SchemaError, match=r"column 'x': cannot infer .*pass a schema"):
+            writer.write({"x": None, "y": 1})
+        assert writer.n_records == 99
+        with pytest.raises(SchemaError, match=r"column 'x': cannot infer .*pass a schema"):
+            writer.close()
+
+    def test_only_nulls_make_a_column_of_an_arrow_table_or_a_frame_nullable(self, url: str) -> None:
+        columns = {"x": [1, 2], "text": ["a", None], "tokens": [[1], [2, 3]]}
+        frame = pd.DataFrame(columns, index=[7, 3])
+        for number, given in enumerate((pa.table(columns), frame, frame.set_index("x"), Stream(pa.table(columns)))):
+            with Writer(f"{url}-{number}") as writer:
+                writer.write_batch(given)
+                writer.write_batch(given)
+                assert writer.n_records == 4
+                assert {str(column) for column in writer.schema.columns} == {"int64", "str?", "int64[*]"}
+                nulls = pa.table({"x": pa.nulls(1, pa.int64()), "text": ["a"], "tokens": [[1]]})
+                with pytest.raises(
+                    SchemaError, match=r"record 4: .*got null; a column with nulls has the type 'int64\?'"
+                ):
+                    writer.write_batch(nulls)
+
+    def test_class_names_are_an_argument_and_appended_records_have_the_same(self, url: str) -> None:
+        names = {"label": ["ant", "bee"]}
+        with Writer(url, classes=names) as writer:
+            writer.write({"label": 1})
+        Writer(url, classes=names, mode="append").close()
+        Writer(url, mode="append").close()
+        with Writer(url, schema={"label": "int64"}, classes=names, mode="overwrite") as writer:
+            writer.write({"label": 1})
+        assert writer.version is not None
+        assert writer.version.schema.columns[0].classes == ("ant", "bee")
+        with pytest.raises(SchemaError, match="column 'label': the appended batch has other class names"):
+            Writer(url, classes={"label": ["bee", "ant"]}, mode="append")
 
     def test_a_rejected_first_record_does_not_fix_the_schema(self, url: str) -> None:
         with Writer(url) as writer:

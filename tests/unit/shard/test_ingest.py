@@ -1,6 +1,10 @@
 """Values that a ShardWriter accepts for a column, and the errors for other values."""
 
+import io
+from pathlib import Path
+
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 
 from tiercache._native.block_builder import join
 from tiercache.errors import SchemaError
-from tiercache.shard.conversion import build_column_data, infer_batch, infer_record
+from tiercache.shard.conversion import build_column_data, infer_batch, infer_records
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
 from tiercache.shard.values import as_batch
@@ -183,6 +187,41 @@ BAD = [
 ]
 
 
+def test_an_image_is_given_as_bytes_as_a_path_or_as_an_image_of_pillow(store, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    picture = PIL.Image.fromarray(pixels)
+    picture.save(tmp_path / "a.jpg", quality=80)
+    data = (tmp_path / "a.jpg").read_bytes()
+    writer = ShardWriter(store, Schema.of({"jpeg": "image<jpeg>", "any": "image?"}))
+    writer.write({"jpeg": tmp_path / "a.jpg", "any": None})
+    writer.write({"jpeg": data, "any": picture})
+    opened = PIL.Image.open(tmp_path / "a.jpg")
+    writer.write_batch({"jpeg": [opened, picture], "any": [opened, tmp_path / "a.jpg"]})
+    (info,) = writer.finish()
+    with ShardReader(store, info.name, info=info) as reader:
+        found = as_batch(reader.take(range(4), [0, 1]))
+    assert found["jpeg"][:2] == [data, data]
+    assert found["any"][0] is None
+    shown = [PIL.Image.open(io.BytesIO(one)) for one in (*found["jpeg"][2:], *found["any"][1:])]
+    assert [one.format for one in shown] == ["JPEG", "JPEG", "PNG", "JPEG", "JPEG"]
+    assert (np.asarray(shown[2]) == pixels).all(), "a PNG loses nothing"
+    assert shown[0].quantization == opened.quantization, "the quality of the file is kept"
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (Path("/nowhere/a.jpg"), "'/nowhere/a.jpg': No such file or directory"),
+        ("a.jpg", "a str; the path of a file is a pathlib.Path"),
+        (PIL.Image.new("RGBA", (2, 2)), "an image of the mode RGBA, which Pillow cannot write as jpeg"),
+    ],
+)
+def test_an_image_that_cannot_be_read_or_written_is_an_error_that_says_why(store, value, got):
+    with pytest.raises(SchemaError, match="column 'x', record 0: expected image<jpeg>") as caught:
+        ShardWriter(store, Schema.of({"x": "image<jpeg>"})).write({"x": value})
+    assert got in str(caught.value)
+
+
 @pytest.mark.parametrize(("kind", "data", "record", "got"), BAD)
 def test_an_error_names_the_value_that_does_not_fit_and_nothing_of_its_write_is_kept(store, kind, data, record, got):
     writer = ShardWriter(store, Schema.of({"ok": "int8", "x": kind}), ShardOptions())
@@ -224,7 +263,7 @@ def test_a_batch_with_other_columns_is_an_error(store, batch, message):
 @pytest.mark.parametrize("given", [[1], "a", pa.table({"a": [1]}).to_reader()])
 def test_a_batch_without_column_names_is_an_error(store, given):
     writer = ShardWriter(store, Schema.of({"a": "int64"}))
-    for call in (writer.write, writer.write_batch, infer_record, infer_batch):
+    for call in (writer.write, writer.write_batch, lambda record: infer_records([record]), infer_batch):
         with pytest.raises(TypeError, match="mapping"):
             call(given)
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from tiercache.shard.conversion import widen_bfloat16
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.schema import Image, Kind, Ragged, Schema, Tensor
+from tiercache.shard.schema import Column, Image, Kind, Ragged, Schema, Tensor
 from tiercache.shard.values import as_batch, as_records, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
@@ -29,7 +29,7 @@ JSON = st.recursive(
     max_leaves=5,
 )
 ARROW = [
-    (pa.list_(pa.int32()), st.lists(st.none() | st.integers(-(2**31), 2**31 - 1), max_size=3)),
+    ("list<int32?>", st.lists(st.none() | st.integers(-(2**31), 2**31 - 1), max_size=3)),
     (pa.large_list(pa.string()), st.lists(st.none() | TEXT, max_size=3)),
     (pa.timestamp("us"), st.datetimes(dt.datetime(1700, 1, 1), dt.datetime(2200, 1, 1))),
     (pa.date32(), st.dates()),
@@ -100,7 +100,7 @@ def columns(draw):
         user, values = Image("png", nullable), st.binary(max_size=9)
     elif kind is Kind.ARROW:
         arrow, values = draw(st.sampled_from(ARROW))
-        user = pa.field("any", arrow, nullable=nullable)
+        user = Column.of("any", arrow).arrow.with_nullable(nullable)
     else:
         user = kind.value + mark
         values = {Kind.BYTES: st.binary(max_size=9), Kind.STR: TEXT, Kind.JSON: JSON}[kind]
