@@ -292,16 +292,15 @@ def _type_of_list(name: str, values: Sequence[object]) -> PlainType:
             )
         found = joined
     if found is None:
-        raise SchemaError(
-            "cannot infer the column's type: no value, or only nulls and empty lists; pass a schema",
-            column=name,
-            expected=SUPPORTED_TYPES,
-            got="None",
-            is_untyped=True,
-        )
+        raise _untyped_error(name)
     if all(value is not None for value in values):
         return found
     return f"{found}?" if isinstance(found, str) else replace(found, nullable=True)
+
+
+def _untyped_error(name: str) -> SchemaError:
+    message = "cannot infer the column's type: no value, or only nulls and empty lists; pass a schema"
+    return SchemaError(message, column=name, expected=SUPPORTED_TYPES, got="None", is_untyped=True)
 
 
 def _join(first: PlainType, second: PlainType) -> PlainType | None:
@@ -350,16 +349,16 @@ def infer_records(records: Sequence[Mapping[str, object]]) -> Schema:
     for record in records:
         check_mapping(record)
     types: dict[str, UserType] = {}
-    untyped: SchemaError | None = None
+    untyped: str | None = None
     for name in dict.fromkeys(name for record in records for name in record):
         try:
             types[name] = _type_of_list(name, [record.get(name) for record in records])
         except SchemaError as error:
             if not error.details.get("is_untyped"):
                 raise
-            untyped = error
+            untyped = name
     if untyped is not None:
-        raise untyped
+        raise _untyped_error(untyped)
     return Schema.of(types)
 
 

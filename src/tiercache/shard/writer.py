@@ -7,7 +7,7 @@ import secrets
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -515,7 +515,12 @@ class Writer:
 
     def _begin(self, shards: ShardWriter) -> None:
         self._shards = shards
-        self._finalizer = weakref.finalize(self, _report_unclosed, self.url, shards, os.getpid())
+        self._watch(lambda: shards.n_records + shards.n_added_records)
+
+    def _watch(self, count_records: Callable[[], int]) -> None:
+        """Report the records that are lost if this writer is dropped. The function must not refer to the writer."""
+        self._end_watch()
+        self._finalizer = weakref.finalize(self, _report_unclosed, self.url, count_records, os.getpid())
 
     def _end_watch(self) -> None:
         if self._finalizer is not None:
@@ -562,6 +567,7 @@ class Writer:
             if not error.details.get("is_untyped") or len(self._first_records) + 1 == _FIRST_RECORDS:
                 raise
             self._first_records.append(deepcopy(dict(record)))
+            self._watch(self._first_records.__len__)
             return
         with self._starting(schema) as shards:
             shards.write(record)
@@ -668,7 +674,7 @@ class Writer:
             yield shards
             self._first_records = []
         except SchemaError:
-            self._end_watch()
+            self._watch(first.__len__)
             self._schema = self._shards = None
             raise
 
@@ -690,9 +696,9 @@ class Writer:
             self.close()
 
 
-def _report_unclosed(url: str, shards: ShardWriter, pid: int) -> None:
+def _report_unclosed(url: str, count_records: Callable[[], int], pid: int) -> None:
     """Report the records of a writer that nothing refers to any more, or that is open when the program ends."""
-    n_records = shards.n_records + shards.n_added_records
+    n_records = count_records()
     if not n_records or pid != os.getpid():  # a forked child has only a copy of the writer
         return
     records = "1 record" if n_records == 1 else f"{n_records:,} records"

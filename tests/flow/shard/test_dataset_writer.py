@@ -291,6 +291,15 @@ def test_a_dropped_writer_reports_the_records_that_it_loses(url, store, capsys, 
     assert manifest.list_versions(store) == [1]
 
 
+def test_a_dropped_writer_reports_records_that_wait_for_their_types(url, capsys):
+    writer = Writer(url)
+    writer.write({"x": None})
+    writer.write({"x": None})
+    with pytest.warns(ResourceWarning, match=f"{url}: a Writer with 2 records was not closed"):
+        del writer
+    assert "a Writer with 2 records was not closed" in capsys.readouterr().err
+
+
 def test_a_dropped_writer_that_was_ended_or_has_no_records_is_silent(url, capsys):
     with pytest.raises(SchemaError):
         Writer(url).write({"x": object()})
