@@ -175,6 +175,11 @@ class HttpFaultServer:
         with self._lock:
             return sum(seen.n_bytes for seen in self.log)
 
+    @property
+    def n_connections(self) -> int:
+        """Return the number of connections that neither side is known to have closed."""
+        return 0 if self._server is None else self._server.n_connections
+
     def next(self, *script: HttpFault | None) -> None:
         """Script the next requests in this order; None: no fault."""
         with self._lock:
@@ -251,6 +256,10 @@ class _Server(ThreadingHTTPServer):
         """Report the error of a request's thread, unless the client has closed the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+    @property
+    def n_connections(self) -> int:
+        return len(self._connections)
 
     def close_connections(self) -> None:
         """Close idle keep-alive connections, which would keep their threads alive."""

@@ -45,7 +45,7 @@ from tiercache.peers.readers import PeerOptions
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact, uses
 from tiercache.store.contract import WrapperStore
-from tiercache.store.remote import is_unwanted
+from tiercache.store.remote import is_cancelled
 
 T = TypeVar("T")
 
@@ -381,7 +381,7 @@ class Cache:
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
             return opened
-        if is_unwanted():
+        if is_cancelled():
             raise StoreError("cancelled: the cache was closed", url=str(self.path), retryable=True)
         if not self._reopening.allows():
             return None

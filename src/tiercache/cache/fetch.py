@@ -40,8 +40,9 @@ from tiercache.errors import CorruptShard, ObjectChanged, StoreError, TierCacheE
 from tiercache.model import ByteRange
 from tiercache.store import Span, Store
 from tiercache.store.contract import Receive, read_unpinned
+from tiercache.store.remote import cancel_calls_when, is_cancelled
 from tiercache.store.shared_files import set_mode
-from tiercache.waiting import wait_for
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 N_REQUESTS_IN_FLIGHT = 4
 DEADLINE_S = 3600.0  # deadline of a wait without its own deadline, so that no wait is endless
@@ -51,6 +52,8 @@ LOCK_WAIT_S = 60.0
 SLOWEST_BYTES_S = 2e6
 # How often a partial copy is started again after somebody deleted the folder while it grew.
 MAX_BEGINNINGS = 3
+# How often a waiting thread looks whether its calls are cancelled.
+_LOOK_EVERY_S = 0.1
 
 
 class Fetch:
@@ -134,11 +137,16 @@ class Fetch:
             return self._covers(ranges) and not self._present.all()
 
         limit_s = DEADLINE_S if deadline_s is None else deadline_s
+        end_s = SYSTEM_CLOCK.monotonic() + limit_s
         with self._changed:
-            if not self._changed.wait_for(is_settled, limit_s):
-                raise StoreError(
-                    f"not in the cache after {limit_s:g} s: {self.step}", url=self.spec.source, retryable=True
-                )
+            # In steps, because a thread whose calls are cancelled must not wait on.
+            while not self._changed.wait_for(is_settled, min(limit_s, _LOOK_EVERY_S)):
+                if is_cancelled():
+                    raise StoreError("waiting for the cache: cancelled", url=self.spec.source, retryable=True)
+                if SYSTEM_CLOCK.monotonic() >= end_s:
+                    raise StoreError(
+                        f"not in the cache after {limit_s:g} s: {self.step}", url=self.spec.source, retryable=True
+                    )
             error = None if self._covers(ranges) and self._file is not None else self._error
         if isinstance(error, TierCacheError):
             raise copy.copy(error) from error  # a copy for each waiting thread: a traceback belongs to one thread
@@ -489,10 +497,11 @@ class Fetch:
 
     def _transfer_in_thread(self, ranges: list[ByteRange] | None = None) -> None:
         try:
-            ranges = self._next_ranges() if ranges is None else ranges
-            while ranges is not None:
-                self._transfer_ranges(ranges)
-                ranges = self._next_ranges()
+            with cancel_calls_when(self.cancel):
+                ranges = self._next_ranges() if ranges is None else ranges
+                while ranges is not None:
+                    self._transfer_ranges(ranges)
+                    ranges = self._next_ranges()
         except BaseException as error:  # noqa: BLE001 - top of a thread: _transfer() raises the first error
             with self._lock:
                 self._transfer_error = self._transfer_error or error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -44,6 +43,7 @@ from tiercache.order.window import DatasetSizes, OrderOptions
 from tiercache.packer.files import selected
 from tiercache.shard.source import column_ranges, fetch_footer
 from tiercache.store import LocalStore
+from tiercache.store.remote import call_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -341,7 +341,7 @@ def read_column_ranges(
     numbers = [schema.index(name) for name in schema.select(columns).names]
     infos = [data_set.shards.info(i) for i in shards.tolist()]
     ranges: dict[str, tuple[ByteRange, ...]] = {}
-    with ThreadPoolExecutor(FOOTER_THREADS, "tiercache-footer") as pool:
+    with call_threads(FOOTER_THREADS, "tiercache-footer") as pool:
         footers = pool.map(lambda info: fetch_footer(data_set.store, info.name, info), infos)
         for info, footer in zip(infos, footers, strict=True):
             found = column_ranges(footer, info, numbers)

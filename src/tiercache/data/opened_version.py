@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +44,7 @@ from tiercache.shard.values import Casts, ColumnValues, empty_values, join_value
 from tiercache.shard.versions import ShardTable, Version, as_arrow, open_latest, read_shards, read_version
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 from tiercache.store.placement import check_readable, follow_placement
+from tiercache.store.remote import call_threads
 from tiercache.store.uses import UseRecorder
 
 
@@ -228,7 +228,7 @@ def _open_newest(stores: VersionStores) -> tuple[Version, ShardTable]:
     """Return the newest version and its shards. From a remote store, the placement is read at the same time."""
     if isinstance(stores.inner, LocalStore | MemoryStore):
         return open_latest(stores.store)
-    with ThreadPoolExecutor(1, "tiercache-placement") as pool:
+    with call_threads(1, "tiercache-placement") as pool:
         # The run that needs the placement reads it again after an error.
         pool.submit(stores.placed.resolver.placement_once)
         return open_latest(stores.store)
@@ -346,7 +346,7 @@ class OpenedVersion:
             n_threads = READ_THREADS if isinstance(self.inner, LocalStore) else FOOTER_THREADS
             # A thread may open a local copy.
             n_threads = min(n_threads, max(self._readers.capacity // 4, 1), len(missing))
-            with ThreadPoolExecutor(n_threads, "tiercache-footer") as pool:
+            with call_threads(n_threads, "tiercache-footer") as pool:
                 known.update(zip(missing, pool.map(self._read_block_sizes, missing), strict=True))
         return [known[shard] for shard in shards]
 
@@ -418,7 +418,7 @@ class OpenedVersion:
         if len(shards) < 2 or isinstance(self.inner, LocalStore):
             return join_values(list(map(self._take, shards, rows)), places)
         # In parallel: as for footers, the time is round trips.
-        with ThreadPoolExecutor(min(READ_THREADS, len(shards)), "tiercache-records") as pool:
+        with call_threads(min(READ_THREADS, len(shards)), "tiercache-records") as pool:
             return join_values(list(pool.map(self._take, shards, rows)), places)
 
     def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:

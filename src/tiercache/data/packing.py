@@ -14,7 +14,6 @@ import json
 import operator
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
@@ -34,6 +33,7 @@ from tiercache.order.window import BlockSizes
 from tiercache.shard.blocks import Blocks, renew_checks
 from tiercache.shard.schema import INTEGERS, Column, Kind, Ragged, Schema, Stream, Tensor, UserType
 from tiercache.shard.values import DTYPE_NUMBERS, ColumnValues
+from tiercache.store.remote import call_threads
 
 T = TypeVar("T")
 
@@ -500,7 +500,7 @@ def _make_index(below: Records, options: SequenceOptions, how: packing.Packing) 
     """Return the index of all shards. Raises as `load`, and ValueError for a document that is too long."""
     shards = np.flatnonzero(below.shard_records).tolist()
     below.storage.prepare_reading(np.array(shards, np.int64))
-    with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-packing") as pool:
+    with call_threads(min(THREADS, max(len(shards), 1)), "tiercache-packing") as pool:
         found = dict(zip(shards, pool.map(lambda shard: _pack_shard(below, options, how, shard), shards), strict=True))
     nothing = _ShardRows([], [], 0)
     every = [found.get(shard, nothing) for shard in range(len(below.shard_records))]

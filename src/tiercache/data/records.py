@@ -11,7 +11,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -32,6 +31,7 @@ from tiercache.order.window import BlockSizes
 from tiercache.shard.blocks import Blocks
 from tiercache.shard.schema import Schema, check_same_columns
 from tiercache.shard.values import ColumnValues, join_values
+from tiercache.store.remote import call_threads
 
 
 class Selection:
@@ -551,7 +551,7 @@ class Records:
         if len(groups) < 2:
             found = [leaf.block_sizes(numbers.tolist()) for leaf, _, numbers in groups]
         else:
-            with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
+            with call_threads(min(_THREADS, len(groups)), "tiercache-joined") as pool:
                 found = list(pool.map(lambda group: group[0].block_sizes(group[2].tolist()), groups))
         return {
             shards[position]: sizes

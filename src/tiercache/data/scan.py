@@ -11,7 +11,6 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +30,7 @@ from tiercache.order.window import BlockSizes
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.values import join_arrow
 from tiercache.shard.versions import as_arrow
+from tiercache.store.remote import call_threads
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 T = TypeVar("T")
@@ -165,7 +165,7 @@ def map_tables(source: Records, names: Sequence[str], function: Callable[[pa.Tab
         return [function(_table(scanned, shard, blocks, table)) for blocks in _chunks(table)]
 
     shards = np.flatnonzero(scanned.shard_records).tolist()
-    with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-scan") as pool:
+    with call_threads(min(THREADS, max(len(shards), 1)), "tiercache-scan") as pool:
         return [result for results in pool.map(results_of, shards) for result in results]
 
 

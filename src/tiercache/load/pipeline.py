@@ -199,13 +199,14 @@ class Pipeline(ClosingPipeline):
     def close(self) -> None:
         """End the threads and drop the windows; batches that were taken stay valid. May be called repeatedly.
 
-        A read from a store that is under way ends by itself later. In a forked child close() does nothing: the child
+        A read from a store that is under way is cancelled. In a forked child close() does nothing: the child
         has no such threads, and any lock may be held for ever.
         """
         if self._is_closed or self.is_forked_copy:
             return
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
+        self._shared.unwanted.set()
         self._ring.close()
         if self._inputs.pinned is not None:
             self._inputs.pinned.note_largest(self._ring.figures()["largest"])

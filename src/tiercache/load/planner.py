@@ -42,6 +42,7 @@ from tiercache.load.windows import (
 )
 from tiercache.order.window import AnyWindow, RowRun
 from tiercache.stats import Counters, WaitHistogram
+from tiercache.store.remote import cancel_calls_when
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,8 @@ class NextEpoch:
     def _begin(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> EpochStart | None:
         rest = self.share.pieces(0)
         # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
-        first = next(rest, None)
+        with cancel_calls_when(self._unwanted):
+            first = next(rest, None)
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
@@ -289,13 +291,15 @@ class PlannerState:
     """State shared by the planner and the consumer.
 
     pushed: rows, oldest first, with the row of the sequence after their last one; replaced_pieces: with the row before
-    their first one; stop: done when the planner must end, so that it can be waited for together with a window.
+    their first one; stop: done when the planner must end, so that it can be waited for together with a window;
+    unwanted: set then, to end what the planner reads.
     """
 
     pushed: deque[tuple[int, PushedRows]] = field(default_factory=deque)
     replaced_pieces: deque[tuple[int, ArrayPiece]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
+    unwanted: threading.Event = field(default_factory=threading.Event)
     ended: bool = False
 
 
@@ -306,7 +310,8 @@ def run_planner(inputs: PipelineInputs, rings: list[Ring], shared: PlannerState,
         if inputs.publisher is not None:
             inputs.publisher.begin(inputs.share, inputs.first_batch)
         planner = _Planner(inputs, ring, shared, threads)
-        planner.push_all()
+        with cancel_calls_when(shared.unwanted):
+            planner.push_all()
         ring.finish()
         next_epoch = inputs.next_epoch if planner.has_room() else None
         pressure, ahead_bytes = planner.pressure, planner.ahead_bytes

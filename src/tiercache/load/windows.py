@@ -29,7 +29,7 @@ from tiercache.order.window import AnyWindow
 from tiercache.shard.blocks import Blocks, renew_checks
 from tiercache.shard.schema import Column, Schema
 from tiercache.shard.values import ColumnValues, gather_values
-from tiercache.store.remote import stop_retries_when
+from tiercache.store.remote import cancel_calls_when, is_cancelled
 
 # Load tasks per thread: at the end the other threads wait at most for one such task.
 TASKS_A_THREAD = 2
@@ -243,7 +243,9 @@ class WindowLoad:
         self.needed = needed
         self._base = base
         missing = needed if base is None else needed & (base.group_of_block < 0)
-        self._source, self._unwanted = source, unwanted
+        self._source = source
+        self._cancelled = Event()
+        self._unwanted = (self._cancelled,) if unwanted is None else (self._cancelled, unwanted)
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
         self._mapped, tasks = cut_load_tasks(window, missing, n_threads, source.storage.is_mapped)
         self._loaded: list[_LoadedBlocks] = []
@@ -263,7 +265,7 @@ class WindowLoad:
                 pass
             loaded = [*self._loaded, *((indices, threads.result(future)) for indices, future in self._tasks)]
         finally:
-            self.cancel()  # after an error the other tasks need not start
+            self.cancel()  # after an error nobody needs the other tasks
             # The epoch refers to this object to its end, and must not keep this memory.
             self._loaded, self._tasks, self._base = [], [], None
         bytes_from: Counter[str] = Counter()
@@ -284,13 +286,15 @@ class WindowLoad:
         return True
 
     def cancel(self) -> None:
+        """End the tasks, also those that read from a store; without an effect after finish()."""
+        self._cancelled.set()
         for _, future in self._tasks:
             future.cancel()
 
     def _load_unless_unwanted(self, indices: NDArray[np.int64]) -> tuple[Blocks, dict[str, int]]:
-        if self._unwanted is not None and self._unwanted.is_set():
-            raise CancelledError
-        with stop_retries_when(self._unwanted):
+        with cancel_calls_when(*self._unwanted):
+            if is_cancelled():
+                raise CancelledError
             return self._load(indices)
 
     def _load(self, indices: NDArray[np.int64]) -> tuple[Blocks, dict[str, int]]:

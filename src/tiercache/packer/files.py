@@ -9,7 +9,6 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -23,6 +22,7 @@ from tiercache.errors import NotFound, SchemaError
 from tiercache.shard.schema import FLOATS, INTEGERS, Column, Kind, Schema, UserType
 from tiercache.store import Store, StoreFile, open_store, split_url
 from tiercache.store.access import ParsedUrl
+from tiercache.store.remote import call_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class StoreFiles:
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
         """Return the contents of small objects, by 16 parallel requests."""
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        with call_threads(_PARALLEL_READS, "tiercache-read") as pool:
             return list(pool.map(self.store.get, paths))
 
     def location(self, path: str) -> str:

@@ -8,7 +8,6 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, UserType
 from tiercache.shard.versions import ShardTable, Version, read_shards
 from tiercache.store import Store, Upload
+from tiercache.store.remote import call_threads
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
 _SCALARS = {bool: "bool", int: "int64", float: "float64", str: "str"}
@@ -261,7 +261,7 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     structs count empty lists and the nulls inside the values as well. Columns that Hive partitions name
     (``year=2024/``) follow the stored columns. Raises SchemaError.
     """
-    with ThreadPoolExecutor(_PARALLEL_FOOTERS) as pool:
+    with call_threads(_PARALLEL_FOOTERS, "tiercache-footer") as pool:
         footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))
     for file, footer in zip(found[1:], footers[1:], strict=True):
         _check_same(files.location(file.path), footer.schema, files.location(found[0].path), footers[0].schema)
@@ -405,7 +405,7 @@ class Export:
             chosen = range(number, min(number + 1, len(shards)))
             return self._write(f"part-{number:05d}.parquet", shards, chosen, on_progress)
 
-        with ThreadPoolExecutor(self.jobs or available_cpus(), "tiercache-export") as pool:
+        with call_threads(self.jobs or available_cpus(), "tiercache-export") as pool:
             n_records = sum(pool.map(write, range(n_files)))
         if stale:
             self.target.delete(stale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from tiercache.shard.source import ByteSource, check_identity, read_footer
 from tiercache.shard.values import gather_values
 from tiercache.shard.versions import ShardTable, Version, latest, read_shards, read_version
 from tiercache.store.contract import Store
+from tiercache.store.remote import call_threads
 
 _PIECE_BYTES = 8 << 20
 
@@ -208,7 +209,7 @@ def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
 
 def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int) -> Iterator[ShardCheck]:
     """Verify some shards, `jobs` in parallel, and yield each result as it comes; a closed generator starts no more."""
-    with ThreadPoolExecutor(jobs, "tiercache-verify") as pool:
+    with call_threads(jobs, "tiercache-verify") as pool:
         try:
             for future in as_completed([pool.submit(_check, store, version, info) for info in infos]):
                 yield future.result()

@@ -23,7 +23,6 @@ import secrets
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,7 +44,7 @@ from tiercache.shard.schema import Schema, UnknownKindError, check_same_schema
 from tiercache.shard.source import READS_AGAIN, ByteSource
 from tiercache.store.contract import LocalStore, Store, unwrapped
 from tiercache.store.numbered_log import NumberedLog
-from tiercache.store.remote import RemoteStore
+from tiercache.store.remote import RemoteStore, call_threads
 
 SEGMENTS_FOLDER = "_tiercache/segments/"
 _SCHEMA = pa.schema(
@@ -185,7 +184,7 @@ def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> 
     """Return the checked rows of each segment, fetched in parallel. Raises CorruptShard, NotFound and StoreError."""
     if len(refs) < 2:
         return [_read_segment(store, dataset_id, ref) for ref in refs]
-    with ThreadPoolExecutor(min(_FETCH_THREADS, len(refs)), "tiercache-segments") as pool:
+    with call_threads(min(_FETCH_THREADS, len(refs)), "tiercache-segments") as pool:
         return list(pool.map(lambda ref: _read_segment(store, dataset_id, ref), refs))
 
 
@@ -537,7 +536,7 @@ def open_latest(store: Store) -> tuple[Version, ShardTable]:
     if version is None or not isinstance(unwrapped(store), RemoteStore):
         newest = _find_from(store, hinted)
     else:
-        with ThreadPoolExecutor(1, "tiercache-open") as pool:
+        with call_threads(1, "tiercache-open") as pool:
             shards = pool.submit(read_shards, store, version)
             newest = _find_from(store, hinted)
             if newest == version:

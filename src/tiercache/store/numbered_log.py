@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.store.contract import Store, unwrapped
-from tiercache.store.remote import RemoteStore
+from tiercache.store.remote import RemoteStore, call_threads
 
 _FORBIDDEN = 403
 _DIGITS = 20
@@ -87,7 +86,7 @@ class NumberedLog:
         From a remote store, the first two are requested at once: normally the first is the newest.
         """
         if number >= 1 and isinstance(unwrapped(self.store), RemoteStore):
-            with ThreadPoolExecutor(1, "tiercache-probe") as pool:
+            with call_threads(1, "tiercache-probe") as pool:
                 second = pool.submit(self.get, number + 1)
                 first = self.get(number, is_listed=is_listed)
                 newer = None if first is None else second.result()

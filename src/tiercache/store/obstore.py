@@ -1,18 +1,21 @@
 """S3, Google Cloud Storage, Azure and HTTP through obstore: the client, its errors, and the store.
 
-A call of the client is one request, without the GIL and not retried. Status and kind of an error are parsed from its
-text, because obstore exposes them nowhere else.
+A call of the client is one request, without the GIL and not retried. obstore's asynchronous functions send it, because
+only their requests can be cancelled; a thread waits for the answer, and there is no event loop. Status and kind of an
+error are parsed from its text, because obstore exposes them nowhere else.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,6 +45,7 @@ from tiercache.store.remote import (
     ObjectWriter,
     ReadSettings,
     RemoteStore,
+    wait_for_answer,
 )
 
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
@@ -138,6 +142,83 @@ def _cause(text: str, endpoint: str) -> str:
         "Connect": f"cannot connect to {where}",
     }.get(kind[1], f"the connection to {where} broke")
     return f"{what}{': ' + causes[-1] if causes else ''}"
+
+
+class _Answer:
+    """What obstore uses as an asyncio.Future: it sets the result, and cancel() ends the request. Safe for threads.
+
+    The first result or error counts. add_done_callback() gives it obstore's function that ends the request.
+    """
+
+    def __init__(self) -> None:
+        self._ends: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._callbacks: list[Callable[[_Answer], object]] = []
+        self._is_cancelled = False
+
+    def add_done_callback(self, callback: Callable[[_Answer], object]) -> None:
+        self._callbacks.append(callback)
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def set_result(self, value: Any) -> None:
+        self._ends.put((value, None))
+
+    def set_exception(self, error: BaseException) -> None:
+        self._ends.put((None, error))
+
+    def cancel(self, error: BaseException) -> None:
+        self._is_cancelled = True
+        self._ends.put((None, error))
+        with suppress(IndexError):
+            self._callbacks.pop()(self)  # it panics if it is called twice
+
+    def wait(self, timeout_s: float) -> bool:
+        with suppress(Empty):
+            self._ends.put(self._ends.get(timeout=timeout_s))  # one thread waits, so nothing comes in between
+            return True
+        return False
+
+    def result(self) -> Any:
+        value, error = self._ends.get()
+        if error is not None:
+            raise error
+        return value
+
+
+class _Loop:
+    """What obstore needs of an event loop: it makes the futures, and runs nothing."""
+
+    def create_future(self) -> Any:
+        return _Answer()
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: object = None) -> Any:  # noqa: ARG002
+        callback(*args)
+
+
+_LOOP: Any = _Loop()
+
+
+def _ask(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return the result of an asynchronous function of obstore. The end of the running attempt ends the request."""
+    # asyncio documents these two functions for the authors of event loops.
+    before = asyncio._get_running_loop()  # noqa: SLF001
+    asyncio._set_running_loop(_LOOP)  # noqa: SLF001
+    try:
+        answer = function(*args, **options)
+    finally:
+        asyncio._set_running_loop(before)  # noqa: SLF001
+    return wait_for_answer(answer)
+
+
+def _items(stream: Any) -> Iterator[Any]:
+    """Yield what an asynchronous iterator of obstore yields."""
+    while True:
+        try:
+            item = _ask(stream.__anext__)
+        except StopAsyncIteration:
+            return
+        yield item
 
 
 # obstore sends the parts of an upload as many requests, which it therefore retries itself.
@@ -244,25 +325,26 @@ class ObstoreClient(ObjectClient):
 
     def head(self, key: str) -> ObjectInfo:
         try:
-            return to_object_info(key, obstore.head(self._store(), key))
+            return to_object_info(key, _ask(obstore.head_async, self._store(), key))
         except _ERRORS as error:
             if self.folder.cloud == "s3" and to_store_error(error, "", "").status in (400, 401, 403):
                 # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
                 self.counters.add("requests")
-                obstore.get(self._store(), key, options={"range": (0, 1)})
+                _ask(obstore.get_async, self._store(), key, options={"range": (0, 1)})
             raise
 
     def get(self, key: str, on_piece: Callable[[], object]) -> bytes:
         pieces = []
-        for piece in obstore.get(self._store(), key).stream(min_chunk_size=self._piece_bytes):
+        result = _ask(obstore.get_async, self._store(), key)
+        for piece in _items(result.stream(min_chunk_size=self._piece_bytes)):
             pieces.append(piece)
             on_piece()
         return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         try:
-            result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
-            return result.bytes().to_bytes(), to_object_info(key, result.meta)
+            result = _ask(obstore.get_async, self._store(), key, options={"range": {"suffix": n_bytes}})
+            return _ask(result.bytes_async).to_bytes(), to_object_info(key, result.meta)
         except _ERRORS as error:
             # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
             failed = to_store_error(error, "", "")
@@ -282,23 +364,24 @@ class ObstoreClient(ObjectClient):
         options: Any = {"range": (byte_range.start, byte_range.end)}
         if if_match is not None:
             options["if_match"] = if_match
-        result = obstore.get(self._store(), key, options=options)
+        result = _ask(obstore.get_async, self._store(), key, options=options)
         if byte_range.n_bytes <= self._piece_bytes:
-            return to_object_info(key, result.meta), (memoryview(result.bytes()),)
-        return to_object_info(key, result.meta), map(memoryview, result.stream(min_chunk_size=self._piece_bytes))
+            return to_object_info(key, result.meta), (memoryview(_ask(result.bytes_async)),)
+        pieces = _items(result.stream(min_chunk_size=self._piece_bytes))
+        return to_object_info(key, result.meta), map(memoryview, pieces)
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        result = obstore.put(self._store(), key, body, use_multipart=False)
+        result = _ask(obstore.put_async, self._store(), key, body, use_multipart=False)
         return ObjectInfo(key, len(body), etag=result["e_tag"], version=result["version"])
 
     def put_new(self, key: str, body: bytes) -> None:
-        obstore.put(self._store(), key, body, mode="create")
+        _ask(obstore.put_async, self._store(), key, body, mode="create")
 
     def delete(self, keys: Sequence[str]) -> None:
-        obstore.delete(self._store(), keys[0] if len(keys) == 1 else keys)
+        _ask(obstore.delete_async, self._store(), keys[0] if len(keys) == 1 else keys)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:
-        for page in obstore.list(self._store(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
+        for page in _items(obstore.list(self._store(), folder or None, offset=after, chunk_size=_PAGE_KEYS)):
             yield [to_object_info(meta["path"], meta) for meta in page]
 
     def open_writer(self, key: str) -> ObjectWriter:

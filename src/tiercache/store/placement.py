@@ -22,7 +22,6 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +48,7 @@ from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store, open_st
 from tiercache.store.access import plain_url, scheme_of
 from tiercache.store.contract import ProcessLocal, Receive, WrapperStore
 from tiercache.store.placement_log import Placement, PlacementRow
+from tiercache.store.remote import call_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,7 +499,7 @@ def _archived(
     at = placement.row_numbers(keys)
     archived = pc.equal(placement.rows["state"], "archived").to_numpy()
     rows = [placement.row(int(at[i])) for i in np.flatnonzero(at >= 0).tolist() if archived[at[i]] and not is_here(i)]
-    with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
+    with call_threads(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
         can_read = list(pool.map(store.resolver.can_be_read, rows))
     return tuple(row for row, can in zip(rows, can_read, strict=True) if not can)
 
@@ -763,7 +763,7 @@ def _can_be_read(store: Store, info: ObjectInfo) -> bool:
 def _can_all_be_read(store: Store, infos: Mapping[str, ObjectInfo]) -> bool:
     if isinstance(store, LocalFolder):
         return True
-    with ThreadPoolExecutor(min(_THREADS, len(infos)), "tiercache-locations") as pool:
+    with call_threads(min(_THREADS, len(infos)), "tiercache-locations") as pool:
         return all(pool.map(lambda info: _can_be_read(store, info), infos.values()))
 
 

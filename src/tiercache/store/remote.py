@@ -2,12 +2,15 @@
 
 `RequestRunner.run()` executes the requests of one call. A thread of the pool sends a request, and sends it again after
 a retryable error. The caller's thread waits, and gives a late request another attempt beside it (a hedge). The attempt
-that is answered first ends the request. No client library can interrupt a request, so a thread whose request hangs
-stays with it until the client's own time limit.
+that is answered first ends the request. The end of a request or of its call interrupts the attempts that still run, if
+the client library can do that (obstore's can), and closes their connections.
+
+cancel_calls_when() and call_threads() say when nobody needs the calls of a thread any more: they then end at once.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import random
@@ -85,30 +88,94 @@ class RetryPolicy:
         return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** min(n_failed - 1, 60)))
 
 
-@contextmanager
-def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
-    """Stop retries of this thread's calls once `unwanted` is set. A first attempt is still made.
+# Set when the interpreter ends, before it waits for the threads of pools. atexit's functions are called after that;
+# threading has no public hook. Checkpoints, which are written to the end, register theirs later: it is called earlier.
+_exiting = Event()
+getattr(threading, "_register_atexit", atexit.register)(_exiting.set)
 
-    For prefetch threads: a data set may be closed while one is about to call a server that does not answer.
+
+class CancelEvent(Protocol):
+    """A threading.Event, or what says the same."""
+
+    def is_set(self) -> bool:
+        """Return whether the calls are cancelled."""
+
+
+def _cancel_events() -> tuple[CancelEvent, ...]:
+    events: tuple[CancelEvent, ...] | None = getattr(_thread_state, "cancel_events", None)
+    if events is None:  # the interpreter waits for the other threads of the user, and so for their calls
+        events = _thread_state.cancel_events = (_exiting,) if threading.current_thread().daemon else ()
+    return events
+
+
+def _set_cancel_events(events: tuple[CancelEvent, ...]) -> None:
+    _thread_state.cancel_events = events
+
+
+@contextmanager
+def cancel_calls_when(*events: CancelEvent) -> Iterator[None]:
+    """Cancel the calls of this thread, also those that run, when one of the events is set or the interpreter ends.
+
+    They raise StoreError.
     """
-    before, _thread_state.unwanted = getattr(_thread_state, "unwanted", None), unwanted
+    before = _cancel_events()
+    _set_cancel_events((*(before or (_exiting,)), *events))
     try:
         yield
     finally:
-        _thread_state.unwanted = before
+        _set_cancel_events(before)
 
 
-def is_unwanted() -> bool:
-    unwanted: Event | None = getattr(_thread_state, "unwanted", None)
-    return unwanted is not None and unwanted.is_set()
+class _TimeLimit:
+    def __init__(self, limit_s: float) -> None:
+        self._end_s = SYSTEM_CLOCK.monotonic() + limit_s
+
+    def is_set(self) -> bool:
+        return SYSTEM_CLOCK.monotonic() >= self._end_s
+
+
+@contextmanager
+def cancel_calls_after(limit_s: float) -> Iterator[None]:
+    """Cancel the calls of this thread after limit_s seconds: for the last calls while the interpreter ends."""
+    before = _cancel_events()
+    _set_cancel_events((_TimeLimit(limit_s),))
+    try:
+        yield
+    finally:
+        _set_cancel_events(before)
+
+
+def is_cancelled() -> bool:
+    """Return whether cancel_calls_when() cancels the calls of this thread now."""
+    return any(event.is_set() for event in _cancel_events())
+
+
+@contextmanager
+def call_threads(n_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads whose calls are cancelled with those of this thread, or when an exception leaves the block.
+
+    Without it, Ctrl-C would wait for calls that are retried.
+    """
+    failed = Event()
+    with (
+        cancel_calls_when(failed),
+        ThreadPoolExecutor(n_threads, name, initializer=_set_cancel_events, initargs=(_cancel_events(),)) as pool,
+    ):
+        try:
+            yield pool
+        except BaseException:
+            failed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class CallLimit:
     """The time limits of one call: its deadline, its cancellation, and timeout_s since its last progress.
 
     New bytes are progress; failed attempts and pauses are none. Time in which all requests of the call wait for their
-    turn does not count. Setting `stop` ends pauses and retries. endpoint() names what the call waits for now: the
-    server, or the source of its keys. counters count "retries" and "throttled". Safe for threads.
+    turn does not count. `stop` is set when the store is closed or the call ends: it ends pauses and retries. endpoint()
+    names what the call waits for now: the server, or the source of its keys. counters count "retries" and "throttled".
+    Safe for threads.
     """
 
     def __init__(
@@ -123,11 +190,11 @@ class CallLimit:
         endpoint: Callable[[], str],
         counters: Counters,
     ) -> None:
-        self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
+        self.url, self.doing, self.clock = url, doing, clock
+        self._cancel_events = _cancel_events() if cancel is None else (*_cancel_events(), cancel)
         self.stop = Event()
         self.endpoint, self.counters = endpoint, counters
         self.deadline_s, self.timeout_s = deadline_s, timeout_s
-        self._unwanted: Event | None = getattr(_thread_state, "unwanted", None)
         self._progress_s = now_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else now_s + deadline_s
         self.error: StoreError | None = None  # of the last failed attempt since the last progress
@@ -135,8 +202,8 @@ class CallLimit:
         self.n_turns: int | None = None  # requests that have their turn; None: of a call without turns
 
     @property
-    def is_unwanted(self) -> bool:
-        return self._unwanted is not None and self._unwanted.is_set()
+    def is_cancelled(self) -> bool:
+        return any(event.is_set() for event in self._cancel_events)
 
     @property
     def is_queued(self) -> bool:
@@ -158,8 +225,10 @@ class CallLimit:
 
     def check(self) -> None:
         """Raise StoreError (retryable) if the call was cancelled, or its deadline or timeout has passed."""
-        if self.cancel is not None and self.cancel.is_set():
+        if self.is_cancelled:
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
+        if self.stop.is_set():
+            raise StoreError(f"{self.doing}: the store was closed during the call", url=self.url, retryable=True)
         if self._deadline_end_s <= self.clock.monotonic():
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
         elif self.left_s <= 0:
@@ -221,7 +290,7 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
 
 
 def _is_worth_repeating(error: StoreError, limit: CallLimit) -> bool:
-    if not error.retryable or error.maybe_done or limit.is_unwanted:
+    if not error.retryable or error.maybe_done or limit.is_cancelled:
         return False
     if error.details.get("sent") is not False:
         note_answer(limit.endpoint())
@@ -273,13 +342,27 @@ class RequestTimes:
         return silence_s > stall_s * 2.0 ** (n_attempts - 1)
 
 
+class Answer(Protocol):
+    """The answer of a server that a client library brings, and that may be cancelled by any thread."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return whether result() need not wait, at the latest after timeout_s."""
+
+    def result(self) -> Any:
+        """Wait for the answer and return it, or raise the library's error."""
+
+    def cancel(self, error: BaseException) -> None:
+        """Let result() raise the error, unless the answer has come, and close the connection."""
+
+
 class Attempt:
-    """One attempt of a request, as its function sees it. Used by one thread, and looked at by the caller's."""
+    """One attempt of a request, as its function sees it. Used by one thread; others look at it and interrupt it."""
 
     def __init__(self, task: _Task, clock: Clock) -> None:
         self._task, self._clock = task, clock
         self.silent_since_s = clock.monotonic()
         self.longest_silence_s = 0.0
+        self._answer: Answer | None = None
 
     @property
     def is_over(self) -> bool:
@@ -293,6 +376,32 @@ class Attempt:
         self.silent_since_s = now_s
         if has_new:
             self._task.call.limit.progressed()
+
+    def wait_for(self, answer: Answer) -> Any:
+        """Return the result of an answer that the end of the request or of its call cancels."""
+        self._answer = answer
+        if self.is_over:  # interrupt() may have run before the assignment
+            self.interrupt()
+        try:
+            if _cancel_events():  # the caller's thread, of which no other one takes care
+                while not answer.wait(_LOOK_EVERY_S):
+                    if is_cancelled():
+                        self.interrupt()
+            return answer.result()
+        finally:
+            self._answer = None
+
+    def interrupt(self) -> None:
+        answer = self._answer
+        if answer is not None:
+            limit = self._task.call.limit
+            answer.cancel(StoreError(f"{limit.doing}: cancelled", url=limit.url, sent=False))
+
+
+def wait_for_answer(answer: Answer) -> Any:
+    """Return the result of an answer; what ends the request of the running attempt cancels it."""
+    attempt: Attempt | None = getattr(_thread_state, "attempt", None)
+    return answer.result() if attempt is None else attempt.wait_for(answer)
 
 
 Send = Callable[[Attempt], Any]
@@ -321,7 +430,13 @@ class _Task:
     n_threads: int = 0  # that try to get an answer
     n_attempts: int = 1  # without retries
     newest: Attempt | None = None
+    attempts: set[Attempt] = field(default_factory=set)  # that run
     has_turn: bool = False
+
+    def interrupt(self) -> None:
+        """Interrupt the attempts that still run, as nobody needs their answer."""
+        for attempt in tuple(self.attempts):
+            attempt.interrupt()
 
 
 class RequestRunner:
@@ -345,7 +460,7 @@ class RequestRunner:
         self._reported: CallLimit | None = None
 
     def close(self) -> None:
-        """End calls that wait for their turn, and the retries of others. Requests that run are not interrupted."""
+        """End all calls of reads, and writes that wait for their turn. A write that runs is not interrupted."""
         with self._lock:
             self._is_closed = True
             for call in self._calls:
@@ -365,14 +480,16 @@ class RequestRunner:
     ) -> list[Any]:
         """Execute requests in parallel and return their results, in order.
 
-        After the call, Attempt.is_over is true for attempts that still run. is_write: A running attempt is awaited
-        although the time is over, because its effect would be unknown; it is never hedged. policy: None: that of the
-        runner. Raises the first StoreError of a request that was not worth repeating, or that of the limit.
+        After the call, Attempt.is_over is true for attempts that still run, which are interrupted. is_write: A running
+        attempt is awaited although the time is over, because its effect would be unknown; it is never hedged. policy:
+        None: that of the runner. Raises the first StoreError of a request that was not worth repeating, or that of the
+        limit.
         """
         limit.check()
         with self._lock:
             if self._is_closed:
-                raise self._closed(limit)
+                limit.stop.set()
+                limit.check()
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_THREADS_PER_REQUEST * self._n_requests, "tiercache-store")
             self._calls.add(call := _Call(limit, policy or self._policy, self._threads))
@@ -385,6 +502,7 @@ class RequestRunner:
             limit.stop.set()
             limit.is_reported = False
             for task in tasks:
+                task.interrupt()
                 self._end_turn(task)
             with self._lock:
                 self._calls.discard(call)
@@ -408,7 +526,7 @@ class RequestRunner:
                 if task.error is not None:
                     raise task.error
             if n_ended < len(tasks):
-                if not is_write or limit.is_queued:
+                if not is_write or limit.is_queued or limit.is_cancelled:
                     limit.check()
                 now_s = self._clock.monotonic()
                 if now_s - looked_s >= _LOOK_EVERY_S:
@@ -416,9 +534,6 @@ class RequestRunner:
                     self._report(limit)
                     if hedges:
                         self._hedge(tasks[:n_begun], now_s)
-
-    def _closed(self, limit: CallLimit) -> StoreError:
-        return StoreError(f"{limit.doing}: the store was closed during the call", url=limit.url, retryable=True)
 
     def _report(self, limit: CallLimit) -> None:
         """Report a long wait, unless another call's was reported that still waits: probably for the same reason."""
@@ -432,13 +547,17 @@ class RequestRunner:
         limit.report()
 
     def _start_thread(self, task: _Task) -> None:
-        """Begin to send a request. If no thread can start, such as while Python ends, the calling thread sends it."""
+        """Begin to send a request. If no thread can start, such as while Python ends, the calling thread sends it.
+
+        Nobody can then end its pauses, so a call that may be cancelled is not retried.
+        """
         task.n_threads += 1
         try:
             task.call.threads.submit(self._run_task, task)
         except RuntimeError:
-            if self._is_closed:
-                raise self._closed(task.call.limit) from None
+            task.call.limit.check()  # raises if the store is closed
+            if _cancel_events():
+                task.call.policy = RetryPolicy(n_attempts=1)
             self._run_task(task)
 
     def _hedge(self, tasks: Sequence[_Task], now_s: float) -> None:
@@ -468,12 +587,14 @@ class RequestRunner:
             self._take_turn(task)
             result = with_retries(lambda: self._attempt(task), task.call.policy, limit)
         except BaseException as raised:  # noqa: BLE001 - top of a thread: the caller's thread raises it
-            error = raised
+            # Nobody raises the error of an interrupted attempt, whose frames would keep the connection open.
+            error = raised.with_traceback(None) if task.is_done or task.call.is_over else raised
         with task.call.lock:
             task.n_threads -= 1
             if task.is_done or (error is not None and task.n_threads):
                 return  # another attempt was answered first, or still may be
             task.is_done, task.result, task.error = True, result, error
+        task.interrupt()
         self._end_turn(task)
         task.call.ended.put(task)
 
@@ -483,7 +604,7 @@ class RequestRunner:
             return
         while not self._turns.acquire(timeout=_LOOK_EVERY_S):
             if limit.stop.is_set():
-                raise self._closed(limit)
+                limit.check()
         with call.lock:
             task.has_turn = True
             if not limit.n_turns:
@@ -503,12 +624,15 @@ class RequestRunner:
     def _attempt(self, task: _Task) -> Any:
         if task.is_done or task.call.is_over:
             return None
-        attempt = task.newest = Attempt(task, self._clock)
+        attempt = task.newest = _thread_state.attempt = Attempt(task, self._clock)
+        task.attempts.add(attempt)
         with self._lock:
             self._times.n_requests += 1
         try:
             result = task.send(attempt)
         finally:
+            _thread_state.attempt = None
+            task.attempts.discard(attempt)
             if task.newest is attempt:
                 task.newest = None
         if not task.is_done:

@@ -38,12 +38,14 @@ from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.store import Store
 from tiercache.store.access import plain_url
 from tiercache.store.placement import LocationResolver
+from tiercache.store.remote import cancel_calls_after
 from tiercache.store.shared_files import make_folder, open_file, pid_namespace, start_time, try_lock
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
 
 USAGE_FOLDER = "_tiercache/usage/"
 FORMAT_VERSION = 1
 REPORT_S = 3600.0
+AT_EXIT_S = 1.5  # limit of the last report, while the interpreter ends
 # A report takes two requests. A process that holds the lock for longer was killed, and a forked child has its lock.
 LOCK_S = 5.0
 # A reader whose last report is newer than this reads now: one report may be late or lost.
@@ -278,9 +280,10 @@ class UseRecorder:
         self._held, self._since_s, self._reads_all = set(), 0.0, False
 
     def close_at_exit(self) -> None:
-        """As close(), at process exit: makes no request to a store that was not asked before, or that failed."""
+        """As close(), at process exit, for a short time: no request to a store that was not asked before, or failed."""
         if self._pid == os.getpid() and self._since_s and self._resolver.is_tracked and not self._has_failed:
-            self.close()
+            with cancel_calls_after(AT_EXIT_S):
+                self.close()
 
     def report(self, *, is_last: bool = False) -> bool:
         """Add the uses so far to this machine's report. Return False if the store cannot be written.

@@ -15,7 +15,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -31,6 +30,7 @@ from tiercache.shard import versions as manifest
 from tiercache.shard.versions import VERSIONS_FOLDER, SegmentRef, ShardTable, Version, read_segments
 from tiercache.store import LocalFolder, Store, placement_log, uses
 from tiercache.store.placement_log import prefix_store
+from tiercache.store.remote import call_threads
 from tiercache.store.uses import read_uses, uses_under
 from tiercache.tier.checkpoint_names import (
     LACKS,
@@ -476,7 +476,7 @@ def read_own_pins(file: RuleFile, stores: Stores, listed: Listing, grouped: Grou
                 raise
             return UNREADABLE_PIN
 
-    with ThreadPoolExecutor(_THREADS, "tiercache-pins") as pool:
+    with call_threads(_THREADS, "tiercache-pins") as pool:
         pins = list(pool.map(read, hits.tolist(), copy_of.tolist()))
     groups = copies.group[copy_of].tolist()
     return {"pinned": frozenset(group for group, pin in zip(groups, pins, strict=True) if pin is not None)}
@@ -588,7 +588,7 @@ class _DatasetReader:
             except NotFound:
                 return None
 
-        with ThreadPoolExecutor(min(_THREADS, len(numbers)), "tiercache-versions") as pool:
+        with call_threads(min(_THREADS, len(numbers)), "tiercache-versions") as pool:
             found = list(pool.map(read, numbers))
         return [version for version in found if version is not None]
 
@@ -737,7 +737,7 @@ def find_metrics(
                 raise
             return None
 
-    with ThreadPoolExecutor(_THREADS, "tiercache-metrics") as pool:
+    with call_threads(_THREADS, "tiercache-metrics") as pool:
         for group, metrics in zip(readable, pool.map(read, readable), strict=True):
             if metrics is None:
                 unread.append(group)

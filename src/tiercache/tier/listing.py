@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import combinations
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo, format_bytes
+from tiercache.store.remote import call_threads
 from tiercache.tier.checkpoint_names import COMPLETING
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.snapshot import (
@@ -96,7 +96,7 @@ def list_tiers(
         return found
 
     urls = list(dict.fromkeys(stores.sharing(tier.name) for tier in file.tiers))
-    with ThreadPoolExecutor(len(urls), "tiercache-listing") as pool:
+    with call_threads(len(urls), "tiercache-listing") as pool:
         parts = [batch for some in pool.map(batches, urls) for batch in some]
     return _joined(pa.Table.from_batches(parts, pa.schema(_COLUMNS)), now_s)
 

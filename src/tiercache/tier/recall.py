@@ -14,7 +14,6 @@ any instant: the same command continues, because each step is one of the mover's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +25,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.keep import Flags, Rows
 from tiercache.prices import RESTORE_DAYS, Prices, Speed, restored_home_dollars
+from tiercache.store.remote import call_threads
 from tiercache.tier.inventory import Inventory
 from tiercache.tier.plans import Plan, make_plan
 from tiercache.tier.policy import CapacityLedger, SnapshotIndex, propose_move, refuse, refuse_unavailable, with_costs
@@ -370,5 +370,5 @@ def _is_restored(stores: Stores, one: ArchivedObject) -> bool:
 
 
 def _in_parallel(work: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="tiercache-restore") as pool:
+    with call_threads(_N_THREADS, "tiercache-restore") as pool:
         return list(pool.map(work, items))

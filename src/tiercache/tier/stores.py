@@ -19,7 +19,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +34,7 @@ from tiercache.store import CloudStore, LocalFolder, Store, open_store
 from tiercache.store.access import ParsedUrl
 from tiercache.store.archive import S3StorageClasses, has_boto3
 from tiercache.store.placement_log import lead_to_home
+from tiercache.store.remote import call_threads
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING, STANDARD
@@ -408,7 +408,7 @@ def read_holds(store: Store, now_s: float, keys: Sequence[str] | None = None) ->
 
     if keys is None:
         keys = [info.key for info in store.list(HOLDS_FOLDER)]
-    with ThreadPoolExecutor(_THREADS, "tiercache-holds") as pool:
+    with call_threads(_THREADS, "tiercache-holds") as pool:
         return Holds([hold for hold in pool.map(read, keys) if hold is not None], now_s)
 
 

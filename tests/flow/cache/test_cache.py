@@ -12,7 +12,7 @@ from tiercache.cache import Cache
 from tiercache.cache.folder import DiskSpace
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange
-from tiercache.store.remote import stop_retries_when
+from tiercache.store.remote import cancel_calls_when
 
 
 def pairs_of(world, n=5, n_bytes=10_000):
@@ -106,7 +106,7 @@ def test_a_thread_whose_work_is_not_needed_any_more_does_not_open_a_closed_cache
     identity, cache, unwanted = world.put("a"), world.cache(), threading.Event()
     store = world.store(cache)
     world.fetch(store, "a")
-    with stop_retries_when(unwanted):
+    with cancel_calls_when(unwanted):
         unwanted.set()
         store.open_local("a", identity).close()  # the cache is open
         cache.close()

@@ -19,7 +19,7 @@ from tiercache.store import CloudStore
 from tiercache.store.access import CloudOptions
 from tiercache.store.obstore import BucketFolder
 from tiercache.store.remote import ReadSettings
-from tiercache.waiting import SYSTEM_CLOCK
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20
 DATA = pattern(3 * MIB)
@@ -70,6 +70,20 @@ def test_a_store_can_be_read_while_python_ends(http_server):
     )
     assert (done.returncode, done.stderr.decode()) == (0, "")
     assert done.stdout == DATA
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_the_end_of_a_read_closes_its_connection_although_the_body_trickles(http_server, make, end):
+    cancel, store = threading.Event(), make()
+
+    def rule(_method, _path):
+        (cancel.set if end == "cancel" else store.close)()  # the request has come
+        return HttpFault("drip", n_bytes=100, pause_s=0.1)
+
+    http_server.when(rule)
+    with pytest.raises(StoreError, match="cancelled" if end == "cancel" else "closed during the call"):
+        store.read_into("a", [(ByteRange(0, MIB), memoryview(bytearray(MIB)))], cancel=cancel)
+    assert wait_for(lambda: not http_server.n_connections, 30), "the client has not closed the connection"
 
 
 @pytest.mark.parametrize("kind", ["reset", "short"])

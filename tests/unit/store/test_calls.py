@@ -9,7 +9,16 @@ from tests.support.clock import FakeClock
 
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
-from tiercache.store.remote import CallLimit, RequestRunner, RequestTimes, RetryPolicy, stop_retries_when, with_retries
+from tiercache.store.remote import (
+    CallLimit,
+    RequestRunner,
+    RequestTimes,
+    RetryPolicy,
+    call_threads,
+    cancel_calls_when,
+    wait_for_answer,
+    with_retries,
+)
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 # The gates of these tests open after 60 s; a test that ends well has not waited for that.
@@ -268,10 +277,77 @@ def test_a_wait_of_2_s_is_reported_once_for_all_calls_and_again_after_progress(m
         thread.join(GATE_S)
 
 
+class Silent:
+    """An answer that does not come, and is awaited until somebody cancels it."""
+
+    def __init__(self):
+        self.is_awaited, self.ended, self.error = threading.Event(), threading.Event(), None
+
+    def wait(self, timeout_s):
+        self.is_awaited.set()
+        return self.ended.wait(timeout_s)
+
+    def result(self):
+        self.is_awaited.set()
+        assert self.ended.wait(GATE_S)
+        raise self.error
+
+    def cancel(self, error):
+        self.error = error
+        self.ended.set()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "closed", "answered", "refused"])
+def test_the_end_of_a_request_or_of_its_call_interrupts_the_attempts_that_run(make, end):
+    clock, cancel, silent = FakeClock(), threading.Event(), Silent()
+    runner, _ = make(clock=clock)
+
+    def send(_attempt):
+        return "answer" if silent.is_awaited.is_set() else wait_for_answer(silent)
+
+    def refuse(_attempt):
+        assert silent.is_awaited.wait(GATE_S)
+        raise StoreError("no", url="u")
+
+    results = []
+
+    def call():
+        try:
+            results.extend(runner.run([send, refuse] if end == "refused" else [send], limit(clock, cancel=cancel)))
+        except StoreError as error:
+            results.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert silent.is_awaited.wait(GATE_S)
+    if end == "cancelled":
+        cancel.set()
+    elif end == "closed":
+        runner.close()
+    elif end == "answered":  # by a hedge
+        clock.advance(6)
+    assert silent.ended.wait(GATE_S)
+    thread.join(GATE_S)
+    expected = {"cancelled": "get: cancelled", "closed": "the store was closed", "answered": "answer", "refused": "no"}
+    assert len(results) == 1
+    assert expected[end] in results[0]
+
+
+def test_an_exception_in_the_block_of_call_threads_cancels_their_calls(make):
+    runner, _ = make()
+    silent = Silent()
+    with pytest.raises(KeyboardInterrupt), call_threads(1, "test") as pool:  # noqa: PT012
+        future = pool.submit(lambda: runner.run([lambda _attempt: wait_for_answer(silent)], limit()))
+        assert silent.is_awaited.wait(GATE_S)
+        raise KeyboardInterrupt
+    assert "get: cancelled" in str(future.exception(GATE_S))
+    assert silent.ended.is_set()
+
+
 # Retries
 
 
-def test_an_unwanted_call_is_not_retried():
+def test_a_cancelled_call_is_not_retried():
     unwanted, asked = threading.Event(), []
 
     def attempt():
@@ -279,7 +355,7 @@ def test_an_unwanted_call_is_not_retried():
         unwanted.set()
         raise StoreError("away", url="u", retryable=True)
 
-    with stop_retries_when(unwanted):
+    with cancel_calls_when(unwanted):
         call = limit(FakeClock())
     with pytest.raises(StoreError, match="away"):
         with_retries(attempt, RetryPolicy(), call)
