@@ -15,7 +15,7 @@ import tiercache as tc
 from tiercache.waiting import wait_for
 
 # A hanging request ends by the client's own limits after 20 s, and a trickling one after 300 s.
-END_S = 10.0
+END_S = 15.0
 FAULTS = {"hangs": HttpFault("silence"), "trickles": HttpFault("drip", n_bytes=100, pause_s=0.1)}
 COMMAND = [sys.executable, "-m", "tiercache.cli.app"]
 
