@@ -183,6 +183,13 @@ class CachedStore(WrapperStore):
             return store
         return session.peers.store_for(spec.name, key, spec.n_bytes, store)
 
+    def report_corrupt(self, key: str, identity: ShardIdentity) -> bool:
+        """Say that ranges read past the cache are corrupt; False: they did not come from peers."""
+        spec, session = self.spec_of(key, identity), self._session()
+        if spec is None or session is None or session.peers is None:
+            return False
+        return session.peers.report_corrupt(spec.name, spec.source)
+
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:
         """Count reads as uses."""
         if method in ("get", "read_tail"):
@@ -419,8 +426,9 @@ class Cache:
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: bytes_hit (read from copies that were
         cached before this process asked for the bytes), bytes_missed (read after they were fetched for the reader, or
         past the cache), bytes_fetched, evicted, quarantined (corrupt copies, which were removed) and poisoned (objects
-        that are corrupt at their source). With peers also peer_requests, peer_bytes (received from them) and
-        peer_failures.
+        that are corrupt at their source). With peers also peer_requests, peer_bytes (received from them),
+        peer_failures, peer_corrupt (copies of which a peer sent corrupt bytes) and peer_not_served (requests for data
+        sets that a peer does not serve).
         """
         opened = self._open()
         with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing

@@ -38,6 +38,7 @@ from tiercache.cache.names import CopySpec, name_of_object
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange
+from tiercache.peers.readers import PeerSource
 from tiercache.store import Span, Store
 from tiercache.store.contract import Receive, read_unpinned
 from tiercache.store.remote import cancel_calls_when, is_cancelled
@@ -316,6 +317,8 @@ class Fetch:
             crc = self._extend_part()
             if crc is None:
                 return self._close_if_done()
+            if isinstance(self.store, PeerSource):
+                self.store.report_corrupt()
         raise CorruptShard(
             f"corrupt at its source: two fetches did not match the checksum (CRC-32C {crc:08x}, expected "
             f"{spec.crc32c or 0:08x})",

@@ -589,7 +589,7 @@ class CacheSession:
         is_corrupt_at_source = not wrong and spec.name in self._suspected
         self._suspected.discard(spec.name)
         if self.peers is not None and not wrong:
-            self.peers.distrust(spec.name)  # fetched once more, from the origin
+            self.peers.report_corrupt(spec.name, spec.source)  # fetched once more, from the origin
         if is_corrupt_at_source:
             self.counters.add("poisoned")
             self._uncached.add(spec.name)

@@ -409,6 +409,8 @@ def serve(
         )
         reading = stack.enter_context(Cache.default(path=cache_dir, size=cache_size))
         stores = [stack.enter_context(open_data_set_store(url, storage_option)) for url in urls]
+        for store in stores:
+            latest(store)  # a server of no data set would be noticed by nobody: its peers read from the store
         service = PeerService(list(map(cache.store, stores)), list(map(reading.store, stores)))
         facts = {"urls": [store.url for store in stores], "cache": str(cache.path), "data_sets": len(stores)}
         what = f"{count(len(stores), 'data set')} from the cache in {cache.path}"

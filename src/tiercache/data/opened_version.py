@@ -470,7 +470,7 @@ class OpenedVersion:
         was_removed = self.stores.remove_if_corrupt(key, identity)
         self._readers.drop(shard)  # even if the copy is right: it may be newer than the opened one
         if was_removed:
-            logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
+            logger.warning("%s: the local copy of %s was corrupt and is fetched again", self.url, key)
         return was_removed
 
     def is_local(self, shard: int) -> bool:
@@ -542,7 +542,12 @@ class OpenedVersion:
                 # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
                 # fetching each shard completely before the first batch.
                 store = self.store.store_for(info.name, identity, self.stores.placed.by_ranges)
-                footer = fetch_footer(store, info.name, info)
+                try:
+                    footer = fetch_footer(store, info.name, info)
+                except CorruptShard:
+                    if not self.store.report_corrupt(info.name, identity):
+                        raise
+                    footer = fetch_footer(self.stores.placed.by_ranges, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)

@@ -2,7 +2,8 @@
 
 A rendezvous hash over the live machines chooses the owner of each copy. The owner fetches from the origin, and the
 others fetch from the owner. A reader tries at most N_TRIED machines, and then the origin. Nothing that a peer sends is
-trusted more than the origin: shards and segments are compared with their checksums.
+trusted more than the origin: shards and segments are compared with their checksums. A reader that finds a copy corrupt
+tells the peers that sent it (`/suspects/NAME`), which verify their own copies.
 
 Two processes never wait for each other for a shard: a server reads shards only from its own cache and from the origin.
 It refuses requests of readers of its own cache folder (status 421), by which a reader learns which peer is its own
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from hashlib import blake2b
 from http import HTTPStatus
 from itertools import product
 from random import SystemRandom
-from threading import Event, Lock
+from threading import Event, Lock, Thread, current_thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +33,7 @@ from tiercache import config
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange
 from tiercache.stats import Counters
-from tiercache.store import CloudStore, Span, Store, open_store
+from tiercache.store import CloudStore, Span, Store, open_store, redact
 from tiercache.store.access import CloudOptions
 from tiercache.store.contract import Receive, WrapperStore
 from tiercache.store.remote import ReadSettings, RemoteStore, RetryPolicy
@@ -56,6 +58,7 @@ SLOWEST_BYTES_S = 1e6
 FIRST_ABSENCE_S, LONGEST_ABSENCE_S = 5.0, 60.0
 RESOLVE_EVERY_S = 30.0
 MOST_IDLE_STORES = 64  # a store keeps some threads and connections
+MOST_SENDERS = 4096  # copies whose senders are remembered: corruption is found soon after the bytes came
 _UNIT_BYTES = 4096  # of what a peer has sent
 
 _jitter = SystemRandom()  # not the seeded generator: machines must not try in step
@@ -198,16 +201,32 @@ class _Peer:
     url: str
     store: RemoteStore | None = None
     n_users: int = 0
+    is_live: bool = True
     n_failures: int = 0
     absent_until_s: float = 0.0
     is_own: bool = False
+    lacks_data_set: bool = False  # and a warning has said so
+    silent: Event = field(default_factory=Event)  # set to end the requests that run now
+
+
+class _AnyEvent(Event):
+    """An event that is set once one of others is."""
+
+    def __init__(self, *others: Event | None) -> None:
+        super().__init__()
+        self._others = [other for other in others if other is not None]
+
+    def is_set(self) -> bool:
+        return any(other.is_set() for other in self._others)
 
 
 class Peers:
     """The peers of one process: who is alive, who owns a copy, and the requests to them. Safe from any thread.
 
     The lock guards the table of peers; requests and DNS queries run outside it. A peer that fails is left out for
-    FIRST_ABSENCE_S, and twice as long after each further failure; then one request tries it again.
+    FIRST_ABSENCE_S, and twice as long after each further failure; then a thread tries it, while requests still go on
+    without it. If a request fails late, all that run at this peer end with it: a machine whose link is down costs the
+    time limit once.
     """
 
     def __init__(
@@ -220,27 +239,54 @@ class Peers:
     ) -> None:
         self._options, self._reader_id, self._clock = options, reader_id, clock
         self._open_peer = open_peer or open_peer_store
-        self.counters = Counters("peer_requests", "peer_bytes", "peer_failures")
+        self.counters = Counters("peer_requests", "peer_bytes", "peer_failures", "peer_corrupt", "peer_not_served")
         self._lock, self._resolving = Lock(), Lock()
         self._members: Members | None = None
         self._resolve_at_s = -np.inf
         self._peers: dict[str, _Peer] = {}
         self._distrusted: set[str] = set()
+        self._senders: OrderedDict[str, set[str]] = OrderedDict()  # URLs by the name of the copy
+        self._threads: set[Thread] = set()
+        self._closed = Event()
 
     def store_for(self, name: str, key: str, n_bytes: int, origin: Store) -> Store:
         """Return the store from which the copy with this name is fetched: its peers, and behind them the origin."""
         return origin if name in self._distrusted else PeerSource(self, name, key, n_bytes, origin)
 
-    def distrust(self, name: str) -> None:
-        """Fetch a copy from the origin from now on: what the peers sent was corrupt."""
-        self._distrusted.add(name)
+    def report_corrupt(self, name: str, source: str) -> bool:
+        """Fetch a copy from the origin from now on; tell the peers that sent it. Returns whether a peer is known to.
+
+        Args:
+            name: Name of the copy.
+            source: URL of the object at the origin, without credentials.
+        """
+        with self._lock:
+            self._distrusted.add(name)
+            senders = [self._peers[url] for url in sorted(self._senders.pop(name, ()))]
+        for peer in senders:
+            self.counters.add("peer_corrupt")
+            logger.warning(
+                "peer %s sent corrupt bytes of %s: they are fetched from the store, and the peer verifies its copy",
+                peer.url,
+                source,
+            )
+            with suppress(StoreError, OSError), self._store_of(peer) as store:
+                store.get(f"suspects/{name}")
+        return bool(senders)
 
     def ask(
-        self, name: str, request: Callable[[RemoteStore], T], refused: set[str], cancel: Event | None = None
+        self,
+        name: str,
+        request: Callable[[RemoteStore, Event], T],
+        refused: set[str],
+        cancel: Event | None = None,
+        *,
+        source: str = "",
     ) -> T | None:
-        """Return request(store of the owner of the copy); None: the caller must ask the origin.
+        """Return request(store of the owner of the copy, event that ends it); None: the caller must ask the origin.
 
-        refused: URLs of peers that do not have it, or are too busy; this method adds to them.
+        refused: URLs of peers that do not have it, or are too busy; this method adds to them. source: URL at the
+            origin, for messages.
         """
         n_tried = 0
         for url in self._current().order(int(name[:16], 16)):
@@ -253,24 +299,44 @@ class Peers:
                 break
             n_tried += 1
             self.counters.add("peer_requests")
+            start_s, silent = self._clock.monotonic(), peer.silent
             try:
                 with self._store_of(peer) as store:
-                    found = request(store)
+                    found = request(store, _AnyEvent(silent, cancel))
             except (StoreError, OSError) as error:  # OSError: a network error that the store did not convert
                 if cancel is not None and cancel.is_set():
                     break
                 status = error.status if isinstance(error, StoreError) else None
                 if isinstance(error, NotFound) or status == HTTPStatus.SERVICE_UNAVAILABLE:
                     refused.add(url)
+                    if isinstance(error, NotFound):
+                        self._note_lack(peer, source)
                 elif status == OWN_REQUEST:
                     peer.is_own = True
                     break
-                else:
-                    self._failed(peer, error)
+                elif not silent.is_set():  # else another request has found it silent
+                    self._failed(peer, error, self._clock.monotonic() - start_s)
             else:
-                peer.n_failures, peer.absent_until_s = 0, 0.0
+                peer.n_failures, peer.is_live = 0, True
+                self._note_sender(name, url)
                 return found
         return None
+
+    def _note_lack(self, peer: _Peer, source: str) -> None:
+        self.counters.add("peer_not_served")
+        if not peer.lacks_data_set:
+            peer.lacks_data_set = True
+            logger.warning(
+                "peer %s does not serve the data set of %s: name its URL at `tiercache serve` on that machine",
+                peer.url,
+                source,
+            )
+
+    def _note_sender(self, name: str, url: str) -> None:
+        with self._lock:
+            self._senders.setdefault(name, set()).add(url)
+            if len(self._senders) > MOST_SENDERS:
+                self._senders.popitem(last=False)
 
     def _current(self) -> Members:
         """Return the members; a DNS name or a launcher's list is read again every RESOLVE_EVERY_S."""
@@ -302,19 +368,47 @@ class Peers:
         now_s = self._clock.monotonic()
         with self._lock:
             peer = self._peers.setdefault(url, _Peer(url))
-            if now_s < peer.absent_until_s:
+            if peer.is_live:
+                return peer
+            if now_s < peer.absent_until_s or self._closed.is_set():
                 return None
-            if peer.n_failures:  # this request tries it; the others go on without it until its result is known
-                peer.absent_until_s = now_s + STALL_S
-            return peer
+            peer.absent_until_s = now_s + LONGEST_ABSENCE_S  # until its result is known
+            thread = Thread(target=self._try_again, args=(peer,), name="tiercache-peer", daemon=True)
+            with suppress(RuntimeError):  # no more threads are allowed
+                thread.start()
+                self._threads.add(thread)
+        return None
 
-    def _failed(self, peer: _Peer, error: Exception) -> None:
+    def _try_again(self, peer: _Peer) -> None:
+        """Let requests use a peer again if it answers anything to a request that nobody waits for."""
+        start_s = self._clock.monotonic()
+        try:
+            with self._store_of(peer) as store:
+                one_byte = [(ByteRange(0, 1), memoryview(bytearray(1)))]
+                store.read_into("alive", one_byte, deadline_s=2 * CONNECT_S, cancel=self._closed)
+        except (StoreError, OSError) as error:
+            status = error.status if isinstance(error, StoreError) else None
+            if isinstance(error, NotFound) or status in (HTTPStatus.SERVICE_UNAVAILABLE, OWN_REQUEST):
+                peer.is_live = True
+            elif not self._closed.is_set():
+                self._failed(peer, error, self._clock.monotonic() - start_s)
+        else:
+            peer.is_live = True
+        finally:
+            with self._lock:
+                self._threads.discard(current_thread())
+
+    def _failed(self, peer: _Peer, error: Exception, lasted_s: float) -> None:
         self.counters.add("peer_failures")
         with self._lock:
             peer.n_failures += 1
+            peer.is_live = False
             longest_s = min(FIRST_ABSENCE_S * 2.0 ** min(peer.n_failures - 1, 10), LONGEST_ABSENCE_S)
             absence_s = longest_s * _jitter.uniform(0.5, 1.0)
             peer.absent_until_s = self._clock.monotonic() + absence_s
+            if lasted_s >= CONNECT_S:
+                peer.silent.set()
+                peer.silent = Event()
         is_refused = isinstance(error, StoreError) and error.status == HTTPStatus.UNAUTHORIZED
         hint = "; check peers_token" if is_refused else ""
         level = logging.WARNING if peer.n_failures == 1 else logging.INFO
@@ -342,6 +436,11 @@ class Peers:
                 peer.n_users -= 1
 
     def close(self) -> None:
+        self._closed.set()
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(STALL_S)
         with self._lock:
             stores = [peer.store for peer in self._peers.values() if peer.store is not None]
             for peer in self._peers.values():
@@ -384,12 +483,17 @@ class PeerSource(WrapperStore):
         self._lock = Lock()
         self._taken = np.zeros(-(-n_bytes // _UNIT_BYTES), bool)
         self._refused: set[str] = set()
+        self._source = f"{redact(origin.url)}/{key}"
+
+    def report_corrupt(self) -> None:
+        """Say that what was read is corrupt."""
+        self._peers.report_corrupt(self._name, self._source)
 
     def read_into(
         self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
     ) -> None:
-        def read(store: RemoteStore, name: str, limit_s: float) -> None:
-            store.read_into(name, spans, deadline_s=limit_s, cancel=cancel)
+        def read(store: RemoteStore, name: str, limit_s: float, end: Event) -> None:
+            store.read_into(name, spans, deadline_s=limit_s, cancel=end)
 
         if not self._read_from_peer(key, [span for span, _ in spans], read, cancel):
             self.inner.read_into(key, spans, if_match=if_match, cancel=cancel)
@@ -409,8 +513,8 @@ class PeerSource(WrapperStore):
             except Exception as error:
                 raise _ReceiverError from error
 
-        def read(store: RemoteStore, name: str, limit_s: float) -> None:
-            store.read_pieces(name, ranges, receive_or_end, deadline_s=limit_s, cancel=cancel)
+        def read(store: RemoteStore, name: str, limit_s: float, end: Event) -> None:
+            store.read_pieces(name, ranges, receive_or_end, deadline_s=limit_s, cancel=end)
 
         try:
             is_read = self._read_from_peer(key, ranges, read, cancel)
@@ -423,7 +527,7 @@ class PeerSource(WrapperStore):
         self,
         key: str,
         ranges: Sequence[ByteRange],
-        read: Callable[[RemoteStore, str, float], None],
+        read: Callable[[RemoteStore, str, float, Event], None],
         cancel: Event | None,
     ) -> bool:
         """Read ranges from a peer, if one has them and none of them was read from a peer before."""
@@ -432,11 +536,11 @@ class PeerSource(WrapperStore):
             return False
         limit_s = STALL_S + n_bytes / SLOWEST_BYTES_S
 
-        def request(store: RemoteStore) -> bool:
-            read(store, f"copies/{self._name}", limit_s)
+        def request(store: RemoteStore, end: Event) -> bool:
+            read(store, f"copies/{self._name}", limit_s, end)
             return True
 
-        if self._peers.ask(self._name, request, self._refused, cancel) is None:
+        if self._peers.ask(self._name, request, self._refused, cancel, source=self._source) is None:
             return False
         self._peers.counters.add("peer_bytes", n_bytes)
         return True

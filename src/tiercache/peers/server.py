@@ -1,14 +1,15 @@
-"""`tiercache serve`: nginx serves the complete copies of a cache to other machines, and `PeerService` all else.
+"""`tiercache serve`: nginx sends the complete copies of a cache to other machines, and `PeerService` all else.
 
-nginx serves files of the cache folder whose name is that of a copy, and passes requests for other names of copies to
-`PeerService` through a Unix socket. The service knows the names of all shards and segments of the data
-sets that it was started with, and fetches what is requested of them through this machine's cache: under a lease, so
-that eviction cannot take the copy away, and one fetch for all who request it. No other name is answered, and no request
-can name a store or a key.
+nginx passes each request for a copy to `PeerService` through a Unix socket. The service knows the names of all shards
+and segments of the data sets that it was started with. It hands a complete copy over to nginx, which sends the file,
+and fetches what is not complete through this machine's cache: under a lease, so that eviction cannot take the copy
+away, and one fetch for all who request it. No other name is answered, and no request can name a store or a key. A
+reader that got corrupt bytes may ask the service to verify its copy.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import re
@@ -42,6 +43,8 @@ from tiercache.shard.versions import ShardTable, Version, latest, read_segments,
 from tiercache.store import Store
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
+logger = logging.getLogger("tiercache")
+
 # A name that no known version has is looked up in newer versions at most this often.
 REFRESH_EVERY_S = 2.0
 # Versions before the newest that are searched for a name.
@@ -56,13 +59,21 @@ REQUEST_TIMEOUT_S = 30.0  # longest time in which nginx sends a request, or take
 START_S = 15.0
 JOIN_S = 10.0
 
-_COPY = re.compile(r"/copies/([0-9a-f]{40})")
+_COPY = re.compile(r"/(copies|suspects)/([0-9a-f]{40})")
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})")
 _PATH = re.compile(r"/[^\0-\x1f\x7f\"'\\${};#]*")
 _LISTEN = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 # -- what is served ----------------------------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """A request is answered with a status alone, such as 404: no data set has the name; 503: ask another machine."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class _SegmentNames:
@@ -98,19 +109,23 @@ class ServedDataSet:
     def find(self, name: str) -> tuple[str, ShardIdentity] | None:
         """Return key and identity of the object whose copy has this name.
 
-        None: The data set has none, or its versions are still being read after LOAD_WAIT_S. Raises StoreError,
-            CorruptShard.
+        None: The data set has none. Raises StoreError, CorruptShard; or Refusal if it may have it: its versions were
+            read a moment ago, or are still being read after LOAD_WAIT_S.
         """
         found = self.find_known(name)
-        if found is not None or not self._lock.acquire(timeout=LOAD_WAIT_S):
+        if found is not None:
             return found
+        if not self._lock.acquire(timeout=LOAD_WAIT_S):
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE)
         try:
             found = self.find_known(name)
-            if found is None and self._clock.monotonic() >= self._refresh_at_s:
-                found = self._find_in_versions(name)
+            if found is not None:
+                return found
+            if self._clock.monotonic() < self._refresh_at_s:
+                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE)
+            return self._find_in_versions(name)
         finally:
             self._lock.release()
-        return found
 
     def find_known(self, name: str) -> tuple[str, ShardIdentity] | None:
         found = self._segments.get(name)
@@ -158,43 +173,43 @@ class PeerService:
         """
         pairs = zip(stores, stores if versions is None else versions, strict=True)
         self.data_sets = [ServedDataSet(store, of_versions, clock) for store, of_versions in pairs]
+        self._verifying = Lock()
 
-    def open(self, name: str) -> tuple[CopyLease, CachedStore, str, ShardIdentity] | None:
+    def open(self, name: str) -> tuple[CopyLease, CachedStore, str, ShardIdentity]:
         """Return a lease on the copy with this name, its store, key and identity; the caller closes the lease.
 
-        None: No data set has it, or the cache has no space for it. Raises StoreError, CorruptShard.
+        Raises Refusal (no data set has it, or the cache has no space for it), StoreError, CorruptShard.
         """
-        found = self._find(name)
-        if found is None:
-            return None
-        store, key, identity = found
+        store, key, identity = self._find(name)
         spec = store.spec_of(key, identity)
         lease = None if spec is None or spec.name != name else store.open_copy(spec)
-        return None if lease is None else (lease, store, key, identity)
+        if lease is None:
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE)
+        return lease, store, key, identity
 
-    def _find(self, name: str) -> tuple[CachedStore, str, ShardIdentity] | None:
+    def verify(self, name: str) -> None:
+        """Compare a complete copy with its checksum, and remove it if it is corrupt. Raises as open()."""
+        store, key, identity = self._find(name)
+        with self._verifying:  # many readers may have got the same bytes
+            # The units of a partial copy are compared with their checksums whenever they are read.
+            if store.is_cached(key, identity) and store.remove_if_corrupt(key, identity):
+                logger.warning("%s/%s: the copy in this cache was corrupt and was removed", store.url, key)
+
+    def _find(self, name: str) -> tuple[CachedStore, str, ShardIdentity]:
         for data_set in self.data_sets:
             if (known := data_set.find_known(name)) is not None:
                 return data_set.store, *known
-        failure: TierCacheError | None = None
+        failure: Exception = Refusal(HTTPStatus.NOT_FOUND)
         for data_set in self.data_sets:
             try:
                 if (found := data_set.find(name)) is not None:
                     return data_set.store, *found
-            except TierCacheError as error:  # another data set may have it
+            except (TierCacheError, Refusal) as error:  # another data set may have it
                 failure = error
-        if failure is not None:
-            raise failure
-        return None
+        raise failure
 
 
 # -- the server on a Unix socket ---------------------------------------------------------------------------------------
-
-
-class _Answer(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -210,10 +225,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             self._answer()
-        except _Answer as answer:
-            self._send(answer.status)
-        except NotFound:
-            self._send(HTTPStatus.NOT_FOUND)
+        except Refusal as refusal:
+            self._send(refusal.status)
+        except NotFound:  # at the origin: NOT_FOUND would mean that no data set has the name
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE)
         except TierCacheError:
             self._send(HTTPStatus.BAD_GATEWAY)
         except OSError:
@@ -227,12 +242,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         copy = _COPY.fullmatch(self.path)
         if self.headers.get(READER_HEADER) == self.server.reader_id:
-            raise _Answer(OWN_REQUEST)
-        opened = None if copy is None else self.server.service.open(copy[1])
-        if opened is None:
-            raise _Answer(HTTPStatus.NOT_FOUND)
-        lease, store, key, identity = opened
+            raise Refusal(OWN_REQUEST)
+        if copy is None:
+            raise Refusal(HTTPStatus.NOT_FOUND)
+        what, name = copy.groups()
+        if what == "suspects":
+            self._send(HTTPStatus.OK)  # first: nobody waits for the check
+            with suppress(TierCacheError, Refusal):
+                self.server.service.verify(name)
+            return
+        lease, store, key, identity = self.server.service.open(name)
         with lease:
+            if lease.n_descriptors == 1:  # complete: nginx sends the file, if it has not been evicted by then
+                self.send_response(HTTPStatus.OK)
+                self.send_header("X-Accel-Redirect", f"/complete/{name}")
+                self._send_headers(0)
+                return
             span = self._span(lease.n_bytes)
             starts = range(span.start, span.end, PIECE_BYTES)
             pieces = [ByteRange(start, min(start + PIECE_BYTES, span.end)) for start in starts]
@@ -241,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
             first = _read(lease, pieces[0]) if pieces else b""
             if first is None:
                 store.remove_if_corrupt(key, identity)
-                raise _Answer(HTTPStatus.NOT_FOUND)
+                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE)
             is_whole = "Range" not in self.headers
             self.send_response(HTTPStatus.OK if is_whole else HTTPStatus.PARTIAL_CONTENT)
             if not is_whole:
@@ -261,9 +286,9 @@ class _Handler(BaseHTTPRequestHandler):
             return ByteRange(0, n_bytes)
         match = _RANGE.fullmatch(text)
         if match is None or not int(match[1]) <= int(match[2]):
-            raise _Answer(HTTPStatus.BAD_REQUEST)
+            raise Refusal(HTTPStatus.BAD_REQUEST)
         if int(match[1]) >= n_bytes:
-            raise _Answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            raise Refusal(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
         return ByteRange(int(match[1]), min(int(match[2]) + 1, n_bytes))
 
     def _send(self, status: int) -> None:

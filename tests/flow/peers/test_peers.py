@@ -3,9 +3,10 @@
 import errno
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count, islice
-from threading import Event
+from threading import Barrier, Event
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from tiercache.peers.readers import (
     FIRST_ABSENCE_S,
     LONGEST_ABSENCE_S,
     RESOLVE_EVERY_S,
+    STALL_S,
     Members,
     PeerOptions,
     Peers,
@@ -29,6 +31,7 @@ from tiercache.peers.readers import (
 )
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
+from tiercache.waiting import wait_for
 
 KEYS = st.integers(0, 2**64 - 1)
 URLS = st.lists(st.integers(0, 10_000).map(lambda n: f"http://m{n}:9740"), min_size=1, max_size=40, unique=True)
@@ -147,7 +150,8 @@ class Answers:
     """Stores of scripted peers: each returns its URL, or raises its error. Records who was asked."""
 
     def __init__(self, urls):
-        self.errors, self.asked = dict.fromkeys(urls), []
+        self.errors, self.asked, self.tried = dict.fromkeys(urls), [], []
+        self.before_try = lambda: None
 
     def open(self, url, _options, _reader_id):
         answers = self
@@ -158,6 +162,11 @@ class Answers:
                 if answers.errors[url] is not None:
                     raise answers.errors[url]
                 return url.encode()
+
+            def read_into(self, key, spans, **_limits):
+                answers.tried.append(url)
+                answers.before_try()
+                raise answers.errors[url] or NotFound("nothing", url=url)
 
         return PeerStore(MemoryStore(url.partition("//")[2].replace(":", "-"), ""))
 
@@ -175,8 +184,11 @@ class Asker:
 
     def ask(self, cancel=None):
         del self.answers.asked[:]
-        found = self.peers.ask("7" * 40, lambda store: store.get("x"), self.refused, cancel)
+        found = self.peers.ask("7" * 40, lambda store, _end: store.get("x"), self.refused, cancel)
         return None if found is None else found.decode()
+
+    def finish_tries(self):
+        assert wait_for(lambda: not self.peers._threads, 60)
 
 
 def unreachable():
@@ -202,34 +214,65 @@ def test_if_the_owner_fails_the_next_one_is_asked_and_the_owner_is_left_out_for_
     assert asker.answers.asked == [asker.owners[1]]
     asker.answers.errors[asker.owners[0]] = None
     asker.clock.advance(FIRST_ABSENCE_S)
+    asker.ask()
+    asker.finish_tries()
     assert asker.ask() == asker.owners[0]
 
 
-def test_a_peer_that_keeps_failing_is_tried_less_and_less_often(asker):
-    asker.answers.errors[asker.owners[0]] = unreachable()
-    n_tries = 0
-    for _ in range(600):
-        asker.ask()
-        n_tries += asker.answers.asked.count(asker.owners[0])
-        asker.clock.advance(1.0)
-    assert 600 / LONGEST_ABSENCE_S <= n_tries <= 4 + 600 / (LONGEST_ABSENCE_S / 2)
-
-
-def test_while_one_request_tries_a_peer_again_the_others_go_on_without_it(asker):
+def test_a_peer_that_keeps_failing_is_tried_less_and_less_often_and_never_by_a_request(asker):
     asker.answers.errors[asker.owners[0]] = unreachable()
     asker.ask()
-    asker.clock.advance(FIRST_ABSENCE_S)
-    during = []
+    for _ in range(600):
+        assert asker.ask() == asker.owners[1]
+        assert asker.owners[0] not in asker.answers.asked
+        asker.finish_tries()
+        asker.clock.advance(1.0)
+    assert 600 / LONGEST_ABSENCE_S <= len(asker.answers.tried) <= 4 + 600 / (LONGEST_ABSENCE_S / 2)
 
-    def request(store):
-        if not during:
-            during.append(None)
-            during[0] = asker.peers.ask("7" * 40, lambda other: other.get("x"), set())
-        return store.get("x")
 
+def test_while_a_peer_is_tried_again_requests_go_on_without_it(asker):
+    asker.answers.errors[asker.owners[0]] = unreachable()
+    asker.ask()
     asker.answers.errors[asker.owners[0]] = None
-    assert asker.peers.ask("7" * 40, request, set()) == asker.owners[0].encode()
-    assert during == [asker.owners[1].encode()]
+    asker.clock.advance(FIRST_ABSENCE_S)
+    is_answered = Event()
+    asker.answers.before_try = lambda: is_answered.wait(60)
+    assert [asker.ask() for _ in range(3)] == [asker.owners[1]] * 3
+    is_answered.set()
+    asker.finish_tries()
+    assert asker.ask() == asker.owners[0]
+    assert asker.answers.tried == [asker.owners[0]]
+
+
+def test_a_request_that_fails_late_ends_the_others_at_the_same_peer(asker):
+    others_run = Barrier(4)
+
+    def request(store, end):
+        url = store.get("x").decode()
+        if url == asker.owners[0]:
+            if others_run.wait(60) == 0:
+                asker.clock.advance(STALL_S)
+            else:
+                assert wait_for(end.is_set, 60)
+            raise unreachable()
+        return url
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(asker.peers.ask, "7" * 40, request, set()) for _ in range(4)]
+        assert [one.result() for one in found] == [asker.owners[1]] * 4
+    assert asker.peers.counters.snapshot()["peer_failures"] == 1
+
+
+def test_a_peer_that_does_not_serve_the_data_set_is_named_once_and_counted(asker, caplog):
+    asker.answers.errors = dict.fromkeys(asker.urls, NotFound("no", url="m"))
+    for _ in range(3):
+        asker.refused = set()
+        assert asker.ask() is None
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 2
+    for url in asker.owners[:2]:
+        assert sum(f"{url} does not serve" in text and "tiercache serve" in text for text in warnings) == 1
+    assert asker.peers.counters.snapshot()["peer_not_served"] == 6
 
 
 def test_at_most_two_machines_are_asked(asker):
@@ -271,7 +314,7 @@ def test_few_idle_connections_stay_open(monkeypatch):
     asker = Asker(9)
     with closing(asker.peers):
         for key in range(40):
-            assert asker.peers.ask(f"{key:040x}"[::-1], lambda store: store.get("x"), set())
+            assert asker.peers.ask(f"{key:040x}"[::-1], lambda store, _end: store.get("x"), set())
         assert sum(peer.store is not None for peer in asker.peers._peers.values()) <= 3
 
 
@@ -301,7 +344,11 @@ class ScriptedPeer(WrapperStore):
 
     def __init__(self):
         super().__init__(MemoryStore("peer", ""))
-        self.copies, self.reads = {}, []
+        self.copies, self.reads, self.suspects = {}, [], []
+
+    def get(self, key):
+        self.suspects.append(key.removeprefix("suspects/"))
+        return b""
 
     def read_into(self, key, spans, **_limits):
         data = self.copies.get(key.removeprefix("copies/"))
@@ -336,7 +383,7 @@ def test_a_copy_comes_from_its_owner_and_not_from_the_origin(world, peer):
 
 
 @pytest.mark.parametrize("n_bytes", [5_000, 20_000_000])
-def test_bytes_that_a_peer_sends_wrong_are_fetched_from_the_origin(world, peer, n_bytes):
+def test_bytes_that_a_peer_sends_wrong_are_fetched_from_the_origin_and_reported(world, peer, n_bytes, caplog):
     world.put("a", n_bytes)
     wrong = bytearray(world.data["a"])
     wrong[n_bytes // 2] ^= 1
@@ -346,12 +393,16 @@ def test_bytes_that_a_peer_sends_wrong_are_fetched_from_the_origin(world, peer, 
     assert world.n_reads() > 0
     assert cache.stats()["poisoned"] == 0
     assert sum(span.n_bytes for span in peer.reads) == n_bytes  # each byte once
+    assert cache.stats()["peer_corrupt"] == 1
+    assert peer.suspects == [name_of(world, "a")]
+    assert "peer http://m:9740 sent corrupt bytes of" in caplog.text
 
 
 def test_a_partial_copy_that_readers_find_wrong_is_fetched_from_the_origin(world, peer):
     world.put("a", 3_000_000)
     peer.copies[name_of(world, "a")] = bytes(3_000_000)
-    store = world.store(world.cache(peers=["m"]))
+    cache = world.cache(peers=["m"])
+    store = world.store(cache)
     span = ByteRange(0, 8192)
     for _ in range(2):
         with store.open_local("a", world.identity("a")) as lease:
@@ -362,6 +413,7 @@ def test_a_partial_copy_that_readers_find_wrong_is_fetched_from_the_origin(world
             break
         assert store.remove_if_corrupt("a", world.identity("a"))
     assert bytes(data) == world.data["a"][:8192]
+    assert (cache.stats()["peer_corrupt"], peer.suspects) == (1, [name_of(world, "a")])
 
 
 def test_ranges_past_the_cache_come_from_the_owner_once_and_then_from_the_origin(world, peer):
@@ -411,16 +463,14 @@ def test_an_error_of_the_receiver_is_raised_and_is_no_failure_of_the_peer(world,
 )
 def test_whatever_a_peer_answers_the_copy_is_right(world, monkeypatch, fault):
     monkeypatch.setattr("tiercache.peers.readers.STALL_S", 0.3)
-    monkeypatch.setattr("tiercache.peers.readers.FIRST_ABSENCE_S", 0.0)
     for key in ("a", "b", "c"):
         world.put(key, 300_000)
     answers = count()
     with HttpFaultServer({f"copies/{name_of(world, key)}": world.data[key] for key in "abc"}) as server:
         server.when(lambda _method, _path: fault if next(answers) % 3 else None)
-        cache = world.cache(peers=[server.url])
-        store = world.store(cache)
         for key in "abc":
-            world.fetch(store, key)
+            # A process each: one that met a fault leaves the peer out.
+            with closing(world.cache(name=f"cache-{key}", peers=[server.url])) as cache:
+                world.fetch(world.store(cache), key)
+                assert cache.stats()["poisoned"] == 0
         assert next(answers) >= 3
-        assert cache.stats()["poisoned"] == 0
-        cache.close()

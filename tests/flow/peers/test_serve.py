@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.cache_world import turn
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFaultServer
@@ -21,12 +22,13 @@ from tiercache.errors import StoreError
 from tiercache.peers.server import (
     REFRESH_EVERY_S,
     PeerService,
+    Refusal,
     ServedDataSet,
     ServerOptions,
     run_service,
 )
 from tiercache.shard.versions import latest, read_shards
-from tiercache.store import LocalFolder
+from tiercache.store import LocalFolder, open_store
 from tiercache.store.remote import RequestTimes
 from tiercache.waiting import wait_for
 
@@ -100,11 +102,15 @@ class Service:
         ]
 
     def get(self, path, headers=None, method="GET"):
-        """Status, header fields and body of an answer."""
+        """Status, header fields and body of an answer; of a complete copy, as nginx sends it."""
         with closing(UnixConnection(str(self.path))) as connection:
             connection.request(method, path, headers=headers or {})
             answer = connection.getresponse()
-            return answer.status, dict(answer.headers), answer.read()
+            body, file = answer.read(), answer.headers.get("X-Accel-Redirect")
+        if file is not None:
+            assert body == b""
+            body = (self.cache.path / "copies" / file.removeprefix("/complete/")).read_bytes()
+        return answer.status, dict(answer.headers), body
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -140,7 +146,7 @@ def test_ranges_of_a_copy_that_is_not_cached_are_fetched_and_served(service):
     assert (status, body) == (206, data[100:5100])
     assert headers["Content-Range"] == f"bytes 100-5099/{len(data)}"
     assert service.get(f"/copies/{service.names[3]}")[::2] == (200, data)
-    assert service.get(f"/copies/{service.names[3]}", {"Range": "bytes=5-99999999"})[::2] == (206, data[5:])
+    assert service.get(f"/copies/{service.names[4]}", {"Range": "bytes=5-99999999"})[2] == shard_bytes(service, 4)[5:]
 
 
 def test_other_requests_are_refused(service):
@@ -148,7 +154,8 @@ def test_other_requests_are_refused(service):
     for text in ("bytes=9-5", "bytes=-5", "bytes=5-", "bytes=0-1,5-6", "lines=1-2", "bytes=x-y"):
         assert service.get(copy, {"Range": text})[0] == 400, text
     assert service.get(copy, {"Range": "bytes=99999999-999999999"})[0] == 416
-    for path in ("/copies/" + "0" * 40, "/copies/" + "0" * 39, "/tiercache-cache.json", "http://example.com/x"):
+    assert service.get("/copies/" + "0" * 40)[0] == 503  # the versions were read a moment ago
+    for path in ("/copies/" + "0" * 39, "/tiercache-cache.json", "http://example.com/x"):
         assert service.get(path)[0] == 404, path
     assert service.get(copy, {"X-Tiercache-Reader": service.cache.folder_id})[0] == 421, "of the own folder"
 
@@ -156,7 +163,7 @@ def test_other_requests_are_refused(service):
 def test_what_the_cache_has_no_space_for_is_refused(tmp_path, source):
     service = Service(tmp_path, source, size="100KB")
     with run_service(service.cache, service.service, service.path):
-        assert service.get(f"/copies/{service.names[0]}")[0] == 404
+        assert service.get(f"/copies/{service.names[0]}")[0] == 503
 
 
 def test_a_store_that_fails_is_a_bad_gateway(tmp_path, source):
@@ -173,7 +180,7 @@ def test_a_copy_whose_bytes_on_disk_are_wrong_is_not_served(service):
     with part.open("r+b") as file:
         file.write(b"\1" * 100)
     status, _, body = service.get(f"/copies/{name}", {"Range": "bytes=0-4095"})
-    assert status == 404 or body == shard_bytes(service, 2)[:4096]
+    assert status == 503 or body == shard_bytes(service, 2)[:4096]
     assert service.get(f"/copies/{name}", {"Range": "bytes=0-4095"})[::2] == (206, shard_bytes(service, 2)[:4096])
 
 
@@ -188,7 +195,7 @@ def test_more_requests_than_it_can_hold_are_told_to_ask_elsewhere(tmp_path, sour
             assert wait_for(lambda: service.get("/copies/" + "0" * 40)[0] == 503, 30)
             gate.open()
             assert {answer.result()[0] for answer in answers} == {200}
-            assert service.get("/copies/" + "0" * 40)[0] == 404
+            assert service.get(f"/copies/{service.names[0]}")[0] == 200
 
 
 def test_a_version_that_is_committed_later_is_served_after_a_moment(tmp_path, source):
@@ -201,11 +208,13 @@ def test_a_version_that_is_committed_later_is_served_after_a_moment(tmp_path, so
         with tc.Writer(source.root, mode="overwrite", schema={"id": "int64", "data": "bytes"}) as writer:
             writer.write({"id": 0, "data": b"new"})
         (new,) = names_of_version(cache.store(source), latest(source))
-        assert served.find(new) is None
+        with pytest.raises(Refusal):  # it may have it: the versions were read a moment ago
+            served.find(new)
         clock.advance(REFRESH_EVERY_S)
         assert served.find(new) is not None
         later = ServedDataSet(cache.store(source), clock=clock)  # a server that starts now
         assert later.find(old[0]) is not None
+        clock.advance(REFRESH_EVERY_S)
         assert later.find("0" * 40) is None
 
 
@@ -238,7 +247,8 @@ def test_a_data_set_whose_store_fails_does_not_keep_others_from_being_served(tmp
         (name, *_) = names_of_version(store, latest(source))
         with pytest.raises(StoreError):
             service.open("0" * 40)
-        assert service.open("0" * 40) is None  # the store is not asked again at once
+        with pytest.raises(Refusal):  # the store is not asked again at once
+            service.open("0" * 40)
         lease, *_ = service.open(name)
         lease.close()
 
@@ -283,13 +293,64 @@ def test_nginx_serves_nothing_but_copies_by_name(origin, tmp_path):
             "/copies/" + "f" * 40, "/copies/" + "../" * 20 + "etc/passwd", "/locks/" + name, f"/copies/{name.upper()}",
             "/objects/x/latest", "/@fetch",
         ):  # fmt: skip
-            assert raw_status(machine, f"GET {path} HTTP/1.0\r\n\r\n".encode()) in (400, 403, 404), path
+            assert raw_status(machine, f"GET {path} HTTP/1.0\r\n\r\n".encode()) in (400, 403, 404, 503), path
         for method in ("PUT", "POST", "DELETE", "MKCOL", "COPY", "MOVE", "PATCH", "TRACE", "OPTIONS"):
             request = f"{method} /copies/{name} HTTP/1.0\r\nContent-Length: 0\r\n\r\n".encode()
             assert raw_status(machine, request) in (405, 501), method
         own = f"GET /copies/{name} HTTP/1.0\r\nX-Tiercache-Reader: {cache.folder_id}\r\n\r\n".encode()
         assert raw_status(machine, own) == 421
+        assert raw_status(machine, b"GET /complete/%s HTTP/1.0\r\n\r\n" % name.encode()) in (404, 503)
     assert (tmp_path / "cache/copies" / name).exists()
+
+
+@needs_nginx
+def test_copies_of_data_sets_that_were_not_named_are_not_served(origin, tmp_path):
+    with tc.Writer(tmp_path / "named", schema={"id": "int64"}) as writer:
+        writer.write({"id": 0})
+    machine = Machine(tmp_path, [str(tmp_path / "named")])
+    with machine.open_cache() as cache:
+        read_all_records(f"{origin.url}/ds", cache)
+        names = [path.name for path in (cache.path / "copies").iterdir() if "." not in path.name]
+    with machine.run():
+        statuses = {raw_status(machine, f"GET /copies/{name} HTTP/1.0\r\n\r\n".encode()) for name in names}
+    assert statuses <= {404, 503}
+
+
+@needs_nginx
+def test_readers_are_told_that_a_machine_serves_another_data_set(origin, tmp_path, records, caplog):
+    with tc.Writer(tmp_path / "named", schema={"id": "int64"}) as writer:
+        writer.write({"id": 0})
+    machine = Machine(tmp_path, [str(tmp_path / "named")])
+    with machine.run(), tc.Cache(tmp_path / "r", size="64MB", min_free="0%", peers=[machine.url]) as cache:
+        assert read_all_records(f"{origin.url}/ds", cache) == records
+        assert cache.stats()["peer_not_served"] > 0
+    assert caplog.text.count(f"peer {machine.url} does not serve the data set of {origin.url}/ds/") == 1
+
+
+@needs_nginx
+def test_corrupt_copies_of_a_machine_are_named_by_their_reader_and_repaired(origin, tmp_path, records, caplog):
+    machine = Machine(tmp_path / "m", [f"{origin.url}/ds"])
+    machine.folder.mkdir()
+    with machine.open_cache() as cache:
+        read_all_records(f"{origin.url}/ds", cache)
+        cache.warm(*shards_of(origin))
+        copies = [path for path in (cache.path / "copies").iterdir() if "." not in path.name]
+        whole = {path: path.read_bytes() for path in copies if path.stat().st_size > 100_000}
+        assert len(whole) >= 9
+    for path, data in whole.items():
+        turn(path, 4096 if path.name < "8" else len(data) - 40)  # in a block, or in the footer
+    with machine.run(), tc.Cache(tmp_path / "r", size="64MB", min_free="0%", peers=[machine.url]) as cache:
+        assert read_all_records(f"{origin.url}/ds", cache) == records
+        assert cache.stats()["peer_corrupt"] >= len(whole)
+        assert cache.stats()["poisoned"] == 0
+        assert f"peer {machine.url} sent corrupt bytes of {origin.url}/ds/shards" in caplog.text
+        assert wait_for(lambda: all(not path.exists() or path.read_bytes() == whole[path] for path in whole), 60)
+
+
+def shards_of(origin):
+    store = open_store(f"{origin.url}/ds")
+    version = latest(store)
+    return store, [(info.name, info.identity(version.dataset_id)) for info in read_shards(store, version).infos()]
 
 
 @pytest.fixture
