@@ -57,7 +57,7 @@ class Keep:
 
     Args:
         last: Number of checkpoints written last.
-        every_steps: Number of steps; the first checkpoint at or after each multiple is kept.
+        every_steps: Number of steps; the first checkpoint at or after each multiple of it above 0 is kept.
         every: Duration with a unit, such as "6h"; the first checkpoint in each interval of this length is kept.
         best: Metric and number, such as "val_loss:2" or "accuracy:1:max", or several of them.
         younger_than: Duration with a unit, such as "7d"; checkpoints that were written within this time are kept.
@@ -87,6 +87,19 @@ class Keep:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._given().items())
+
+
+def encode_keeps(keeps: Sequence[Keep]) -> bytes:
+    """Return the text of keep.json, which has no tiers: each tier has a file of its own."""
+    return json.dumps({"keep": [keep._given() for keep in keeps]}).encode() + b"\n"  # noqa: SLF001 - of one file
+
+
+def parse_keeps(data: bytes) -> tuple[Keep, ...]:
+    """Return the rules in a text of keep.json; () if it cannot be read, as one of a later release."""
+    try:
+        return tuple(Keep(**given) for given in json.loads(data)["keep"])
+    except (ValueError, TypeError, KeyError):
+        return ()
 
 
 # -- keep lists from their keys --------------------------------------------------------------------------------------
@@ -247,12 +260,12 @@ def from_end(run: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _first_of_steps(checkpoints: CheckpointColumns, written: Rows, every: int) -> Rows:
-    """Return the first rows at or after each multiple, counted anew after each restart. written: Rows by time."""
+    """Return the first rows at or after each multiple above 0, counted anew after each restart. written: By time."""
     rows = written[checkpoints.step[written] >= 0]
     run, step = checkpoints.run[rows], checkpoints.step[rows]
     restarts = np.zeros(len(rows), np.int64)
     restarts[1:] = np.cumsum((run[1:] == run[:-1]) & (step[1:] < step[:-1]))
-    return rows[_begins(run, restarts, step // every)]
+    return rows[_begins(run, restarts, step // every) & (step >= every)]
 
 
 def _first_of_stretches(checkpoints: CheckpointColumns, rows: Rows, every_s: float) -> Rows:

@@ -40,7 +40,7 @@ def _of_series(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
             parts[-1].append(row)
         for part in parts:
             highest = max((groups[row].step for row in part), default=0)
-            for multiple in range(0, highest + 1, keep.every_steps):
+            for multiple in range(keep.every_steps, highest + 1, keep.every_steps):
                 named |= set([row for row in part if groups[row].step >= multiple][:1])
     if keep.every_s:
         by_time = sorted(rows, key=lambda row: (-groups[row].days, row))

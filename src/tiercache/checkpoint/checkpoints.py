@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from tiercache.cache import Cache
 from tiercache.checkpoint.format import Manifest, checkpoint_name, json_copy, metric_numbers, parse_name, written_order
 from tiercache.checkpoint.housekeeping import Housekeeper, RetentionReport
-from tiercache.checkpoint.loading import CopyReader, load_nearest
+from tiercache.checkpoint.loading import CopyReader, LoadedState, load_nearest
 from tiercache.checkpoint.run_stores import CheckpointTier, RunStores, Scan, check_run, resolve
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
@@ -419,7 +419,7 @@ class Checkpoints:
 
     def load(
         self, which: str | int = "latest", into: Any = None, *, map_location: Any = None, strict: bool = True
-    ) -> Any:
+    ) -> LoadedState:
         """Load a checkpoint from the nearest complete copy, and check all bytes that are read.
 
         A corrupt copy is skipped with a warning; "latest" then goes on to the checkpoint written before. An interrupted
@@ -436,7 +436,8 @@ class Checkpoints:
                 is loaded, with a warning.
 
         Returns:
-            The state, or `into`.
+            The state, or the filled contents of `into`, as a dict with the attributes name, step, url (of the copy that
+            was read), metrics and note of the loaded checkpoint.
 
         Raises:
             NotFound: There is no such checkpoint.

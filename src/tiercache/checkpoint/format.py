@@ -9,6 +9,7 @@
         pin.json                                     the pin; replaced as a whole, not in the manifest
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
     _tiercache/metrics/step-....json                 metrics, which stay when the folder is moved or archived
+    _tiercache/keep.json                             rules of retention of the last program that saved, for `ckpt ls`
     run.json                                         random id that the URL and its local folder share
 
 A checkpoint exists if it has a manifest. Names sort by step; the newest checkpoint is the one that was written last.
@@ -37,6 +38,8 @@ STATE_NAME = "state.json"
 METRICS_NAME = "metrics.json"
 RUN_NAME = "run.json"
 """File of a store, and of the local folder with copies of its checkpoints, with the same random id."""
+KEEP_KEY = f"{OWN_FOLDER}keep.json"
+"""Object of a store, or of the local folder, with the rules of retention that the last program had for it."""
 _NAME = re.compile(r"step-([0-9]{12,18})\.([0-9]{8}T[0-9]{9}Z)-([0-9a-f]{6})")
 _TEXT = re.compile(r"[^\0]{1,200}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.checkpoint.format import (
+    KEEP_KEY,
     MANIFEST_NAME,
     Manifest,
     checkpoint_name,
@@ -36,7 +37,7 @@ from tiercache.checkpoint.run_stores import CheckpointCopy, CheckpointTier, RunS
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread
 from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.keep import CheckpointColumns, Keep, evaluate_keep_list
+from tiercache.keep import CheckpointColumns, Keep, encode_keeps, evaluate_keep_list
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 
@@ -396,6 +397,17 @@ class Housekeeper:
             look.set_exception(error)
         else:
             look.set_result(None)
+            self._publish_rules()
+
+    def _publish_rules(self) -> None:
+        """Put the rules of each tier beside its checkpoints, for `tiercache ckpt ls`."""
+        for tier, store in self.stores.tiers.items():
+            keeps = [keep for keep in self.retention.keeps if keep.tier in (None, tier)]
+            with suppress(StoreError):
+                if keeps:
+                    store.put(KEEP_KEY, encode_keeps(keeps))
+                else:
+                    store.delete([KEEP_KEY])
 
     def claim_local_folder(self) -> bool:
         """Give the store and the local folder the same id; return whether both have it. Raises as take_run()."""

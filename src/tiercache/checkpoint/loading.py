@@ -53,6 +53,23 @@ _VALUES = (*_SCALARS, list, tuple, set, frozenset, Mapping)
 _TAGS: Mapping[str, Library] = {"$tensor": "torch", "$array": "numpy"}
 
 
+class LoadedState(dict[str, Any]):
+    """The state of a loaded checkpoint, and which checkpoint it is of.
+
+    Attributes:
+        name: Name of the checkpoint.
+        step: Step of the training run.
+        url: URL of the copy that was read.
+        metrics: Metrics by name.
+        note: JSON value that was saved with it.
+    """
+
+    def __init__(self, state: Mapping[str, Any], manifest: Manifest, url: str) -> None:
+        super().__init__(state)
+        self.name, self.step, self.url = manifest.name, manifest.step, url
+        self.metrics, self.note = manifest.metrics, manifest.note
+
+
 def load_nearest(
     copies: Sequence[CheckpointCopy],
     cached: Callable[[Store], Store],
@@ -60,7 +77,7 @@ def load_nearest(
     into: Any = None,
     map_location: Any = None,
     strict: bool = True,
-) -> Any:
+) -> LoadedState:
     """Load a checkpoint from its nearest readable copy. cached: Function that returns a cache of a store."""
     failure: TierCacheError | None = None
     archived: CheckpointCopy | None = None
@@ -77,7 +94,8 @@ def load_nearest(
             failure = CorruptCheckpoint(copy.problem, url=copy.url)
         else:
             try:
-                return _load_copy(cached(copy.store), copy.manifest, into, map_location, strict=strict)
+                state = _load_copy(cached(copy.store), copy.manifest, into, map_location, strict=strict)
+                return LoadedState(state, copy.manifest, copy.url)
             except CorruptCheckpoint as error:
                 failure = error
             except StoreError as error:

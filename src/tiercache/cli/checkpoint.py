@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ import typer
 from numpy.typing import NDArray
 
 from tiercache import config
-from tiercache.checkpoint.format import MANIFEST_NAME, Manifest, parse_manifest, parse_name
+from tiercache.checkpoint.format import KEEP_KEY, MANIFEST_NAME, Manifest, parse_manifest, parse_name
 from tiercache.checkpoint.run_stores import Choice, missing_file, parse_choice
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.cli.common import (
@@ -58,7 +59,7 @@ from tiercache.cli.tier import (
     tier_path,
 )
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
-from tiercache.keep import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
+from tiercache.keep import PIN_NAME, UNREADABLE_PIN, Keep, encode_pin, evaluate_keep_list, parse_keeps, parse_pin
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.store.access import ParsedUrl
 from tiercache.tier.checkpoint_names import group_keys, metrics_in_name
@@ -144,6 +145,13 @@ class CheckpointTiers:
     def read_manifest(self, group: int, copy: int) -> Manifest:
         store, key = self.tiers.stores.store(self.tier(copy)), f"{self.path(group)}/{MANIFEST_NAME}"
         return parse_manifest(store.get(key), f"{store.url}/{key}")
+
+    def keeps(self, folder: str, tier: str) -> Sequence[Keep]:
+        """Return the rules of retention that the last program of a run had for its checkpoints in a tier."""
+        try:
+            return parse_keeps(self.tiers.stores.store(tier).get(f"{folder}/{KEEP_KEY}".lstrip("/")))
+        except StoreError:
+            return ()
 
     def manifest(self, group: int) -> Manifest | None:
         """Return the manifest of a checkpoint of tc.Checkpoints; None: it has another layout, or cannot be read."""
@@ -507,7 +515,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: s
         yield f"metrics: {_metrics_text(facts['metrics'])}"
     if facts["note"] is not None:
         yield f"note: {json.dumps(facts['note'], ensure_ascii=False)}"
-    yield f"rule: {facts['rule'] or 'no rule matches it, so that it stays'}"
+    yield f"rule: {facts['rule'] or 'no rule of the tiers matches it'}"
     for reason in reasons:
         yield f"kept by {reason}"
     files: Sequence[Mapping[str, Any]] = next(iter(facts["files"].values()), [])
@@ -673,7 +681,8 @@ def _refusals(found: CheckpointTiers, reasons: Mapping[int, Sequence[KeepReason]
 def _kept(found: CheckpointTiers) -> dict[int, tuple[KeepReason, ...]]:
     """Return the reasons that keep the selected checkpoints, by group.
 
-    Unlike those of keep_reasons(), they state what an incomplete checkpoint lacks, and why its own file pins one.
+    Unlike those of keep_reasons(), they state what an incomplete checkpoint lacks, why its own file pins one, and which
+    rules of the program that saved last keep one.
     """
 
     def detailed(group: int, reason: KeepReason) -> KeepReason:
@@ -685,7 +694,39 @@ def _kept(found: CheckpointTiers) -> dict[int, tuple[KeepReason, ...]]:
         return reason
 
     reasons = keep_reasons(found.snapshot, found.tiers.file)
-    return {group: tuple(detailed(group, one) for one in reasons[group]) for group in found.groups if group in reasons}
+    of_programs = _rules_of_programs(found)
+    kept = {
+        group: (*(detailed(group, one) for one in reasons.get(group, ())), *of_programs.get(group, ()))
+        for group in found.groups
+    }
+    return {group: found_reasons for group, found_reasons in kept.items() if found_reasons}
+
+
+def _rules_of_programs(found: CheckpointTiers) -> dict[int, list[KeepReason]]:
+    """Return what the rules keep that the program had that saved last, of the selected runs of tc.Checkpoints."""
+    snapshot, selected = found.snapshot, {*found.groups}
+    rows_of, kept = defaultdict[tuple[str, str], list[int]](list), defaultdict[int, list[KeepReason]](list)
+    for group in np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete).tolist():
+        if found.is_own(group):
+            folder = found.path(group).rpartition("/")[0]
+            for copy in found.copies(group):
+                rows_of[folder, found.tier(copy)].append(group)
+    places = [place for place, rows in rows_of.items() if not selected.isdisjoint(rows)]
+    every = in_parallel([partial(found.keeps, *place) for place in places], _THREADS)
+    for place, keeps in zip(places, every, strict=True):
+        rows = rows_of[place]
+        if any(keep.keep_list.best for keep in keeps):
+            known = found.of_each(found.metrics, rows)
+            columns = {name: np.full(snapshot.n_groups, np.nan) for metrics in known for name in metrics}
+            for row, metrics in zip(rows, known, strict=True):
+                for name, value in metrics.items():
+                    columns[name][row] = value
+            snapshot = replace(snapshot, metrics=columns)
+        for keep in keeps:
+            result = evaluate_keep_list(snapshot, np.array(rows, np.int64), keep.keep_list)
+            for row in np.flatnonzero(result.named | result.unscored).tolist():
+                kept[rows[row]].append(KeepReason("program", "", None, f"Keep({keep})"))
+    return kept
 
 
 def _question(found: CheckpointTiers, groups: Sequence[int], total: str) -> str:

@@ -52,10 +52,9 @@ class TierCacheCheckpointIO(CheckpointIO):  # type: ignore[misc]  # not installe
     ) -> dict[str, Any]:
         """Return a checkpoint. Raises NotFound, CorruptCheckpoint, StoreError."""
         self._checkpoints.wait()
-        found: dict[str, Any] = self._checkpoints.load(
+        return self._checkpoints.load(
             self._find(os.fspath(path)), map_location=map_location if not callable(map_location) else None
         )
-        return found
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete the checkpoint of a path in a thread, once it is written."""

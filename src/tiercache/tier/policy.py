@@ -458,7 +458,7 @@ class KeepReason:
     every tier where it is.
     """
 
-    kind: Literal["rule", "newest", "incomplete", "pin", "hold"]
+    kind: Literal["rule", "newest", "incomplete", "pin", "hold", "program"]
     rule: str
     tier: str | None
     text: str

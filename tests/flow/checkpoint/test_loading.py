@@ -146,7 +146,8 @@ def test_tensors_arrays_and_values_of_a_dict_are_filled_in_place(remote):
     write_checkpoint(remote, 1, state)
     w, mean, turned = torch.zeros(3), np.zeros(4), torch.zeros(3, 2).t()
     into = {"ema": {"w": w}, "mean": mean, "epoch": 0, "turned": turned}
-    assert Checkpoints(remote).load(into=into) is into
+    loaded = Checkpoints(remote).load(into=into)
+    assert [loaded[name] is into[name] for name in into] == [True] * len(loaded)
     assert torch.equal(w, state["ema"]["w"])
     assert np.array_equal(mean, state["mean"])
     assert torch.equal(turned, state["turned"])
@@ -394,8 +395,11 @@ def test_a_corrupt_copy_is_skipped_with_a_warning(local, remote, damage):
         local.put(key, local.get(key)[:-1])
     else:
         flip(local, f"{name}/{MANIFEST_NAME}", at=5)
+    into = {"w": torch.zeros(100)}
     with pytest.warns(RuntimeWarning, match="this copy is skipped"):
-        assert torch.equal(Checkpoints(remote, local=local.root).load()["w"], torch.ones(100))
+        loaded = Checkpoints(remote, local=local.root).load(into=into)
+    assert torch.equal(into["w"], torch.ones(100))
+    assert (loaded["w"] is into["w"], loaded.name, loaded.url) == (True, name, f"{remote.url}/{name}")
 
 
 def test_latest_goes_back_to_the_checkpoint_before_if_no_copy_of_the_newest_is_right(local, remote):

@@ -36,7 +36,8 @@ def test_old_checkpoints_are_deleted_in_the_background_after_each_commit(tmp_pat
         checkpoints.join()
         assert steps_of(checkpoints.local_store) == [2, 5]
         assert steps_of(checkpoints.remote_store) == [2, 4, 5]
-        assert checkpoints.load("best:loss")["w"][0] == 2
+        loaded = checkpoints.load("best:loss")
+        assert (loaded["w"][0], loaded.step, loaded.metrics) == (2, 2, {"loss": 0.1})
         folders = [path.name for path in Path(checkpoints.remote_store.url).glob("step-*")]
         assert sorted(folders) == sorted(list_names(checkpoints.remote_store)), "deleted folders are gone, too"
         metrics = [path.stem for path in Path(checkpoints.remote_store.url).glob("_tiercache/metrics/*")]

@@ -184,3 +184,23 @@ def test_an_incomplete_checkpoint_of_another_library_is_not_the_latest(root, tie
     (root / "run/step-20/.metadata").unlink()
     assert steps("run/latest") == [10]
     assert "NOT COMPLETE: files are missing" in tiercache("ckpt", "show", "run/step-20").out
+
+
+def test_the_rules_of_the_program_that_saved_last_say_what_it_keeps(tiercache, root):
+    def kept():
+        events = tiercache("ckpt", "ls", "run", "--json").events
+        return {one["step"]: [why["text"] for why in one["kept"]] for one in events if one["event"] == "checkpoint"}
+
+    losses = {10: 0.5, 20: 0.1, 60: 0.9, 70: 0.8}
+    rules = [tc.Keep(every_steps=50), tc.Keep(best="loss:1"), tc.Keep(last=1, tier="local")]
+    with tc.Checkpoints("run", local="nvme", keep=rules) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, {"w": np.full(9, step)}, metrics={"loss": loss}).wait()
+    best, every = "Keep(best='loss:1')", "Keep(every_steps=50)"
+    assert kept() == {20: [best], 60: [every], 70: ["newest of its run"]}
+    with tc.Checkpoints("run", local="nvme", keep=rules) as checkpoints:
+        checkpoints.list()  # a program that does not save changes nothing
+    assert kept()[60] == [every]
+    with tc.Checkpoints("run", local="nvme") as checkpoints:
+        checkpoints.save(80, {"w": np.zeros(9)}).wait()
+    assert kept() == {20: [], 60: [], 70: [], 80: ["newest of its run"]}

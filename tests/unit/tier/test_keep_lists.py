@@ -82,6 +82,10 @@ def test_the_last_checkpoints_are_those_written_last_after_a_restart_at_a_lower_
     assert named_steps(groups, last=2) == [101, 102]
 
 
+def test_a_checkpoint_before_the_first_multiple_is_not_kept_for_it():
+    assert named_steps(run(0, 10, 20, 60, 90, 110), every_steps=50) == [60, 110]
+
+
 def test_a_restart_at_a_lower_step_begins_a_new_series_of_multiples():
     groups = [checkpoint(0, step, HERE, days=days) for step, days in ((100, 9), (200, 8), (110, 2), (210, 1), (220, 0))]
     assert named_steps(groups, every_steps=100) == [100, 110, 200, 210]
