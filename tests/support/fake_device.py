@@ -2,13 +2,17 @@
 
 Its memory is host memory. Memory that nothing refers to any more is lent again at once, as torch's allocator does, and
 is poisoned in stream order. A copy checks that its source is still what it was when the copy was queued. So a loader
-that breaks a rule of stream memory hands out wrong values here, or raises an AssertionError.
+that breaks a rule of stream memory hands out wrong values here, or raises an AssertionError. All operations may be
+called from any thread, as long as the device does not capture a graph.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +33,11 @@ class FakeEvent:
         self.at_ms = 0.0
 
     def query(self) -> bool:
+        self._device.check_not_capturing("the query of an event")
         return self.is_done
 
     def synchronize(self) -> None:
+        self._device.check_not_capturing("a wait on the host")
         self._device.n_synchronised += 1
         self._device.run_until(lambda: self.is_done)
 
@@ -52,9 +58,12 @@ class FakeStream:
         self.operations: deque[FakeEvent | Callable[[], None]] = deque()
 
     def submit(self, operation: FakeEvent | Callable[[], None]) -> None:
-        self.operations.append(operation)
-        if self._device.is_eager:
-            self._device.run_all()
+        if self is self._device.current:
+            self._device.check_not_capturing("work on the stream that is captured")
+        with self._device.lock:
+            self.operations.append(operation)
+            if self._device.is_eager:
+                self._device.run_all()
 
     def wait_event(self, event: FakeEvent) -> None:
         self.submit(event)
@@ -63,6 +72,7 @@ class FakeStream:
         self.submit(self._device.record(other))
 
     def synchronize(self) -> None:
+        self._device.check_not_capturing("a wait on the host")
         self._device.run_until(lambda: not self.operations)
 
     @property
@@ -76,10 +86,19 @@ class FakeStream:
 
 
 class AlignedMemory(BatchMemory):
-    """Lends memory that is aligned as a device's is."""
+    """Lends memory that is aligned as a device's is, when the streams that used it have come so far."""
+
+    used_on: dict[int, FakeStream]
 
     def _allocate(self, n_bytes: int) -> np.ndarray:
         return torch.empty(n_bytes, dtype=torch.uint8).numpy()
+
+    def take_back(self, memory: np.ndarray) -> None:
+        stream, back = self.used_on.pop(memory.ctypes.data, None), partial(super().take_back, memory)
+        if stream is None:
+            back()
+        else:
+            stream.submit(back)
 
 
 class FakeDevice:
@@ -92,6 +111,11 @@ class FakeDevice:
 
     def __init__(self, device: torch.device, *, is_eager: bool = False) -> None:
         self.device, self.is_eager = device, is_eager
+        self.lock = threading.RLock()
+        self.is_capturing = False
+        self.violations: list[str] = []  # what a capture does not allow
+        self._was_copied = threading.Condition(self.lock)
+        self._used_on: dict[int, FakeStream] = {}  # by address
         self.now_ms = 0.0
         self.choose: Callable[[list[FakeStream]], FakeStream] = lambda streams: streams[0]
         self.streams: list[FakeStream] = []
@@ -100,13 +124,45 @@ class FakeDevice:
         self.pinned_bytes: list[int] = []
         self.copied_bytes: list[int] = []
         self.sources: list[tuple[int, int]] = []  # addresses from which copies read
-        self.fail_allocation = False
+        self.fail_allocation = self.fail_copy = False
         self._memory: dict[int, AlignedMemory] = {}  # by stream, as torch's allocator keeps it
         # memory that is never freed, so that operations can refer to it by address
         self._owned: list[np.ndarray] = []
         self._pinned: list[np.ndarray] = []
 
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Capture a graph on the current stream, which CUDA allows only if no thread does certain things meanwhile."""
+        self.is_capturing = True
+        try:
+            yield
+        finally:
+            self.is_capturing = False
+        assert not self.violations
+
+    def check_not_capturing(self, what: str) -> None:
+        if self.is_capturing:
+            self.violations.append(f"{what} in {threading.current_thread().name}")
+            raise RuntimeError(f"{what} is not allowed while a graph is captured")
+
+    def wait_for_copies(self, n_copies: int) -> None:
+        """Wait until so many copies were issued."""
+        with self._was_copied:
+            assert self._was_copied.wait_for(lambda: self.n_copies >= n_copies, 60), f"only {self.n_copies} copies"
+
+    def use_device(self) -> None:
+        pass
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return self._owner(tensor) is not None and not self.is_pinned(tensor)
+
+    def keep_until_used(self, tensor: torch.Tensor, stream: FakeStream) -> None:
+        owner = self._owner(tensor)
+        assert owner is not None
+        self._used_on[owner.ctypes.data] = stream
+
     def pin(self, n_bytes: int) -> torch.Tensor:
+        self.check_not_capturing("an allocation of pinned memory")
         self.pinned_bytes.append(n_bytes)
         pinned = torch.full((n_bytes,), POISON, dtype=torch.uint8)
         self._owned.append(pinned.numpy())
@@ -114,9 +170,11 @@ class FakeDevice:
         return pinned
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
+        self.check_not_capturing("an allocation of the device's memory")
         if self.fail_allocation:
             raise RuntimeError("out of memory")
         memory = self._memory.setdefault(id(self.current), AlignedMemory(keep=1000))
+        memory.used_on = self._used_on
         lent = memory.lend(max(n_bytes, 1), -(-max(n_bytes, 1) // 512) * 512)
         block = torch.frombuffer(lent, dtype=torch.uint8)[:n_bytes]
         if not any(_contains(owned, block.data_ptr()) for owned in self._owned):
@@ -138,9 +196,13 @@ class FakeDevice:
         return event
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
-        self.n_copies += 1
-        self.copied_bytes.append(source.nbytes)
-        self.sources.append((source.data_ptr(), source.data_ptr() + source.nbytes))
+        if self.fail_copy:
+            raise RuntimeError("the device failed")
+        with self._was_copied:
+            self.n_copies += 1
+            self.copied_bytes.append(source.nbytes)
+            self.sources.append((source.data_ptr(), source.data_ptr() + source.nbytes))
+            self._was_copied.notify_all()
         is_from_host = self.is_pinned(source)
         is_pageable = self._owner(source) is None
         to, origin = self.raw(destination), source.numpy().copy() if is_pageable else self.raw(source)
@@ -170,12 +232,13 @@ class FakeDevice:
         return next((owned for owned in self._owned if _contains(owned, tensor.data_ptr())), None)
 
     def run_one(self) -> bool:
-        ready = [stream for stream in self.streams if stream.can_run]
-        if not ready:
-            return False
-        self.now_ms += 1
-        self.choose(ready).run_one()
-        return True
+        with self.lock:
+            ready = [stream for stream in self.streams if stream.can_run]
+            if not ready:
+                return False
+            self.now_ms += 1
+            self.choose(ready).run_one()
+            return True
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
         while not is_done():

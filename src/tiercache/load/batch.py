@@ -144,6 +144,7 @@ class PinnedMemory(BatchMemory):
         self._blocks: dict[int, tuple[torch.Tensor, int]] = {}  # by address: memory, and the bytes of its slots
         self._free_arenas: deque[tuple[Bytes, int]] = deque()  # memory, and the bytes of its slots
         self._largest_bytes = 0
+        self._tensors: tuple[int, deque[torch.Tensor]] = 0, deque()  # bytes of each, and those that are not lent
 
     def slot_bytes(self, expected_bytes: int) -> int:
         return aligned(max(expected_bytes + 1, self._largest_bytes))
@@ -169,12 +170,26 @@ class PinnedMemory(BatchMemory):
         weakref.finalize(lent, self._free_arenas.append, (memory, slot_bytes)).atexit = False
         return lent, slot_bytes
 
-    def lend_tensor(self, n_bytes: int) -> tuple[Bytes, torch.Tensor]:
-        """Return lent memory of n_bytes, and a tensor over it, which does not keep it."""
-        # sizes that vary a little share memory
-        step = max(SLOT_ALIGN, 1 << max(0, n_bytes.bit_length() - 3))
-        lent = self.lend(n_bytes, -(-n_bytes // step) * step)
-        return lent, self._blocks[lent.ctypes.data][0][:n_bytes]
+    def lend_tensor(self, n_bytes: int) -> tuple[Bytes, torch.Tensor] | None:
+        """Return lent memory of n_bytes, and a tensor over it, which does not keep it; None if there is none."""
+        size_bytes, free = self._tensors
+        try:
+            tensor = free.pop() if n_bytes <= size_bytes else None
+        except IndexError:
+            tensor = None
+        if tensor is None:
+            return None
+        return lend(tensor.numpy(), n_bytes, partial(free.append, tensor)), tensor[:n_bytes]
+
+    def allocate_tensor(self, n_bytes: int) -> tuple[Bytes, torch.Tensor]:
+        """Do as lend_tensor(), and allocate memory for n_held tensors if there is none."""
+        if n_bytes > self._tensors[0]:
+            step = max(SLOT_ALIGN, 1 << max(0, n_bytes.bit_length() - 3))  # little larger tensors share the memory
+            self._tensors = -(-n_bytes // step) * step, deque()  # smaller memory is freed when it returns
+        size_bytes, free = self._tensors
+        while (found := self.lend_tensor(n_bytes)) is None:
+            free.extend([self._pin(size_bytes) for _ in range(self.n_held)])
+        return found
 
     def take_back(self, memory: Bytes) -> None:
         free = self._free[memory.size]

@@ -361,7 +361,8 @@ class Engine(ABC):
             self._device = self.arguments.batch_device(self._device)
             stages.append(self._device.pipeline)
             # A transform may keep what it saw as long as it likes; what it makes is copied into pinned memory.
-            pinned = self._device.pinned if transforms is None else None
+            is_plain = transforms is None or (transforms.function.is_own and not transforms.n_workers)
+            pinned = self._device.pinned if is_plain else None
             batch_size = share.rank_plan.batch_size
             n_last = share.rank_plan.n_served % batch_size
             if self._device.is_fixed and n_last:
@@ -670,7 +671,7 @@ def _served(counters: Mapping[str, float], has_cache: bool) -> dict[str, Any]:
 def _stages(counters: Mapping[str, float]) -> dict[str, float]:
     stages = {name: counters.get(name, 0.0) for name in ("plan_s", "load_s")}
     stages["gather_s"] = counters.get("gather_ns", 0.0) / 1e9
-    for name in ("decode", "transform"):
+    for name in ("decode", "transform", "copy"):
         if f"{name}_ns" in counters:
             stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
     return stages
@@ -689,10 +690,11 @@ def _verdict(epoch: Mapping[str, float], threads: int, workers: int) -> str:
         )
     parallel = {"gather_s": threads, "decode_s": threads, "transform_s": max(workers, 1)}
     busiest = max(stages, key=lambda name: stages[name] / parallel.get(name, 1))
-    runs = f"{workers} worker processes run" if workers else "the training thread runs"
+    runs = f"{workers} worker processes run" if workers else "one thread runs"
     sentences = {
         "decode_s": f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)",
         "transform_s": f"transform ({waited}; {runs} the transforms; give the loader more num_workers)",
+        "copy_s": f"copy ({waited}; a thread copies what transforms return into pinned memory; return fewer bytes)",
         "gather_s": f"copy ({waited}; {threads} threads copy and check records; serve fewer columns, or more threads)",
         "plan_s": f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)",
     }

@@ -64,8 +64,8 @@ class LoaderOptions:
             It is applied after that of the data set (docs/guide/transforms.md).
         device: Device on which batches are served ("cuda", "cuda:1", its number or a torch.device), copied ahead of the
             training loop. "cuda" is the current device at iter(). None or "cpu": batches stay in host memory.
-        device_batches: Number of batches whose copies to the device are issued at a time, including the batch that is
-            handed out next. None: 2.
+        device_batches: Number of batches whose copies to the device are issued before the training loop asks for them.
+            None: 2.
         device_buffers: "new": each batch has memory of its own, as long as anything refers to it. "fixed": every batch
             is served at the same addresses and is valid until the next batch is requested, as CUDA graphs need; full
             batches only.

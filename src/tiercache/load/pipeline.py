@@ -97,9 +97,11 @@ class ClosingPipeline(SelfClosing):
     """The batches of one epoch, in order, as one stage makes them.
 
     corrupt_shard: Shard that take() found corrupt before it raised CorruptShard; an undecodable image does not set it.
+    runs_in_caller: Whether take() runs the user's functions, which belong in the consumer's thread.
     """
 
     corrupt_shard: int | None = None
+    runs_in_caller = False
     fast_take: Callable[[], Batch | None] | None = None
 
     @abstractmethod
@@ -227,7 +229,7 @@ class Pipeline(ClosingPipeline):
         return self._inputs.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     def figures(self) -> dict[str, float]:
-        """Return the counters of take(). skipped: replaced records; unpinned: batches larger than pinned slots."""
+        """Return the counters of take(). skipped: replaced records."""
         ring = self._ring.figures()
         return {
             "samples": self._taker.samples,
@@ -235,7 +237,6 @@ class Pipeline(ClosingPipeline):
             "bytes_served": self._taker.n_bytes,
             "skipped": self._n_replaced,
             "gather_ns": ring["gather_ns"],
-            "unpinned": ring["outgrown"],
         }
 
     def _take(self, timeout_s: float) -> Batch | None:
@@ -554,16 +555,25 @@ class StageQueue(Generic[JobT]):
             self._error, self._has_ended = self._error or error, True
             self.wake()
 
-    def next_done(self, timeout_s: float | None) -> StageJob:
+    def first_done(self, timeout_s: float | None) -> JobT | StageJob:
+        """Wait for the first batch, and return it: its job stays in the queue until remove()."""
         with self._lock:
             if not self._ready.wait_for(lambda: self._is_closed or self._error or self._is_first_done(), timeout_s):
                 raise TimeoutError(f"no batch within {timeout_s} s")
             if self._is_closed:
                 raise RuntimeError(CLOSED_MESSAGE)
-            if not self._is_first_done():
-                return StageJob(error=self._error)
-            job = self._jobs.popleft()
-            self._room.notify_all()
+            return self._jobs[0] if self._is_first_done() else StageJob(error=self._error)
+
+    def remove(self, job: StageJob) -> None:
+        with self._lock:
+            if self._jobs and self._jobs[0] is job:
+                self._jobs.popleft()
+                self._room.notify_all()
+
+    def next_done(self, timeout_s: float | None) -> StageJob:
+        with self._lock:
+            job = self.first_done(timeout_s)
+            self.remove(job)
             return job
 
     def wake(self) -> None:
@@ -633,6 +643,9 @@ class StagePipeline(LaterStage):
         start_s = time.perf_counter()
         job = self._queue.next_done(None if timeout_s < 0 else timeout_s)
         self._waits.add(time.perf_counter() - start_s)
+        return self._hand_out(job)
+
+    def _hand_out(self, job: StageJob) -> Any:
         if job.error is not None or not job.n_rows:
             # The error's traceback would form a cycle with the job, and hold the memory of its batch.
             error, job.error, job.batch = job.error, None, None

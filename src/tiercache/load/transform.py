@@ -94,6 +94,11 @@ class BatchFunction:
         layouts: dict[str, ColumnLayout] = dict.fromkeys(apart, "buffer")
         return replace(self.output_spec, layouts=layouts, names=None)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether only MixUp and CutMix run, which draw from rng() alone and keep nothing of a batch."""
+        return self.collate_fn is None and all(type(function) in (MixUp, CutMix) for function in self.batch_transforms)
+
     def make(self, gathered: Batch, keys: BatchKeys, allocate: Allocate | None = None) -> Any:
         """Return the batch.
 
@@ -187,10 +192,10 @@ _TORCHS_STACK = default_collate_fn_map.get(torch.Tensor)
 
 
 class TransformedPipeline(LaterStage):
-    """The batches that the user's functions make of those of a native pipeline, in the thread of the consumer.
+    """The batches that the user's functions make of those of a native pipeline, in the thread that calls take().
 
-    take() makes a batch when the consumer asks for it, and none ahead. The functions then draw from the program's
-    random generators in a fixed order, so that a seeded script is repeatable. The native pipeline works ahead in its
+    take() makes one batch, and none ahead. In the consumer's thread the functions draw from the program's random
+    generators in a fixed order, so that a seeded script is repeatable. The native pipeline works ahead in its
     own threads. An error of a user's function, or Ctrl-C within it, closes the pipeline; its batch does
     not count as taken.
     """
@@ -199,6 +204,7 @@ class TransformedPipeline(LaterStage):
         super().__init__(gathered)
         self._function = function
         self._share, self._waits = inputs.share, inputs.waits
+        self.runs_in_caller = not function.is_own
         self._busy_ns, self._has_failed = 0, False
         self._taking = threading.RLock()
         self._register()
@@ -206,11 +212,9 @@ class TransformedPipeline(LaterStage):
     def take(self, timeout_s: float = -1.0) -> Any:
         """Return the next batch; None at the end of the epoch. Raises as Pipeline.take(), and the functions' errors.
 
-        timeout_s: Limit of the wait for the gathered batch. 0 asks for a batch that is ready, and none ever is.
+        timeout_s: Limit of the wait for the gathered batch.
         """
         self._check_not_forked()
-        if timeout_s == 0:
-            raise TimeoutError("a transform in the consumer's thread makes no batch ahead")
         start_s = time.perf_counter()
         with self._taking:
             try:

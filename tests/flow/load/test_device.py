@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.flow.load.test_on_corrupt import strike
 from tests.support.fake_device import FakeDevice, install
 from tests.support.records import check_batch, ids_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiercache as tc
 from tiercache.data.output_spec import Buffer
@@ -54,40 +55,49 @@ def fixed_columns(path: Path) -> tc.Dataset:
 
 
 class Stage:
-    """A stage before the device that returns what a test gives: batches, or exceptions, which it raises."""
+    """A stage before the device that returns what a test gives.
+
+    Those are batches, functions that return a batch, and exceptions, which it raises.
+    """
 
     corrupt_shard = None
 
-    def __init__(self, results: list[Any]) -> None:
+    def __init__(self, results: list[Any], *, runs_in_caller: bool = False) -> None:
         self.results = list(results)
+        self.runs_in_caller = runs_in_caller
         self.n_taken = 0
         self.is_closed = False
 
     def take(self, timeout_s: float = -1.0) -> Any:
         if not self.results:
             return None
-        if self.results[0] is TimeoutError and timeout_s == 0:
-            self.results.pop(0)  # ready at the next request
-            raise TimeoutError
         result = self.results.pop(0)
         if isinstance(result, Exception):
             raise result
+        result = result() if callable(result) else result
         self.n_taken += 1
         return result
 
     def figures(self) -> dict[str, float]:
-        return {"samples": 2.0 * self.n_taken, "batches": float(self.n_taken)}
+        return {"samples": 2.0 * self.n_taken, "batches": float(self.n_taken), "bytes_served": 0.0, "skipped": 0.0}
 
     def close(self) -> None:
         self.is_closed = True
 
 
-def pipeline_of(results: list[Any], *, n_copied: int = 2, is_fixed: bool = False, is_eager: bool = True):
-    """A device stage over such a stage, and the fake device."""
-    backend = FakeDevice(torch.device(FAKE), is_eager=is_eager)
-    device = BatchDevice(backend, n_copied, is_fixed=is_fixed)
-    work: Any = SimpleNamespace(waits=WaitHistogram())
-    return DevicePipeline(work, device, Stage(results)), backend
+def batch_device(n_copied: int = 2, *, is_fixed: bool = False, is_eager: bool = True) -> BatchDevice:
+    return BatchDevice(FakeDevice(torch.device(FAKE), is_eager=is_eager), n_copied, is_fixed=is_fixed)
+
+
+def pipeline_over(stage: Any, device: BatchDevice) -> tuple[DevicePipeline, FakeDevice]:
+    """A device stage over another stage, and the fake device."""
+    work: Any = SimpleNamespace(waits=WaitHistogram(), first_batch=0)
+    backend: Any = device.backend
+    return DevicePipeline(work, device, stage), backend
+
+
+def pipeline_of(results: list[Any], **options: Any) -> tuple[DevicePipeline, FakeDevice]:
+    return pipeline_over(Stage(results), batch_device(**options))
 
 
 def batch_of(number: int) -> dict[str, Any]:
@@ -155,7 +165,8 @@ def test_a_batch_that_outgrows_its_slot_is_right_and_the_next_epochs_slots_are_l
     read()
     assert loader.stats()["unpinned"] == 1
     [device] = eager
-    assert len([n for n in device.pinned_bytes if n > 100_000]) == 2  # to pack the large batch, then larger slots
+    # to pack the large batch and the next ones, then larger slots
+    assert len([n for n in device.pinned_bytes if n > 100_000]) == loader._engine._device.pinned.n_held + 1
 
 
 def test_a_change_of_one_column_is_no_change_of_another_for_autograd(make_dataset, eager):
@@ -206,15 +217,16 @@ def test_any_batch_of_a_transform_is_packed_into_one_copy():
 
 @pytest.mark.parametrize(("n_bytes", "n_copies"), [(1 << 10, 1), (1 << 20, 2)])
 def test_what_lies_in_a_slot_is_packed_with_the_rest_only_if_it_is_small(n_bytes, n_copies):
-    pipeline, device = pipeline_of([])
-    lent, slot = pipeline._device.pinned.lend_tensor(n_bytes)
+    on = batch_device()
+    lent, _ = on.pinned.lend_arena(n_bytes, 1)
+    slot = torch.from_numpy(lent)
     slot[:] = torch.arange(n_bytes) % 251
-    pipeline._before.results.append({"slot": slot[64:], "made": torch.arange(3)})
+    pipeline, device = pipeline_over(Stage([{"slot": slot[64:], "made": torch.arange(3)}]), on)
     got = pipeline.take()
     assert device.n_copies == n_copies
     assert torch.equal(got["slot"], slot[64:])
     assert got["made"].tolist() == [0, 1, 2]
-    assert lent.size == n_bytes
+    pipeline.close()
 
 
 def test_a_batch_without_tensors_is_served_as_it_is():
@@ -226,19 +238,181 @@ def test_a_batch_without_tensors_is_served_as_it_is():
 
 
 def test_copies_are_issued_ahead_but_no_more_than_asked():
-    pipeline, device = pipeline_of([batch_of(i) for i in range(6)], n_copied=3)
-    for i in range(6):
+    pipeline, device = pipeline_of([batch_of(i) for i in range(8)], n_copied=3)
+    for i in range(8):
         assert pipeline.take()["x"].tolist() == [i] * 4
-        assert device.n_copies == min(i + 3, 6)
-    assert pipeline.take() is None
+        device.wait_for_copies(min(i + 1 + 3, 8))
+        assert device.n_copies <= i + 1 + 3
     assert pipeline.take() is None
 
 
-def test_a_batch_is_not_awaited_while_another_can_be_handed_out():
-    pipeline, device = pipeline_of([batch_of(0), TimeoutError, batch_of(1)])
-    assert pipeline.take()["name"] == ["batch 0"]  # batch 1 was not ready, and was not waited for
+def test_the_copy_of_a_batch_is_issued_when_it_is_ready_although_the_consumer_asks_for_none():
+    is_ready = threading.Event()
+    late = lambda: is_ready.wait(60) and batch_of(1)  # noqa: E731
+    pipeline, device = pipeline_of([batch_of(0), late, batch_of(2), batch_of(3)])
+    assert pipeline.take()["name"] == ["batch 0"]  # batch 1 was not ready, and was not awaited
     assert device.n_copies == 1
-    assert pipeline.take()["name"] == ["batch 1"]
+    is_ready.set()
+    device.wait_for_copies(3)
+    assert [pipeline.take()["name"] for _ in range(3)] == [["batch 1"], ["batch 2"], ["batch 3"]]
+    pipeline.close()
+
+
+def test_copies_are_issued_while_a_graph_is_captured_and_do_not_break_it():
+    is_ready = threading.Event()
+    sizes = [4000, 4000, 4000, 3000, 2500, 3500]
+    batches = [{"x": torch.full((n,), i), "y": torch.full((2, 2), i)} for i, n in enumerate(sizes)]
+    late = lambda: is_ready.wait(60) and batches[3]  # noqa: E731
+    pipeline, device = pipeline_of([*batches[:3], late, *batches[4:]], n_copied=1, is_eager=False)
+    for _ in range(3):
+        pipeline.take()
+        device.run_all()
+    n_copies = device.n_copies
+    with device.capture():
+        is_ready.set()
+        device.wait_for_copies(n_copies + 1)
+    for i in range(3, 6):
+        batch = pipeline.take()
+        device.run_all()
+        assert batch["x"].tolist() == [i] * sizes[i]
+        with device.capture():
+            device.wait_for_copies(n_copies + min(i - 1, 3))
+    pipeline.close()
+
+
+class CopiesHere(TorchDispatchMode):
+    """Counts the bytes that this thread copies into existing tensors."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.n_bytes += args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+IMAGES = 96
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "data"
+    with tc.Writer(path, schema={"image": tc.Tensor("uint8", (3, 64, 64)), "label": "int64"}) as writer:
+        pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 64, 64), np.uint8)
+        writer.write_batch({"image": pixels, "label": np.arange(IMAGES) % 10})
+    return path
+
+
+def to_float(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, "image": batch["image"].float()}
+
+
+TRANSFORMS = {"none": None, "mixup": tc.MixUp(0.4, n_classes=10), "cutmix": tc.CutMix(1.0, n_classes=10)}
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMS, "function", "workers"])
+def test_after_the_first_batches_nothing_is_copied_in_the_training_thread_or_breaks_a_capture(images, lazy, name):
+    function = TRANSFORMS.get(name, to_float)
+    given = {"num_workers": 2, "multiprocessing_context": "fork"} if name == "workers" else {}
+
+    def loader_on(device: str | None) -> tc.DataLoader[Any]:
+        options = tc.LoaderOptions(seed=3, device=device, threads=2, batch_transform=function)
+        return tc.DataLoader(tc.Dataset(images), 8, shuffle=True, options=options, **given)
+
+    n_ahead = 1 if name == "function" else 2  # beyond the batch that was handed out
+    loader, found = loader_on(FAKE), []
+    for number, batch in enumerate(loader):
+        [device] = lazy
+        device.run_all()
+        found.append({name: value.clone() for name, value in batch.items()})
+        n_copies, n_pinned = device.n_copies // 2, len(device.pinned_bytes)  # labels take a copy of their own
+        if number >= 2:
+            with device.capture():
+                device.wait_for_copies(2 * min(number + 1 + n_ahead, len(loader)))
+        if number == 2:
+            first = CopiesHere().__enter__(), n_pinned
+    counted, n_pinned = first
+    counted.__exit__(None, None, None)
+    assert counted.n_bytes == 0
+    assert len(device.pinned_bytes) == n_pinned
+    for batch, other in zip(found, loader_on(None), strict=True):
+        assert all(torch.equal(batch[name], value) for name, value in other.items())
+    assert loader.stats()["unpinned"] == (len(loader) if function is to_float else 0)
+    assert len(found) == len(loader) == n_copies
+
+
+def test_a_tensor_that_a_transform_returns_on_the_device_is_ordered_against_the_transforms_stream():
+    on = batch_device(is_eager=False)
+    device: Any = on.backend
+    seen: list[list[int]] = []
+
+    def make(number: int) -> dict[str, Any]:
+        x = device.allocate(64)
+        there = device.raw(x)
+        device.current.submit(lambda: there.fill(number))
+        return {"x": x}
+
+    pipeline, _ = pipeline_over(Stage([partial(make, i) for i in range(2)], runs_in_caller=True), on)
+    pipeline.take()
+    of_transform, device.current = device.current, device.new_stream()
+    device.choose = lambda streams: streams[-1]  # the consumer's new stream goes on as far as it can
+    batch = pipeline.take()  # of the stream before, where it was made ahead
+    there = device.raw(batch["x"])
+    device.current.submit(lambda: seen.append(there.tolist()))
+    del batch
+    device.current = of_transform
+    device.choose = lambda streams: streams[0]
+    block = device.raw(device.allocate(64))  # not the memory that the other stream reads
+    of_transform.submit(lambda: block.fill(7))
+    device.run_all()
+    assert seen == [[1] * 64]
+    assert device.n_copies == 0
+    pipeline.close()
+
+
+def test_a_function_in_the_training_thread_draws_in_a_fixed_order_and_its_error_comes_in_its_place(images, eager):
+    def fail_at_5(batch: dict[str, Any]) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        if len(threads) % 6 == 0:
+            raise OSError("the sixth batch")
+        return {**batch, "draw": torch.rand(())}
+
+    rounds, threads = [], []
+    for _ in range(2):
+        torch.manual_seed(4)
+        draws: list[float] = []
+        options = tc.LoaderOptions(seed=3, device=FAKE, batch_transform=fail_at_5)
+        loader = tc.DataLoader(tc.Dataset(images), 8, options=options)
+        with pytest.raises(OSError, match="the sixth batch") as caught:
+            draws.extend(draw for batch in loader for draw in (batch["draw"].item(), torch.rand(()).item()))
+        assert caught.traceback[-1].name == "fail_at_5"
+        assert loader.state_dict()["offset"] == 40
+        rounds.append(draws)
+    assert len(rounds[0]) == 10
+    assert rounds[0] == rounds[1]
+    assert set(threads) == {threading.current_thread()}
+
+
+def test_ctrl_c_in_a_transform_that_is_ahead_loses_no_batch(images, eager):
+    def interrupt(batch: dict[str, Any]) -> dict[str, Any]:
+        made.append(batch)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return dict(batch)
+
+    made: list[Any] = []
+    options = tc.LoaderOptions(seed=3, device=FAKE, batch_transform=interrupt)
+    loader = tc.DataLoader(tc.Dataset(images), 8, options=options)
+    iterator = iter(loader)
+    assert [next(iterator)["label"][0].item() for _ in range(2)] == [0, 8]
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    state = loader.state_dict()
+    assert next(iterator)["label"][0].item() == 16 % 10
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iterator)
+    loader.load_state_dict(state)
+    assert next(iter(loader))["label"].tolist() == [i % 10 for i in range(16, 24)]
 
 
 def test_the_consumers_stream_waits_for_the_copy_and_the_host_does_not():
@@ -258,7 +432,7 @@ def test_a_host_that_runs_ahead_waits_for_copies_before_it_needs_more_memory():
     pipeline, device = pipeline_of([batch_of(i) for i in range(9)], n_copied=2, is_eager=False)
     for i in range(9):
         assert pipeline.take()["name"] == [f"batch {i}"]
-        assert len(pipeline._copying) <= 3
+        assert len(pipeline._copies._copying) <= 3
     assert device.n_synchronised
     assert len(device.pinned_bytes) <= 4
     pipeline.close()
@@ -267,15 +441,16 @@ def test_a_host_that_runs_ahead_waits_for_copies_before_it_needs_more_memory():
 def test_memory_of_a_copy_that_was_issued_again_is_not_lent_before_that_copy_is_done():
     pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_eager=False)
     pipeline.take()
+    device.wait_for_copies(2)
     first = device.current
     device.current = device.new_stream()
     pipeline.take()
     device.current = first
-    block = device.allocate(64)  # the user's tensor, in the memory of the first copy of batch 1
-    there = device.raw(block)
-    first.submit(lambda: there.fill(7))
+    blocks = [device.allocate(64) for _ in range(8)]  # the user's; not the memory of the first copy of batch 1
+    there = [device.raw(block) for block in blocks]
+    first.submit(lambda: [one.fill(7) for one in there])
     device.run_all()  # the first stream goes on as far as it can, before the copies
-    assert set(there.tolist()) == {7}
+    assert {value for one in there for value in one.tolist()} == {7}
     pipeline.close()
 
 
@@ -283,6 +458,17 @@ def test_an_error_comes_in_its_place():
     pipeline, _ = pipeline_of([batch_of(0), batch_of(1), OSError("lost"), batch_of(2)], n_copied=8)
     assert [pipeline.take()["name"] for _ in range(2)] == [["batch 0"], ["batch 1"]]
     with pytest.raises(OSError, match="lost"):
+        pipeline.take()
+    assert pipeline._before.is_closed
+
+
+def test_an_error_of_the_device_in_the_stages_thread_comes_in_its_place():
+    is_ready = threading.Event()
+    pipeline, device = pipeline_of([batch_of(0), lambda: is_ready.wait(60) and batch_of(1)])
+    assert pipeline.take()["name"] == ["batch 0"]
+    device.fail_copy = True
+    is_ready.set()
+    with pytest.raises(RuntimeError, match="the device failed"):
         pipeline.take()
     assert pipeline._before.is_closed
 
@@ -301,8 +487,9 @@ def test_corrupt_data_is_an_error_in_its_place_and_can_be_replaced(make_dataset,
 
 
 def test_no_memory_on_the_device_is_an_error_that_loses_no_batch():
-    pipeline, device = pipeline_of([batch_of(0), batch_of(1)])
-    device.fail_allocation = True
+    on = batch_device()
+    on.backend.fail_allocation = True
+    pipeline, device = pipeline_over(Stage([batch_of(0), batch_of(1)]), on)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
             pipeline.take()

@@ -59,7 +59,7 @@ def test_transformed_pictures_on_a_device_are_those_of_the_cpu(pictures, eager, 
     assert_equal(found, plain)
     assert eager[0].n_copies == len(plain)
     stats = loader.stats()
-    assert stats["unpinned"] == 0
+    assert stats["unpinned"] == len(plain)  # what a transform makes is copied into pinned memory first
     assert stats["stages"]["transform_s"] > 0
     assert stats["stages"]["decode_s"] > 0
 
