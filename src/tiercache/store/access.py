@@ -236,8 +236,8 @@ _CLIENT_DEFAULTS = {
     "read_timeout": timedelta(seconds=20),
     "connect_timeout": timedelta(seconds=5),
 }
-# A request is at most 8 MiB (or one small object): a request that takes longer gets less than 28 KiB/s.
-_LONGEST_REQUEST = timedelta(minutes=5)
+# A read ends when it stalls (stall_s). A part of an upload is 8 MiB: one that takes longer gets less than 28 KiB/s.
+_LONGEST_READ, _LONGEST_PART = timedelta(hours=12), timedelta(minutes=5)
 _PEM = "-----BEGIN"
 _MOST_REQUESTS = 1024
 
@@ -316,16 +316,23 @@ class CloudOptions:
         limits: Mapping[str, timedelta] = {**_CLIENT_DEFAULTS, **self.client}
         return min(limits[name], timedelta(seconds=self.call.timeout_s))
 
+    @property
+    def stall_s(self) -> float:
+        """Seconds without a byte after which an attempt is repeated; infinite if obstore ends it, by read_timeout."""
+        return math.inf if "read_timeout" in self.client else self._limit("read_timeout").total_seconds()
+
     def for_obstore(self) -> dict[str, Any]:
-        client = {
-            **self.client,
-            "timeout": max(_LONGEST_REQUEST, timedelta(seconds=self.call.timeout_s)),
-            "read_timeout": self._limit("read_timeout"),
-            "connect_timeout": self._limit("connect_timeout"),
-        }
+        client = {**self.client, "timeout": _LONGEST_READ, "connect_timeout": self._limit("connect_timeout")}
+        if "read_timeout" in client:
+            client["read_timeout"] = self._limit("read_timeout")
         if "root_certificate" in client:
             client["root_certificate"] = _read_pem("root_certificate", client["root_certificate"])
         return client
+
+    def for_obstore_uploads(self) -> dict[str, Any]:
+        """Return the options of a client that sends parts by itself, so that nothing else can end a request."""
+        longest = max(_LONGEST_PART, timedelta(seconds=self.call.timeout_s))
+        return {**self.for_obstore(), "timeout": longest, "read_timeout": self._limit("read_timeout")}
 
     def for_boto3(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arguments of boto3's client without keys, and those of its botocore.config.Config."""

@@ -47,6 +47,7 @@ from tiercache.store.remote import (
     RemoteStore,
     wait_for_answer,
 )
+from tiercache.waiting import SYSTEM_CLOCK
 
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
@@ -228,8 +229,9 @@ _PAGE_KEYS = 1000
 # written. Smaller ones cost more turns of the interpreter lock, which all threads share: a shuffled cold epoch of 2 GiB
 # took 6.0 s with this size, 6.9 to 7.8 s with 256 KiB and 5.6 s with 1 MiB; one in stored order 4.0, 4.2 and 4.8 s.
 _PIECE_BYTES = 512 << 10
-# Each piece counts as progress: a connection with fewer bytes per second than this counts as stalled.
-_SLOWEST_BYTES_S = 32 << 10
+# Each piece counts as progress, so where connections are slow, pieces are what half a second brings: an answer that
+# comes slowly must not look like one that does not come. Before the first body, nothing is known.
+_PIECE_S, _LEAST_PIECE_BYTES, _FIRST_PIECE_BYTES = 0.5, 16 << 10, 128 << 10
 _WRITER_PART_BYTES = 8 << 20
 _WRITER_PARTS_AT_ONCE = 4
 _ERRORS = (obstore.exceptions.BaseError, OSError, NotImplementedError)
@@ -266,7 +268,7 @@ class ObstoreClient(ObjectClient):
         if folder.cloud == "s3":
             self._config, self._credentials = s3_access(options, folder.url)
         self._endpoint = server_url(folder.cloud, folder.bucket, self._config)
-        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(options.call.timeout_s * _SLOWEST_BYTES_S)))
+        self._piece_bytes = _FIRST_PIECE_BYTES
         self._stores: dict[int, Any] = {}  # by the number of retries
 
     def wait_target(self) -> str:
@@ -283,7 +285,8 @@ class ObstoreClient(ObjectClient):
         stores: Any = obstore.store  # the types of its options do not exist at run time
         folder, options = self.folder, self._options
         retries = {"max_retries": max_retries, "retry_timeout": timedelta(seconds=options.call.timeout_s)}
-        common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": retries}
+        client = options.for_obstore_uploads() if max_retries else options.for_obstore()
+        common: dict[str, Any] = {"client_options": client, "retry_config": retries}
         if folder.cloud == "http":
             return stores.HTTPStore(folder.bucket, **common)
         common |= {"config": dict(self._config), "prefix": folder.prefix or None}
@@ -336,7 +339,7 @@ class ObstoreClient(ObjectClient):
     def get(self, key: str, on_piece: Callable[[], object]) -> bytes:
         pieces = []
         result = _ask(obstore.get_async, self._store(), key)
-        for piece in _items(result.stream(min_chunk_size=self._piece_bytes)):
+        for piece in self._pieces(result):
             pieces.append(piece)
             on_piece()
         return b"".join(pieces)
@@ -367,8 +370,15 @@ class ObstoreClient(ObjectClient):
         result = _ask(obstore.get_async, self._store(), key, options=options)
         if byte_range.n_bytes <= self._piece_bytes:
             return to_object_info(key, result.meta), (memoryview(_ask(result.bytes_async)),)
-        pieces = _items(result.stream(min_chunk_size=self._piece_bytes))
-        return to_object_info(key, result.meta), map(memoryview, pieces)
+        return to_object_info(key, result.meta), map(memoryview, self._pieces(result))
+
+    def _pieces(self, result: Any) -> Iterator[bytes]:
+        n_bytes, begun_s = 0, SYSTEM_CLOCK.monotonic()
+        for piece in _items(result.stream(min_chunk_size=self._piece_bytes)):
+            n_bytes += len(piece)
+            yield piece
+        a_piece_bytes = _PIECE_S * n_bytes / max(SYSTEM_CLOCK.monotonic() - begun_s, 1e-6)
+        self._piece_bytes = int(min(max(a_piece_bytes, _LEAST_PIECE_BYTES), _PIECE_BYTES))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
         result = _ask(obstore.put_async, self._store(), key, body, use_multipart=False)
@@ -415,7 +425,7 @@ class CloudStore(RemoteStore):
 
     def __init__(self, folder: BucketFolder, options: CloudOptions, settings: ReadSettings | None = None) -> None:
         super().__init__(folder.url, options.call, settings or ReadSettings())
-        self.folder, self.options = folder, options
+        self.folder, self.options, self.stall_s = folder, options, options.stall_s
         host = urlsplit(server_url(folder.cloud, folder.bucket, options.config)).hostname or ""
         self.provider = next((name for domain, name in _PROVIDERS.items() if host.endswith(domain)), None)
         self.knows_conditional_put = host.endswith(_CONDITIONAL_HOSTS)

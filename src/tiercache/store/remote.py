@@ -219,6 +219,10 @@ class CallLimit:
         timeout_s = math.inf if self.timeout_s is None else self.timeout_s - self.waited_s
         return min(timeout_s, self._deadline_end_s - self.clock.monotonic())
 
+    def waited_behind_others(self, until_s: float) -> None:
+        """Record that the bytes of other requests came until then, and that those of the call may be behind them."""
+        self._progress_s = max(self._progress_s, until_s)
+
     def progressed(self) -> None:
         self._progress_s = self.clock.monotonic()
         self.error, self.is_reported = None, False
@@ -232,7 +236,7 @@ class CallLimit:
         if self._deadline_end_s <= self.clock.monotonic():
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
         elif self.left_s <= 0:
-            text = f"{self.doing}: nothing came from {self.endpoint()} for {self.waited_s:.0f} s{self.setting()}"
+            text = f"{self.doing}: nothing came from {self.endpoint()} for {self.timeout_s or 0:g} s{self.setting()}"
         else:
             return
         raise StoreError(text + self._last_error(), url=self.url, retryable=True)
@@ -309,6 +313,8 @@ _STALL_FACTOR = 8.0
 _STALL_FLOOR_S = 2.0
 # Before enough requests were observed.
 _FIRST_STALL_S = 5.0
+# Requests that begin within this time may reach a proxy in any order.
+_SAME_TIME_S = 1.0
 
 
 class RequestTimes:
@@ -317,10 +323,15 @@ class RequestTimes:
     A request is late when it was silent for longer than 95 % of the recent ones ever were. It gets another attempt at
     once if at most 5 % of all requests have had one, and otherwise after 8 times that long, at least 2 s; each further
     attempt waits twice as long, so that a slow store is not asked more and more often.
+
+    n_received: Bytes that have come. n_expected: Bytes that the running attempts still expect. received_s: When bytes
+    came last. newest_begun_s: Begin of the newest attempt to which bytes came.
     """
 
     def __init__(self) -> None:
         self.n_requests = self.n_hedges = 0
+        self.n_received = self.n_expected = 0
+        self.received_s = self.newest_begun_s = -math.inf
         self._silences_s: deque[float] = deque(maxlen=_N_OBSERVED)
         self._late_s: float | None = None  # computed from _silences_s
 
@@ -328,8 +339,11 @@ class RequestTimes:
         self._silences_s.append(silence_s)
         self._late_s = None
 
-    def take_hedge(self, silence_s: float, n_attempts: int) -> bool:
-        """Return whether a request of n_attempts whose newest is silent for so long gets another one, and count it."""
+    def take_hedge(self, silence_s: float, n_attempts: int, stalled_s: float | None = None) -> bool:
+        """Return whether a request of n_attempts whose newest is silent for so long gets another one, and count it.
+
+        stalled_s: Attempt.stalled_s(), if that is less than silence_s.
+        """
         stall_s = _FIRST_STALL_S
         if len(self._silences_s) >= _LEAST_OBSERVED:
             if self._late_s is None:
@@ -339,7 +353,7 @@ class RequestTimes:
             if n_attempts == 1 and silence_s > self._late_s and self.n_hedges + 1 <= HEDGED_SHARE * self.n_requests:
                 self.n_hedges += 1
                 return True
-        return silence_s > stall_s * 2.0 ** (n_attempts - 1)
+        return (silence_s if stalled_s is None else stalled_s) > stall_s * 2.0 ** (n_attempts - 1)
 
 
 class Answer(Protocol):
@@ -358,22 +372,61 @@ class Answer(Protocol):
 class Attempt:
     """One attempt of a request, as its function sees it. Used by one thread; others look at it and interrupt it."""
 
-    def __init__(self, task: _Task, clock: Clock) -> None:
-        self._task, self._clock = task, clock
-        self.silent_since_s = clock.monotonic()
+    def __init__(self, task: _Task, clock: Clock, times: RequestTimes, lock: Lock) -> None:
+        """Begin an attempt. lock: Guards times."""
+        self._task, self._clock, self._times, self._lock = task, clock, times, lock
+        self.begun_s = self.silent_since_s = clock.monotonic()
         self.longest_silence_s = 0.0
+        self._n_expected = 0
+        self._note_queue()
         self._answer: Answer | None = None
+
+    def _note_queue(self) -> None:
+        """Note the bytes that other attempts expect: a proxy or a router may send them before those of this one."""
+        self._n_before = self._times.n_received
+        self._n_ahead = self._times.n_expected - self._n_expected
+
+    def expects(self, n_bytes: int) -> None:
+        """Record that the answer has n_bytes, of which none has come."""
+        with self._lock:
+            self._times.n_expected += n_bytes - self._n_expected
+            self._n_expected = n_bytes
 
     @property
     def is_over(self) -> bool:
         """Whether nobody needs the answer any more: another attempt was answered first, or the call has ended."""
         return self._task.is_done or self._task.call.is_over
 
-    def received(self, *, has_new: bool = True) -> None:
+    def stalled_s(self, now_s: float) -> float:
+        """Return the seconds of a silence that other bytes do not explain.
+
+        Behind deep buffers, all bytes that were requested before, or at about the same time, may come first: until
+        then, the silence begins when the last byte of any request came. Called often by the caller's thread.
+        """
+        n_since = self._times.n_received - self._n_before
+        if now_s - self.silent_since_s < _SAME_TIME_S:
+            self._n_ahead = max(self._n_ahead, n_since + self._times.n_expected - self._n_expected)
+        if n_since < self._n_ahead:
+            return now_s - max(self.silent_since_s, self._times.received_s)
+        return now_s - self.silent_since_s
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether bytes came to a request that began after the bytes of this one had ceased."""
+        return self._times.newest_begun_s > self.silent_since_s + _SAME_TIME_S
+
+    def received(self, n_bytes: int = 0, *, has_new: bool = True) -> None:
         """Record bytes of the answer. has_new: Whether some had not come before; otherwise the call has no progress."""
         now_s = self._clock.monotonic()
         self.longest_silence_s = max(self.longest_silence_s, now_s - self.silent_since_s)
         self.silent_since_s = now_s
+        with self._lock:
+            times, n_expected = self._times, max(self._n_expected - n_bytes, 0)
+            times.n_received += n_bytes
+            times.n_expected += n_expected - self._n_expected
+            times.received_s, times.newest_begun_s = now_s, max(times.newest_begun_s, self.begun_s)
+            self._n_expected = n_expected
+            self._note_queue()
         if has_new:
             self._task.call.limit.progressed()
 
@@ -391,11 +444,12 @@ class Attempt:
         finally:
             self._answer = None
 
-    def interrupt(self) -> None:
+    def interrupt(self, error: StoreError | None = None) -> None:
+        """Let the attempt end with an error; None: nobody needs its answer."""
         answer = self._answer
         if answer is not None:
             limit = self._task.call.limit
-            answer.cancel(StoreError(f"{limit.doing}: cancelled", url=limit.url, sent=False))
+            answer.cancel(error or StoreError(f"{limit.doing}: cancelled", url=limit.url, sent=False))
 
 
 def wait_for_answer(answer: Answer) -> Any:
@@ -447,10 +501,18 @@ class RequestRunner:
     """
 
     def __init__(
-        self, n_requests: int, policy: RetryPolicy, clock: Clock, counters: Counters, *, hedges: bool = True
+        self,
+        n_requests: int,
+        policy: RetryPolicy,
+        clock: Clock,
+        counters: Counters,
+        *,
+        hedges: bool = True,
+        stall_s: float = math.inf,
     ) -> None:
+        """Start no thread yet. stall_s: Attempts that stall for longer are interrupted, and repeated."""
         self._n_requests, self._policy, self._clock, self._counters = n_requests, policy, clock, counters
-        self._hedges = hedges
+        self._hedges, self._stall_s = hedges, stall_s
         self._turns = threading.Semaphore(n_requests)
         self._lock = Lock()
         self._times = RequestTimes()
@@ -526,14 +588,26 @@ class RequestRunner:
                 if task.error is not None:
                     raise task.error
             if n_ended < len(tasks):
+                now_s = self._clock.monotonic()
+                is_time = now_s - looked_s >= _LOOK_EVERY_S
+                if is_time:
+                    looked_s = now_s
+                    self._interrupt_stalled(limit, tasks[:n_begun], now_s)
                 if not is_write or limit.is_queued or limit.is_cancelled:
                     limit.check()
-                now_s = self._clock.monotonic()
-                if now_s - looked_s >= _LOOK_EVERY_S:
-                    looked_s = now_s
+                if is_time:
                     self._report(limit)
                     if hedges:
                         self._hedge(tasks[:n_begun], now_s)
+
+    def _interrupt_stalled(self, limit: CallLimit, tasks: Sequence[_Task], now_s: float) -> None:
+        for attempt in [attempt for task in tasks for attempt in tuple(task.attempts)]:
+            stalled_s = attempt.stalled_s(now_s)
+            if stalled_s < now_s - attempt.silent_since_s:
+                limit.waited_behind_others(now_s - stalled_s)
+            if stalled_s > self._stall_s:
+                text = f"no answer, or no further byte, from {limit.endpoint()} for {self._stall_s:g} s"
+                attempt.interrupt(StoreError(f"{limit.doing}: {text}", url=limit.url, retryable=True, text=text))
 
     def _report(self, limit: CallLimit) -> None:
         """Report a long wait, unless another call's was reported that still waits: probably for the same reason."""
@@ -565,8 +639,11 @@ class RequestRunner:
             attempt = task.newest
             if task.is_done or attempt is None:
                 continue
+            silence_s, stalled_s = now_s - attempt.silent_since_s, attempt.stalled_s(now_s)
             with self._lock:
-                if not self._times.take_hedge(now_s - attempt.silent_since_s, task.n_attempts):
+                if not self._times.take_hedge(
+                    silence_s if attempt.is_overtaken else stalled_s, task.n_attempts, stalled_s
+                ):
                     continue
             with task.call.lock:
                 task.n_threads += 1
@@ -624,7 +701,9 @@ class RequestRunner:
     def _attempt(self, task: _Task) -> Any:
         if task.is_done or task.call.is_over:
             return None
-        attempt = task.newest = _thread_state.attempt = Attempt(task, self._clock)
+        with self._lock:
+            attempt = Attempt(task, self._clock, self._times, self._lock)
+        task.newest = _thread_state.attempt = attempt
         task.attempts.add(attempt)
         with self._lock:
             self._times.n_requests += 1
@@ -633,6 +712,7 @@ class RequestRunner:
         finally:
             _thread_state.attempt = None
             task.attempts.discard(attempt)
+            attempt.expects(0)
             if task.newest is attempt:
                 task.newest = None
         if not task.is_done:
@@ -829,10 +909,12 @@ class ReadSettings:
 class RemoteStore(Store):
     """Objects that an ObjectClient reads and writes. Each process creates its client and threads at first use.
 
-    knows_conditional_put: Whether the kind of the store alone says that it has conditional puts.
+    knows_conditional_put: Whether the kind of the store alone says that it has conditional puts. stall_s: Seconds
+    without a byte after which an attempt is repeated, unless the client itself ends it.
     """
 
     knows_conditional_put = False
+    stall_s = math.inf
 
     def __init__(self, url: str, options: CallOptions, settings: ReadSettings) -> None:
         self.url, self.call_options, self._settings = url, options, settings
@@ -851,7 +933,9 @@ class RemoteStore(Store):
     def _open_runner(self) -> RequestRunner:
         chosen = self._settings
         n_requests = self.call_options.concurrency or chosen.n_requests
-        return RequestRunner(n_requests, chosen.policy, chosen.clock, self.counters, hedges=chosen.hedges)
+        return RequestRunner(
+            n_requests, chosen.policy, chosen.clock, self.counters, hedges=chosen.hedges, stall_s=self.stall_s
+        )
 
     @property
     def client(self) -> ObjectClient:
@@ -1122,7 +1206,9 @@ class _ObjectRead:
         position, info = start, None
         try:
             with client.errors(self._key, "read_into"):
+                attempt.expects(wanted.n_bytes)
                 info, body = client.range(self._key, wanted, condition)
+                attempt.received(has_new=False)  # the head of the answer
                 if info is not None:
                     self.check_etag(info)
                     self._check_end(info.n_bytes, byte_range)
@@ -1131,7 +1217,7 @@ class _ObjectRead:
                         break
                     is_new = landing.add(position, data)
                     position += data.nbytes
-                    attempt.received(has_new=is_new)  # bytes that had come before are no progress
+                    attempt.received(data.nbytes, has_new=is_new)  # bytes that had come before are no progress
         except ObjectChanged as error:
             raise ObjectChanged(url=client.url_of(self._key), expected=etag, found=error.found) from None
         except StoreError as error:

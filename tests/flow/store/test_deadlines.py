@@ -126,12 +126,13 @@ def test_a_read_may_take_any_time_while_bytes_arrive(http_server, opened):
 
 
 def test_timeouts_of_the_http_client_are_at_most_that_of_the_call():
-    client = CloudOptions.parse("s3", {"timeout": 3}).for_obstore()
-    assert client["read_timeout"].total_seconds() == 3
-    assert client["connect_timeout"].total_seconds() == 3
-    assert client["timeout"].total_seconds() >= 60, "of a request that brings bytes all the time"
-    client = CloudOptions.parse("s3", {}).for_obstore()
-    assert client["read_timeout"].total_seconds() < CallOptions().timeout_s, "a stall is tried again"
+    options = CloudOptions.parse("s3", {"timeout": 3})
+    for client in (options.for_obstore(), options.for_obstore_uploads()):
+        assert client["connect_timeout"].total_seconds() == 3
+        assert client["timeout"].total_seconds() >= 60, "of a request that brings bytes all the time"
+    assert options.for_obstore_uploads()["read_timeout"].total_seconds() == options.stall_s == 3
+    assert CloudOptions.parse("s3", {}).stall_s < CallOptions().timeout_s, "a stall is tried again"
+    assert CloudOptions.parse("s3", {"timeout": 3, "read_timeout": 5}).for_obstore()["read_timeout"].seconds == 3
 
 
 # Reports

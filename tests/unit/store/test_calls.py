@@ -30,9 +30,9 @@ def make():
     """Runners of a store; close() of each at the end."""
     made = []
 
-    def build(n_requests=16, clock=SYSTEM_CLOCK):
+    def build(n_requests=16, clock=SYSTEM_CLOCK, **options):
         counters = Counters("retries", "hedges")
-        made.append(RequestRunner(n_requests, RetryPolicy(first_s=0.0, longest_s=0.0), clock, counters))
+        made.append(RequestRunner(n_requests, RetryPolicy(first_s=0.0, longest_s=0.0), clock, counters, **options))
         return made[-1], counters
 
     yield build
@@ -67,6 +67,27 @@ class Hanging:
         if hangs:
             assert self.gate.wait(GATE_S)
         return self.value
+
+
+class Silent:
+    """An answer that does not come, and is awaited until somebody cancels it."""
+
+    def __init__(self, ended=None):
+        self.is_awaited, self.ended, self.error = threading.Event(), ended or threading.Event(), None
+
+    def wait(self, timeout_s):
+        self.is_awaited.set()
+        return self.ended.wait(timeout_s)
+
+    def result(self):
+        self.is_awaited.set()
+        assert self.ended.wait(GATE_S)
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self, error):
+        self.error = error
+        self.ended.set()
 
 
 def test_a_request_that_hangs_is_hedged_and_the_second_answer_is_returned(make):
@@ -113,6 +134,93 @@ def test_a_request_that_brings_bytes_is_not_hedged(make):
 
     assert runner.run([send], limit(clock, timeout_s=60)) == ["slow"]
     assert (counters["retries"], counters["hedges"]) == (0, 0)
+
+
+def pass_time(clock, duration_s):
+    """Let time pass in steps, at each of which the callers look at their requests."""
+    for _ in range(int(duration_s)):
+        clock.advance(1)
+        threading.Event().wait(0.06)
+
+
+def test_a_request_whose_bytes_are_queued_behind_those_of_others_is_not_repeated(make):
+    """A proxy with deep buffers sends one answer after the other."""
+    clock, call_counters = FakeClock(), Counters("retries", "throttled")
+    runner, counters = make(clock=clock, stall_s=5)
+    both, first_sent = threading.Barrier(2), threading.Event()
+
+    def send_first(attempt):
+        attempt.expects(100)
+        both.wait(GATE_S)
+        for _ in range(10):
+            pass_time(clock, 2)
+            attempt.received(10)
+        first_sent.set()
+
+    def send_second(attempt):
+        attempt.expects(100)
+        both.wait(GATE_S)
+        if not wait_for_answer(Silent(first_sent)):
+            attempt.received(100)
+        return "second"
+
+    calls = [limit(clock, timeout_s=8, counters=call_counters) for _ in range(2)]
+    first = threading.Thread(target=runner.run, args=([send_first], calls[0]))
+    first.start()
+    assert runner.run([send_second], calls[1]) == ["second"]
+    first.join(GATE_S)
+    assert (counters["hedges"], call_counters["retries"]) == (0, 0)
+
+
+def test_a_request_is_late_once_all_bytes_that_may_be_queued_before_it_have_come(make):
+    clock = FakeClock()
+    runner, counters = make(clock=clock)
+    both, hanging, n_before = threading.Barrier(2), Hanging("answer"), []
+
+    def send_first(attempt):
+        attempt.expects(100)
+        both.wait(GATE_S)
+        for n_bytes in (50, 40, 10):
+            pass_time(clock, 4)
+            n_before.append(counters["hedges"])
+            attempt.received(n_bytes)
+        pass_time(clock, 2)
+
+    def send_second(attempt):
+        if not hanging.n_attempts:
+            attempt.expects(100)
+            both.wait(GATE_S)
+        return hanging(attempt)
+
+    results = []
+    first = threading.Thread(target=runner.run, args=([send_first], limit(clock)))
+    second = threading.Thread(target=lambda: results.extend(runner.run([send_second], limit(clock))))
+    first.start()
+    second.start()
+    second.join(GATE_S)
+    assert results == ["answer"]
+    assert (n_before, counters["hedges"]) == ([0, 0, 0], 1)
+    hanging.gate.set()
+    first.join(GATE_S)
+
+
+def test_an_attempt_that_stalls_is_interrupted_and_repeated(make):
+    clock, call_counters, silent = FakeClock(), Counters("retries", "throttled"), Silent()
+    runner, counters = make(clock=clock, hedges=False, stall_s=20)
+
+    def send(_attempt):
+        return "answer" if silent.ended.is_set() else wait_for_answer(silent)
+
+    results = []
+    call = limit(clock, counters=call_counters)
+    thread = threading.Thread(target=lambda: results.extend(runner.run([send], call)))
+    thread.start()
+    assert silent.is_awaited.wait(GATE_S)
+    clock.advance(21)
+    thread.join(GATE_S)
+    assert results == ["answer"]
+    assert (counters["hedges"], call_counters["retries"]) == (0, 1)
+    assert "no answer, or no further byte, from s3://bucket/a for 20 s" in str(silent.error)
 
 
 def test_the_place_of_a_hanging_request_is_given_to_the_next_one(make):
@@ -275,26 +383,6 @@ def test_a_wait_of_2_s_is_reported_once_for_all_calls_and_again_after_progress(m
     for thread, one in zip(threads, hanging, strict=True):
         one.gate.set()
         thread.join(GATE_S)
-
-
-class Silent:
-    """An answer that does not come, and is awaited until somebody cancels it."""
-
-    def __init__(self):
-        self.is_awaited, self.ended, self.error = threading.Event(), threading.Event(), None
-
-    def wait(self, timeout_s):
-        self.is_awaited.set()
-        return self.ended.wait(timeout_s)
-
-    def result(self):
-        self.is_awaited.set()
-        assert self.ended.wait(GATE_S)
-        raise self.error
-
-    def cancel(self, error):
-        self.error = error
-        self.ended.set()
 
 
 @pytest.mark.parametrize("end", ["cancelled", "closed", "answered", "refused"])
