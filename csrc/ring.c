@@ -339,7 +339,6 @@ static int take_next(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     if (status == TC_OK) {
         *slot = c->slot;
         if (c->slot->end + 1 > ring->stats.largest) ring->stats.largest = c->slot->end + 1; /* as tc_slot_begin sizes it */
-        ring->stats.outgrown += ring->pool.lent.memory && c->slot->own;
         atomic_store_explicit(&c->slot->n_holders, 1, memory_order_relaxed);
         ring->n_out++;
         atomic_fetch_add_explicit(&live_batch_bytes, c->slot->capacity, memory_order_relaxed);

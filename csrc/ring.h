@@ -42,7 +42,6 @@ typedef struct {
     uint64_t wait_ns;    /* Wait time of the consumer. */
     uint64_t waits;      /* Number of times that the consumer had to wait. */
     uint64_t ready;      /* Number of batches that are ready now. */
-    uint64_t outgrown;   /* Number of batches taken that did not fit into the slots of the caller's memory. */
     uint64_t largest;    /* Bytes of the slot that the largest batch taken needs. */
 } tc_ring_stats;
 

@@ -24,40 +24,51 @@ from tiercache.load.device import BACKENDS
 POISON = 0xA5
 
 
+class Point:
+    """A point in a stream's work, where an event was recorded; the event may be recorded again, elsewhere."""
+
+    is_done = False
+    at_ms = 0.0
+
+
 class FakeEvent:
     """An event that is done when its stream has come to it."""
 
     def __init__(self, device: FakeDevice) -> None:
+        device.check_not_capturing("the creation of an event")
         self._device = device
-        self.is_done = False
-        self.at_ms = 0.0
+        self.point = Point()
+
+    def record(self, stream: FakeStream) -> None:
+        self.point = Point()
+        stream.submit(partial(self._complete, self.point))
 
     def query(self) -> bool:
         self._device.check_not_capturing("the query of an event")
-        return self.is_done
+        return self.point.is_done
 
     def synchronize(self) -> None:
         self._device.check_not_capturing("a wait on the host")
         self._device.n_synchronised += 1
-        self._device.run_until(lambda: self.is_done)
+        self._device.run_until(lambda: self.point.is_done)
 
     def elapsed_time(self, end_event: FakeEvent) -> float:
-        assert self.is_done
-        assert end_event.is_done
-        return end_event.at_ms - self.at_ms
+        assert self.point.is_done
+        assert end_event.point.is_done
+        return end_event.point.at_ms - self.point.at_ms
 
-    def complete(self) -> None:
-        self.is_done, self.at_ms = True, self._device.now_ms
+    def _complete(self, point: Point) -> None:
+        point.is_done, point.at_ms = True, self._device.now_ms
 
 
 class FakeStream:
-    """A queue of operations; an operation that is an event waits for it."""
+    """A queue of operations; an operation that is a point waits for it."""
 
     def __init__(self, device: FakeDevice) -> None:
         self._device = device
-        self.operations: deque[FakeEvent | Callable[[], None]] = deque()
+        self.operations: deque[Point | Callable[[], None]] = deque()
 
-    def submit(self, operation: FakeEvent | Callable[[], None]) -> None:
+    def submit(self, operation: Point | Callable[[], None]) -> None:
         if self is self._device.current:
             self._device.check_not_capturing("work on the stream that is captured")
         with self._device.lock:
@@ -66,10 +77,10 @@ class FakeStream:
                 self._device.run_all()
 
     def wait_event(self, event: FakeEvent) -> None:
-        self.submit(event)
+        self.submit(event.point)
 
     def wait_stream(self, other: FakeStream) -> None:
-        self.submit(self._device.record(other))
+        self.wait_event(self._device.record(other))
 
     def synchronize(self) -> None:
         self._device.check_not_capturing("a wait on the host")
@@ -77,11 +88,11 @@ class FakeStream:
 
     @property
     def can_run(self) -> bool:
-        return bool(self.operations) and (not isinstance(self.operations[0], FakeEvent) or self.operations[0].is_done)
+        return bool(self.operations) and (not isinstance(self.operations[0], Point) or self.operations[0].is_done)
 
     def run_one(self) -> None:
         operation = self.operations.popleft()
-        if not isinstance(operation, FakeEvent):
+        if not isinstance(operation, Point):
             operation()
 
 
@@ -192,7 +203,7 @@ class FakeDevice:
 
     def record(self, stream: FakeStream, *, timed: bool = False) -> FakeEvent:
         event = FakeEvent(self)
-        stream.submit(event.complete)
+        event.record(stream)
         return event
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:

@@ -18,8 +18,7 @@ SLOT_ALIGN: Final[int]
 class Figures(TypedDict):
     """Batches taken, gather time (all threads) and wait time (consumer) in ns, number of waits, batches ready now.
 
-    outgrown: Number of batches that did not fit into the slots of `memory`; largest: bytes that a slot needs for the
-    largest batch so far.
+    largest: Bytes that a slot needs for the largest batch so far.
     """
 
     batches: int
@@ -27,7 +26,6 @@ class Figures(TypedDict):
     wait_ns: int
     waits: int
     ready: int
-    outgrown: int
     largest: int
 
 class Plan:

@@ -74,7 +74,6 @@ cdef extern from "ring.h" nogil:
         uint64_t wait_ns
         uint64_t waits
         uint64_t ready
-        uint64_t outgrown
         uint64_t largest
 
     ctypedef struct tc_lent_memory:

@@ -48,8 +48,8 @@ DeviceStream: TypeAlias = Any
 class Backend:
     """What the loader needs of a device: torch.accelerator, torch.Stream and torch.Event; before 2.7, torch.cuda.
 
-    ROCm's devices are torch.cuda devices. The stage's thread calls use_device(), holds(), copy() and record(); all
-    other methods, and the events' own, are for the consumer's thread.
+    ROCm's devices are torch.cuda devices. The stage's thread calls use_device(), holds() and copy(), and records events
+    that exist; all else is for the consumer's thread.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -432,10 +432,10 @@ class _HostBatch:
 
 @dataclass(slots=True, eq=False)
 class _Destination:
-    """Device memory for a copy. ready: Event after its allocation, on `stream`, the consumer's."""
+    """Device memory for a copy. event: After its allocation, on `stream`, the consumer's; then after the copy."""
 
     blocks: list[torch.Tensor]
-    ready: Event
+    event: Event
     stream: DeviceStream
 
     def fits(self, sizes: list[int]) -> bool:
@@ -594,10 +594,11 @@ class _CopyQueue(StageQueue[_Job]):
         backend, side = self._device.backend, self._device.copy_stream
         blocks = [block[:n_bytes] for block, n_bytes in zip(destination.blocks, host.sizes, strict=True)]
         try:
-            side.wait_event(destination.ready)
+            side.wait_event(destination.event)
             for there, source in host.copies(blocks):
                 backend.copy(there, source, side)
-            job.copy = _Copy(host, blocks, backend.record(side), destination.stream)
+            destination.event.record(side)
+            job.copy = _Copy(host, blocks, destination.event, destination.stream)
             self._copying.append((job.copy.event, (host.held, blocks)))
         except BaseException:  # Ctrl-C included: nothing may refer to the memory of a copy that is running
             side.synchronize()

@@ -271,6 +271,9 @@ def test_copies_are_issued_while_a_graph_is_captured_and_do_not_break_it():
     with device.capture():
         is_ready.set()
         device.wait_for_copies(n_copies + 1)
+        watcher = threading.Thread(target=pipeline._device.exposed_waits)  # as stats() in another thread
+        watcher.start()
+        watcher.join()
     for i in range(3, 6):
         batch = pipeline.take()
         device.run_all()

@@ -378,7 +378,6 @@ def test_slots_are_cut_from_the_callers_memory_while_it_has_room():
     assert [is_inside(slot, memory) for slot in slots] == [True] * 3 + [False] * 3
     for i, slot in enumerate(slots):
         assert np.array_equal(np.frombuffer(memoryview(slot), np.uint8, 10 * WIDTH), rows[10 * i : 10 * i + 10].ravel())
-    assert ring.figures()["outgrown"] == 3
     del slot
     slots.clear()
     ring.close()
@@ -402,9 +401,7 @@ def test_a_batch_that_outgrew_its_slot_leaves_the_slot_to_the_next_batch():
         inside.append(is_inside(slot, memory))
         del slot
     assert inside == [True, True, False, True, True, True]
-    figures = ring.figures()
-    assert figures["outgrown"] == 1
-    assert 4000 < figures["largest"] < 4300
+    assert 4000 < ring.figures()["largest"] < 4300
     ring.close()
 
 
