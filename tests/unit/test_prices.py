@@ -65,14 +65,6 @@ class TestTheTable:
             by_hours = sorted(table[name].restore.values(), key=lambda price: price.hours)
             assert [p.gb for p in by_hours] == sorted((p.gb for p in by_hours), reverse=True)
 
-    def test_the_table_is_read_only(self):
-        _, table = price_table()
-        with pytest.raises(TypeError):
-            table["mine"] = FREE
-
-    def test_a_transition_costs_as_much_as_a_write_by_default(self):
-        assert named_prices("gcs:us-central1:NEARLINE").transition_1000 == 0.01
-
     def test_an_unknown_name_is_an_error_with_similar_names(self):
         with pytest.raises(ValueError, match=r"no prices are called 'aws:us-east-1:GLACER'; did you mean .*GLACIER'"):
             named_prices("aws:us-east-1:GLACER")
@@ -130,12 +122,6 @@ class TestOfATier:
     def test_a_local_path_is_free_unless_it_has_prices(self):
         assert tier("/nvme").known_prices == tier("file:///nvme").known_prices == FREE
         assert tier("/nvme", {"store_gb_month": 0.1}).known_prices.store_gb_month == 0.1
-
-    def test_a_name_is_looked_up_in_the_table(self):
-        assert tier(prices="gcs:us-central1:ARCHIVE").known_prices.min_days == 365
-
-    def test_a_remote_tier_may_have_no_prices(self):
-        assert tier().known_prices is None
 
     def test_an_own_table_is_named_after_its_tier(self):
         assert tier(prices={"store_gb_month": 1}).known_prices.name == "tiers.cold"

@@ -56,7 +56,7 @@ def open_mover(
     with ExitStack() as stack:
         lock = lock or stack.enter_context(TierLock(stores.store(file.home_tier.name)))
         lead_readers_home(stores, catalog)
-        transfer = Transfer(stores, jobs=JOBS, rate_bytes_s=file.tiering.rate_bytes_s, cancel=cancel)
+        transfer = Transfer(stores, jobs=JOBS, cancel=cancel)
         stack.enter_context(transfer)
         pool = ThreadPoolExecutor(JOBS, thread_name_prefix="tiercache-mover")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)

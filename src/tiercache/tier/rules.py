@@ -57,15 +57,6 @@ def read_seconds(value: object) -> float:
     return seconds
 
 
-def read_rate(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"expected a size such as '64KiB', '2TB' or a number of bytes, got {value!r}")
-    n_bytes = parse_bytes(value.strip().removesuffix("/s") if isinstance(value, str) else value)
-    if n_bytes < 1:
-        raise ValueError(f"expected a rate of at least 1 byte per second, got {value!r}")
-    return n_bytes
-
-
 def read_capacity(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"expected a size such as '2TB' or a percentage such as '80%', got {value!r}")
@@ -259,7 +250,6 @@ class TieringOptions(RuleTable):
     """Options of the mover."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
-    rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
 
 
 class RuleFile(RuleTable):

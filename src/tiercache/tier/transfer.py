@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Event, Lock
+from threading import Event
 from typing import NamedTuple, TypeAlias
 
 from tiercache._native.checksum import combine, crc32c
@@ -25,7 +25,6 @@ from tiercache.store.contract import Upload
 from tiercache.store.local import FileAttributes
 from tiercache.tier.journal import CatalogEntry, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore
-from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 
 # Parts of one object that are read ahead of the part that is written, or in flight at once where the upload allows it.
 _AHEAD = 2
@@ -97,20 +96,14 @@ class Transfer:
         stores: Stores,
         *,
         jobs: int = 8,
-        rate_bytes_s: int | None = None,
         cancel: Event | None = None,
-        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Start no thread yet.
 
-        jobs: Number of objects that are copied at once. rate_bytes_s: Limit of all copies together; None: no limit.
-        cancel: When set, every copy ends soon with a StoreError that has .cancelled. clock: Measures the rate.
+        jobs: Number of objects that are copied at once. cancel: When set, every copy ends soon with a StoreError that
+        has .cancelled.
         """
-        if jobs < 1 or (rate_bytes_s is not None and rate_bytes_s < 1):
-            raise ValueError(f"jobs and rate_bytes_s must be at least 1, got {jobs} and {rate_bytes_s}")
         self._stores, self._cancel = stores, cancel or Event()
-        self._rate_bytes_s, self._clock = rate_bytes_s, clock
-        self._lock, self._free_s = Lock(), clock.monotonic()  # until then, the rate is used up
         self._pool = ThreadPoolExecutor(max(jobs, _TOGETHER), thread_name_prefix="tiercache-transfer")
         self._buffers = PartBufferPool()
 
@@ -213,7 +206,6 @@ class Transfer:
         source, target = self._s3_classes(request.src), self._s3_classes(dst)
         if request.replaced_etag is not None:
             self._check_destination(request)
-        self._wait_for_rate(info.n_bytes)
         before = source.checksums(obj.key)
         try:
             made = target.copy_from(
@@ -245,7 +237,6 @@ class Transfer:
     def _copy_small(self, request: _CopyRequest) -> CatalogEntry:
         """Copy an object of one part by one request for bytes and metadata: requests dominate the cost."""
         src, obj = request.src, request.obj
-        self._wait_for_rate(obj.n_bytes)
         try:
             data, info = self._stores.store(src).read_tail(obj.key, max(obj.n_bytes, 1))
         except NotFound:
@@ -332,7 +323,6 @@ class Transfer:
 
         def part(number: int) -> _CopiedPart:
             span = ByteRange(starts[number], min(starts[number] + step, n_bytes))
-            self._wait_for_rate(span.n_bytes)
             buffer = self._buffers.take(span.n_bytes)
             self._read(name, info, span, buffer)
             crc = crc32c(buffer)
@@ -370,16 +360,6 @@ class Transfer:
                 if self._cancel.is_set():
                     raise _cancelled(error.url) from error
                 raise
-
-    def _wait_for_rate(self, n_bytes: int) -> None:
-        if self._rate_bytes_s is None:
-            return
-        with self._lock:
-            now_s = self._clock.monotonic()
-            start_s = max(self._free_s, now_s)
-            self._free_s = start_s + n_bytes / self._rate_bytes_s
-        if start_s > now_s:
-            pause(start_s - now_s, self._clock, self._cancel)
 
     def _verify(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> CatalogEntry:
         store, info, found = self._stores.store(dst), made, None

@@ -74,18 +74,6 @@ def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
 # -- rules ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_rule_without_a_key_or_with_a_wrong_value_is_refused():
-    for wrong, message in (
-        ({}, "Keep: is empty; its keys are best, every, every_steps, last, younger_than"),
-        ({"last": 0}, "Keep.last: expected an integer from 1"),
-        ({"every": "soon"}, "Keep.every: not a duration: 'soon'"),
-        ({"best": "loss"}, "Keep.best: expected METRIC:N"),
-        ({"last": 1, "tier": "archive"}, "Keep.tier: expected 'local', 'remote' or None"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Keep(**wrong)
-
-
 def kept(remote, *keeps, now_s):
     """Steps that a plan leaves in a store. Plans are pure: the same scan gives the same plan."""
     scan = RunStores({"remote": remote}).scan()
@@ -114,19 +102,6 @@ def test_each_key_keeps_what_the_keep_list_of_a_rule_file_keeps_and_always_the_n
     ):
         assert kept(remote, *keeps, now_s=START_S + 5 * HOUR_S) == left, keeps
     assert retained(remote, Keep(last=2)) == [400, 500]
-
-
-def test_after_a_restart_at_a_lower_step_the_order_of_writing_counts(remote):
-    hours(remote, 100, 150, 200)
-    hours(remote, 110, 120, 210, at=5)
-    for keep, left in (
-        (Keep(last=1), [210]),
-        (Keep(last=4), [110, 120, 200, 210]),
-        (Keep(every_steps=100), [100, 110, 200, 210]),
-    ):
-        assert kept(remote, keep, now_s=START_S + 9 * HOUR_S) == left, keep
-    hours(remote, 90, at=9)
-    assert retained(remote, Keep(last=1)) == [90]
 
 
 def test_a_pinned_checkpoint_is_deleted_by_no_rule_and_by_no_call(remote):

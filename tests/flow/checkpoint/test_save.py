@@ -84,33 +84,14 @@ def test_a_state_may_change_when_save_has_returned(tmp_path):
         assert same(read_checkpoint(store.inner, saved.name)[1], a_state())
 
 
-def test_tied_weights_are_stored_once(tmp_path):
-    weight = torch.ones(1000)
-    with opened(tmp_path) as checkpoints:
-        saved = checkpoints.save(1, {"embed": weight, "head": weight})
-        assert saved.wait(timeout_s=WAIT_S)
-        manifest, state = read_checkpoint(checkpoints.remote_store, saved.name)
-    assert manifest.tensors["head"] == manifest.tensors["embed"]
-    assert manifest.n_bytes < 2 * weight.nbytes + 4096
-    assert torch.equal(state["head"], weight)
-
-
 def test_a_wrong_argument_is_refused_at_once_and_nothing_is_written(tmp_path):
     for wrong in ({"pending": 0}, {"writers": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             Checkpoints(tmp_path, **wrong)
     checkpoints = Checkpoints(tmp_path)
-    for arguments, error, message in [
-        ((-1, {}), ValueError, "step is an integer from 0"),
-        ((1.5, {}), TypeError, "float"),
-        ((1, torch.nn.Linear(1, 1)), TypeError, "state is a dict"),
-        ((1, {"x": object()}), TypeError, r"state\['x'\]"),
-    ]:
-        with pytest.raises(error, match=message):
-            checkpoints.save(*arguments)
-    for wrong in ({"metrics": {"loss": "high"}}, {"note": {1, 2}}):
-        with pytest.raises((TypeError, ValueError)):
-            checkpoints.save(1, {}, **wrong)
+    for state, message in ((torch.nn.Linear(1, 1), "state is a dict"), ({"x": object()}, r"state\['x'\]")):
+        with pytest.raises(TypeError, match=message):
+            checkpoints.save(1, state)
     with checkpoints:
         saved = checkpoints.save(1, {"x": 1})
         assert saved.wait(timeout_s=WAIT_S), "the next save works"

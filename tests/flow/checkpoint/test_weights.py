@@ -11,13 +11,12 @@ import torch
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save
 from tests.support.checkpoint_files import write_checkpoint
-from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFaultServer
 
 from tiercache.cache import Cache
 from tiercache.checkpoint import weights as weights_module
 from tiercache.checkpoint.weights import Weights, open_weights
-from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
+from tiercache.errors import CorruptCheckpoint, NotFound
 from tiercache.store import LocalFolder
 
 TENSORS = {
@@ -248,14 +247,6 @@ def test_without_a_cache_or_without_room_tensors_are_read_into_memory(tmp_path):
         assert equal(weights.load(), BIG)
     with HttpFaultServer(folder) as server, open_weights(server.url, cache=False) as weights:
         assert equal(weights.load(), BIG)
-
-
-def test_a_store_that_fails_is_an_error(tmp_path, cache):
-    broken = FaultStore(LocalFolder(model_folder(tmp_path / "model", BIG, n_files=1)))
-    with Weights(cache.store(broken), ["model-00001-of-00001.safetensors"]) as weights:
-        broken.add(Fault("read_into", times=1000, retryable=False))
-        with pytest.raises(StoreError):
-            weights["t5"]
 
 
 def test_two_processes_share_one_download_and_one_copy(tmp_path, warm_python):

@@ -238,13 +238,6 @@ def model(tmp_path_factory):
         fs.close()
 
 
-def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
-    with source.open("/b/t.txt.gz", "wt", compression="infer", encoding="latin-1") as file:
-        file.write("grün\nrot\n")
-    with fs.open("/b/t.txt.gz", "rt", compression="infer", encoding="latin-1") as file:
-        assert list(file) == ["grün\n", "rot\n"]
-
-
 def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
     # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
     # timing decides (1.6 to 2.1 times the file in 60 runs). tests/unit/store/test_ranges.py has the bounds of that.
@@ -337,14 +330,6 @@ def test_a_truncated_or_changed_copy_is_fetched_again(fs, cache, path):
                 damage(file)
             assert opened.read() == DATA
         assert fs.cat_file(path) == DATA
-
-
-def test_the_configured_cache_is_the_default(source, path, tmp_path, monkeypatch):
-    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
-    fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
-    assert fs.cat_file(path) == DATA
-    assert fs.cache.path == tmp_path / "configured"
-    fs.close()
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------

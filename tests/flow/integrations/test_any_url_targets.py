@@ -151,15 +151,6 @@ def test_invalid_options_are_refused_with_the_remedy(cache):
         open_store("tiercache::s3://bucket/photos")
 
 
-def test_names_are_those_of_the_target(fs, path):
-    assert fs.info(path) == fs.fs.info(path)
-    assert fs.ls("/b") == fs.fs.ls("/b")
-    assert fs.glob("tiercache::counted://b/*") == [path]
-    assert fs.isdir("/b")
-    assert list(fs.walk("/"))
-    assert fs.du("/b") == len(DATA)
-
-
 def test_split_path_returns_bucket_and_key():
     for path, expected in [
         ("bucket/a/b", ("bucket", "a/b")),

@@ -1,7 +1,6 @@
 """The catalog of tiers: entries of copies, and the journal of moves."""
 
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -52,14 +51,6 @@ def test_a_move_comes_back_from_the_journal_as_it_was_written(catalog):
     assert catalog.of_plan("plan") == {1: later}
 
 
-def test_open_moves_are_those_of_their_home_that_are_not_over(catalog):
-    states = ("begun", "waiting", "dropping", "stopped", "done", "cancelled")
-    catalog.write([replace(ROW, number=n, state=state) for n, state in enumerate(states)])
-    catalog.write([replace(ROW, plan="other", home="s3://elsewhere")])
-    assert [row.state for row in catalog.open_moves("s3://home")] == ["begun", "waiting", "dropping", "stopped"]
-    assert [row.number for row in catalog.open_moves("s3://home", "waiting")] == [1]
-
-
 def test_old_stopped_moves_are_pruned_and_interrupted_ones_are_not(catalog):
     states = ("stopped", "begun", "dropping")
     catalog.write([replace(ROW, number=number, state=state) for number, state in enumerate(states)])
@@ -76,12 +67,6 @@ def test_rows_are_replaced_in_one_transaction(catalog):
     assert list(catalog.of_plan("plan")) == [2, 3]
 
 
-def test_a_write_of_many_moves_is_all_or_nothing(catalog):
-    with pytest.raises(sqlite3.IntegrityError):
-        catalog.write([ROW, replace(ROW, number=2, path=None)])
-    assert catalog.of_plan("plan") == {}
-
-
 @pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
 def test_a_damaged_file_is_made_anew(catalog, content):
     catalog.write([ROW])
@@ -96,18 +81,6 @@ def test_committed_rows_survive_a_power_failure(catalog):
     catalog.write([ROW])
     found = catalog._database.run(lambda db: db.execute("PRAGMA synchronous").fetchone()[0])
     assert found == 2  # FULL
-
-
-def test_threads_and_other_connections_share_the_file(catalog):
-    def write(n):
-        with TierCatalog(catalog.path) as other:
-            other.write([replace(ROW, number=n)])
-        catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n))])
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(20)))
-    assert len(catalog.of_plan("plan")) == 20
-    assert len(catalog.checksums("cold")) == 20
 
 
 def test_the_state_folder_is_private(catalog):

@@ -110,14 +110,6 @@ def test_a_wait_ends_when_all_objects_can_be_read(world, clock):
     assert told[-1] == (40, 40)
 
 
-def test_a_wait_returns_the_missing_objects_at_its_deadline(world, clock):
-    world.archive(a=1, b=1)
-    plan = world.plan("a", "b")
-    request_restore(world.stores, plan)
-    world.vault.ready_s["a"] = 0.0
-    assert [one.key for one in wait_restored(world.stores, plan, clock=clock, deadline_s=HOUR_S)] == ["b"]
-
-
 def test_an_object_that_is_not_being_restored_is_an_error(world, clock):
     world.archive(a=1)
     with pytest.raises(StoreError, match="neither restored nor being restored"):

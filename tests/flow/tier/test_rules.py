@@ -240,9 +240,8 @@ def test_a_pin_ends_at_a_time_or_at_the_end_of_a_date(read):
     assert read(f'{TIERS}\n[[pins]]\nmatch = "a"').pins[0].until_s is None
 
 
-def test_tiering_options_are_read_as_seconds_and_bytes(read, tmp_path):
-    text = 'grace = "1h"\nrate = "5MB/s"'
-    assert read(f"{TIERS}\n[tiering]\n{text}").tiering == TieringOptions(grace_s=3600.0, rate_bytes_s=5_000_000)
+def test_tiering_options_are_read_as_seconds(read):
+    assert read(f'{TIERS}\n[tiering]\ngrace = "1h"').tiering == TieringOptions(grace_s=3600.0)
     assert read(f"{TIERS}\n[tiering]\ngrace = 0").tiering.grace_s == 0
 
 

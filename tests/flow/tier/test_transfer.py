@@ -9,7 +9,6 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import GateStore
 
@@ -243,16 +242,6 @@ def test_a_failing_destination_is_an_error_and_the_next_attempt_succeeds(place, 
 
 
 # -- pace, cancelling, memory -----------------------------------------------------------------------------------------
-
-
-def test_all_copies_together_keep_to_the_rate_limit(place):
-    clock = FakeClock()
-    here = place(rate_bytes_s=PART_BYTES, clock=clock, jobs=1)
-    start_s = clock.monotonic()
-    for key in ("a", "b"):
-        here.near.put(key, LARGE[: 2 * PART_BYTES])
-        here.transfer.copy("near", "far", here.planned(key))
-    assert clock.monotonic() - start_s >= 3.0  # the fourth part begins when three have had their time
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])

@@ -45,15 +45,6 @@ def test_a_name_tells_its_step_and_time(step, created_ms):
     assert parse_name(checkpoint_name(step, created_ms / 1000, "00ff00")) == (step, created_ms / 1000)
 
 
-def test_a_step_or_nonce_outside_its_limits_is_refused():
-    for step in [-1, 10**18, 1.0, True, "7"]:
-        with pytest.raises(ValueError, match="step is an integer from 0"):
-            checkpoint_name(step, CREATED_S, "7f3a9c")
-    for nonce in ["", "7F3A9C", "7f3a9", "7f3a9c0", "../../"]:
-        with pytest.raises(ValueError, match="six hex digits"):
-            checkpoint_name(1, CREATED_S, nonce)
-
-
 def test_another_name_is_no_checkpoint():
     for name in [
         "",
@@ -142,11 +133,6 @@ def test_what_a_later_release_wrote_is_ignored_or_asks_for_an_upgrade():
         parse_manifest(written_otherwise(format=FORMAT + 1, anything="new"), "u")
     with pytest.raises(UnsupportedFormat, match="needs encryption: upgrade tiercache"):
         parse_manifest(written_otherwise(needs_to_read=["encryption"]), "u")
-
-
-def test_a_note_that_is_not_json_is_refused():
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        encode_manifest(a_manifest(note=object()))
 
 
 def test_only_folders_with_a_manifest_are_checkpoints_and_the_one_written_last_comes_last(tmp_path):

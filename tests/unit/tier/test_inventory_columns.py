@@ -11,36 +11,13 @@ from tiercache.tier import checkpoint_names, inventory, listing, text_columns
 from tiercache.tier.checkpoint_names import KeyGroups, group_keys
 from tiercache.tier.journal import CatalogEntry, TierCatalog
 
-PART = (
-    *[
-        "a",
-        "0",
-        "10",
-        "20",
-        "step-1",
-        "step-2",
-        "checkpoint-10",
-        "checkpoint-10.pt",
-        "step-1.pt",
-        "step-2.pt",
-        "é",
-        "iter_0000100",
-        "global_step3",
-        "*[x]?",
-    ],
-    *["epoch=1-step=2-val_loss=0.3.ckpt", "epoch=2-step=4-val_loss=0.5.ckpt", "model.pt", ".metadata", "__0_0.distcp"],
-    *[
-        "trainer_state.json",
-        "training_args.bin",
-        "metadata.json",
-        "x.tmp",
-        "..",
-        "optimizer.pt",
-        ".metadata.tmp",
-        "caf\\xe9",
-    ],
-    *("model-00001-of-00002.bin", "model-00002-of-00002.bin", "x\ny"),
-)
+WORDS = r"""
+a 0 10 20 step-1 step-2 checkpoint-10 checkpoint-10.pt step-1.pt step-2.pt é iter_0000100 global_step3 *[x]?
+epoch=1-step=2-val_loss=0.3.ckpt epoch=2-step=4-val_loss=0.5.ckpt model.pt .metadata __0_0.distcp .metadata.tmp
+trainer_state.json training_args.bin metadata.json x.tmp .. optimizer.pt caf\xe9 model-00001-of-00002.bin
+model-00002-of-00002.bin
+"""
+PART = (*WORDS.split(), "x\ny")
 keys = st.lists(st.sampled_from(PART), min_size=1, max_size=4).map("/".join)
 marked = st.tuples(keys, st.sampled_from(["", "", "", "/"])).map("".join)
 key_lists = st.lists(marked, max_size=20, unique=True)

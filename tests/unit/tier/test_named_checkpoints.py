@@ -114,36 +114,3 @@ def test_only_an_old_checkpoint_that_no_list_keeps_is_deleted_and_as_a_whole():
     now, at_rest = problems(oracle, picture)
     assert [text.partition(" is ")[0] for text in now] == [f"{STEP}{n}" for n in (2, 3)]
     assert at_rest == [f"{STEP}{n} is nowhere: no file left" for n in (2, 3)]
-
-
-def test_a_recalled_checkpoint_is_in_the_fastest_tier_as_long_as_it_is_held():
-    oracle, picture = saved()
-    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=True)
-    missing = f"{STEP}1 was recalled and is held, but is not in hot: 3 of 3 files in archive"
-    assert problems(oracle, picture) == ([], [missing])
-    picture["hot"] |= LAYOUTS["plain"].files(1)
-    assert problems(oracle, picture) == ([], [])
-    del picture["hot"][path(1)]
-    assert problems(oracle, picture)[1] != []
-    oracle, picture = saved()
-    oracle.held(f"{STEP}1", NOW_S - HOUR_S, is_certain=True)
-    picture["hot"] |= LAYOUTS["plain"].files(1)
-    over = f"{STEP}1 should be in archive alone: 3 of 3 files in hot, 3 of 3 files in archive"
-    assert problems(oracle, picture)[1] == [over]
-
-
-def test_after_an_interrupted_recall_a_checkpoint_may_be_in_the_fastest_tier_but_not_in_parts_and_may_be_deleted():
-    oracle, picture = saved()
-    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=False)
-    assert problems(oracle, picture) == ([], [])
-    picture["hot"] |= LAYOUTS["plain"].files(1)
-    assert problems(oracle, picture) == ([], [])
-    del picture["hot"][path(1)]
-    assert problems(oracle, picture)[1] != []
-    oracle, picture = saved(delete_after_s=8.5 * HOUR_S)
-    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=False)
-    for key in LAYOUTS["plain"].files(1):
-        del picture["archive"][key]
-    assert problems(oracle, picture) == ([], [])
-    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=True)
-    assert problems(oracle, picture)[0] == [f"{STEP}1 is complete in no tier: no file left"]

@@ -71,31 +71,6 @@ def test_a_copy_that_is_deleted_before_grace_is_over_is_found(oracle):
     assert "grace" in found(oracle, MOVED, day=1.5)
 
 
-def test_a_copy_may_be_withdrawn_unless_another_tier_has_got_one_since(oracle):
-    assert found(oracle, picture(cold=PARTS)) == ""
-    assert found(oracle, picture(), day=1.1) == ""
-    for day in (1.0, 1.2):
-        assert found(oracle, COPIED, day=day) == ""
-        assert found(oracle, picture(), day=day + 0.1) == ""
-    assert found(oracle, COPIED, day=1.4) == ""
-    warm = {"warm": objects(FILE)}
-    assert found(oracle, COPIED | warm, day=1.5) == ""
-    oracle.wrote("hot", "f", data("f", 1), 1.6 * DAY_S)
-    oracle.wrote("hot", "f", data("f"), 1.6 * DAY_S)
-    oracle.first_seen_s["hot", "f", data("f")] = 1.5 * DAY_S
-    assert "grace" in found(oracle, picture() | warm, day=1.6)
-
-
-@pytest.mark.parametrize("is_put_back", [True, False])
-def test_a_copy_that_is_made_again_starts_a_new_grace_period_unless_a_user_puts_it_back(oracle, is_put_back):
-    assert found(oracle, COPIED) == ""
-    oracle.removed("cold", "f")
-    oracle.begins(picture(), 2.1 * DAY_S)
-    if is_put_back:
-        oracle.wrote("cold", "f", data("f"), 2.1 * DAY_S)
-    assert ("grace" in found(oracle, MOVED, day=2.1)) == (not is_put_back)
-
-
 def test_the_newest_checkpoint_must_be_whole_and_readable_in_one_place(oracle):
     oracle.asked([NEW.name], 0.0)
     said = "no place has it whole and readable"
@@ -119,14 +94,6 @@ def test_a_checkpoint_in_parts_is_wrong_at_rest_unless_a_user_took_it_apart_or_i
     oracle.rotted("cold", "c/1/a", b"rot")
     assert oracle.at_rest(picture(cold={"c/1/a": Seen(b"rot")})) == []
     assert oracle.at_rest(picture(cold={"c/1/a": Seen(data("c/1/a"))})) != []
-
-
-def test_a_pinned_checkpoint_may_stay_in_parts_and_keeps_what_users_wrote(oracle):
-    assert found(oracle, picture(cold=PARTS)) == ""
-    oracle.pins(OLD.keys)
-    assert oracle.at_rest(picture(cold=PARTS)) == []
-    assert found(oracle, picture(), day=1.1) == ""  # a pin may end an interrupted copy
-    assert "is pinned, and gone from there" in found(oracle, picture(objects(NEW, FILE)), day=31)
 
 
 def test_a_pinned_copy_that_vanishes_or_changes_its_class_is_found(oracle):
@@ -159,49 +126,6 @@ def test_an_object_that_users_removed_in_one_tier_must_stay_in_the_other(oracle,
 
 
 # -- while a batch of deletions is decided and made --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_last_look", [True, False])
-def test_what_somebody_writes_during_the_last_look_may_be_deleted_by_a_server_that_ignores_etags(oracle, is_last_look):
-    assert found(oracle, COPIED) == ""
-    if is_last_look:
-        oracle.looks_for_the_last_time()
-    oracle.wrote("hot", "f", data("f", 1), 2.1 * DAY_S)
-    oracle.decides(is_decided=True)
-    assert (LOST in found(oracle, MOVED, day=2.1)) == (not is_last_look)
-
-
-@pytest.mark.parametrize("is_pinned_before", [True, False])
-def test_a_pin_during_a_batch_of_deletions_is_too_late_for_that_batch_only(oracle, is_pinned_before):
-    cold = objects(FILE, OLD)
-    assert found(oracle, picture(cold=cold)) == ""
-    if is_pinned_before:
-        oracle.pins(["f"])
-    oracle.decides(is_decided=True)
-    oracle.pins(["f", *OLD.keys])
-    assert ("f is pinned, and gone" in found(oracle, picture(CHECKPOINTS, cold), day=9)) == is_pinned_before
-    oracle.decides(is_decided=False)
-    assert "c/1/a is pinned, and gone" in found(oracle, picture(objects(NEW), cold), day=9)
-
-
-@pytest.mark.parametrize("is_decided", [True, False])
-def test_a_user_who_removes_the_other_copy_during_a_deletion_loses_both(oracle, is_decided):
-    assert found(oracle, COPIED) == ""
-    oracle.begins(COPIED, 2 * DAY_S)
-    oracle.decides(is_decided=is_decided)
-    oracle.removed("cold", "f")
-    assert (LOST in found(oracle, picture(CHECKPOINTS), day=2)) == (not is_decided)
-
-
-@pytest.mark.parametrize("is_decided", [True, False])
-@pytest.mark.parametrize("place", ["hot", "cold"])
-def test_a_user_who_replaces_an_object_during_its_deletion_loses_it(oracle, place, is_decided):
-    oracle.begins(COPIED, 2 * DAY_S)
-    oracle.decides(is_decided=is_decided)
-    oracle.wrote(place, "f", data("f", 1), 2 * DAY_S)
-    hot, cold = (objects(FILE), NEW_FILE) if place == "cold" else (NEW_FILE, objects(FILE))
-    oracle.begins(picture(CHECKPOINTS | hot, cold), 2 * DAY_S)
-    assert (LOST in found(oracle, picture(CHECKPOINTS, cold), day=2.1)) == (not is_decided)
 
 
 def test_what_a_user_wrote_during_deletions_and_is_still_there_afterwards_stays(oracle):

@@ -77,53 +77,6 @@ def run_of(*steps: int, tier: str = "hot", **facts) -> list[Group]:
 
 # -- rules -----------------------------------------------------------------------------------------------------------
 
-HOT_AND_ARCHIVE = {"hot": replace(BIG, days=50, verified=False), "archive": BIG}
-ONE = [("data/x", "move", "standard", "archive")]
-FROM_HOT = [("data/x", "move", "hot", "archive")]
-MOVES = {  # groups, rules, options, moves
-    "idle = 0 needs no report": (
-        [lying("standard", unreported=True, unused_days=0)], [Rule(name="r", match=("**",), to="archive", idle_s=0.0)],
-        {}, ONE,
-    ),
-    "after needs no report": ([lying("standard", unreported=True, unused_days=0)], [AFTER], {}, ONE),
-    "rewritten after its copy": ([Group("data/x", HOT_AND_ARCHIVE, days=100)], [TO_ARCHIVE], {}, FROM_HOT),
-    "classes of one bucket": (
-        [lying("standard")], [TO_ARCHIVE], {"one_bucket": True}, [("data/x", "reclass", "standard", "archive")],
-    ),
-    # Through this machine from hot each part is a request; within the provider each object is.
-    "the cheaper of two sources": ([lying("hot", "standard")], [TO_ARCHIVE], {}, ONE),
-    "at equal cost the faster tier": ([lying("hot", "standard")], [TO_ARCHIVE], {"prices": UNPRICED}, FROM_HOT),
-    "outside a keep list down, outside all to then": (
-        run_of(1, 2, 3), [KEEP], {},
-        [("ckpt/r0/step-1", "move", "hot", "archive"), ("ckpt/r0/step-2", "move", "hot", "standard")],
-    ),
-    "too young for then": (
-        [*run_of(1, days=13.0), *run_of(2, 3, tier="standard", days=12.0)], [KEEP], {},
-        [("ckpt/r0/step-1", "move", "hot", "standard")],
-    ),
-    "below the tier of then": (
-        [*run_of(1, tier="archive"), *run_of(2)], [KEEP_HOT.model_copy(update={"then": "standard"})], {}, [],
-    ),
-    "keep lists are not for files": ([Group("ckpt/r0/train.log", {"hot": BIG}, days=1000.0)], [KEEP], {}, []),
-    "a small file in a checkpoint": ([lying("standard", copy=Copy(50 * MB, 2, 10, days=100))], [TO_ARCHIVE], {}, ONE),
-    # The run was at step 900, and went on from step 100 in a new job: it is resumed from step 110.
-    "a restart at a lower step": (
-        [*(run_of(step, days=30.0 - step / 100)[0] for step in (700, 800, 900)), *run_of(110, days=1.0)],
-        [DELETE], {}, [(f"ckpt/r0/step-{step}", "delete", "hot", None) for step in (700, 800)],
-    ),
-    "in a keep list nothing is deleted": (
-        run_of(1, 2, 3, 4, tier="standard", days=400.0), [KEEP], {},
-        [(f"ckpt/r0/step-{step}", "delete", "standard", None) for step in (1, 2)],
-    ),
-    "a held group is not deleted": ([lying("standard", held="held")], [DELETE], {}, []),
-}  # fmt: skip
-
-
-def test_the_moves_of_an_example():
-    for name, (groups, rules, options, expected) in MOVES.items():
-        assert moves_of(groups, *rules, **options) == expected, name
-
-
 REASONS = {  # group, rule, reason of the move
     "idle": (lying("standard", unused_days=45), TO_ARCHIVE, "not used for 45 days (idle = 30 days)"),
     "since uses are recorded": (
