@@ -58,7 +58,7 @@ from tiercache.cli.tier import (
     split_tier,
     tier_path,
 )
-from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError, UnsupportedFormat
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, Keep, encode_pin, evaluate_keep_list, parse_keeps, parse_pin
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.store.access import ParsedUrl
@@ -579,9 +579,9 @@ def _verify_copy(
     if found.is_own(group) and f"{path}/{MANIFEST_NAME}" in objects:
         try:
             manifest = found.read_manifest(group, copy)
-        except CorruptCheckpoint as error:
+        except (CorruptCheckpoint, UnsupportedFormat) as error:
             problems.append(str(error))
-            is_corrupt = True
+            is_corrupt = isinstance(error, CorruptCheckpoint)
         else:
             known |= {f"{path}/{one.path}": one.crc32c for one in manifest.files}
             n_bytes += objects.pop(f"{path}/{MANIFEST_NAME}").n_bytes  # it contains its own checksum

@@ -37,11 +37,9 @@ class Finding:
     column: str | None = None
 
 
-def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Finding:
+def finding_of(error: CorruptShard, part: str = "") -> Finding:
     """Return an error as a finding. part: Damaged part, for an error that does not name it."""
-    if isinstance(error, CorruptShard):
-        return Finding(error.url, error.part or part, error.reason, error.block, error.column)
-    return Finding(error.url, part, error.reason)
+    return Finding(error.url, error.part or part, error.reason, error.block, error.column)
 
 
 def verify_shard(
@@ -49,7 +47,8 @@ def verify_shard(
 ) -> Iterator[Finding]:
     """Yield all damage of a shard: checksums of all bytes, values of all columns, and the identity, if given.
 
-    Reads each byte once, in large requests, and holds about a block in memory. Raises NotFound and StoreError.
+    Reads each byte once, in large requests, and holds about a block in memory. Raises NotFound, StoreError and
+    UnsupportedFormat.
     """
     source = ByteSource(store, key, identity)
     try:
@@ -67,14 +66,25 @@ class _Verification:
         self._ahead: Bytes = np.zeros(0, np.uint8)
 
     def findings(self) -> Iterator[Finding]:
-        """Yield all damage in file order, but the footer first, because the other checks need it."""
+        """Yield all damage in file order, but the footer first, because the other checks need it.
+
+        The checksum of the whole file is a finding only if no other finding says where the damage is.
+        """
+        has_found = False
+        for finding in self._places():
+            has_found = True
+            yield finding
+        if self._file_bytes:
+            yield from self._rest(knows_place=has_found)
+
+    def _places(self) -> Iterator[Finding]:
         try:
             footer, tail = read_footer(self._byte_source, None)
-            self._file_bytes = tail.file_bytes
             check_identity(footer, self._info, self._identity, self._byte_source.url)
-        except (CorruptShard, UnsupportedFormat) as error:
+        except CorruptShard as error:
             yield finding_of(error, "footer")
             return
+        self._file_bytes = tail.file_bytes
         info = self._info
         if info is not None and (info.footer_offset, info.footer_bytes) != (tail.footer_offset, tail.footer_bytes):
             message = (
@@ -86,12 +96,11 @@ class _Verification:
             head = parse_head(self._read_to(HEAD_BYTES).tobytes(), self._byte_source.url)
             if head != footer.shard_id:
                 yield Finding(self._byte_source.url, "head", "head and footer name different shards")
-        except (CorruptShard, UnsupportedFormat) as error:
+        except CorruptShard as error:
             yield finding_of(error, "head")
         n_columns = len(footer.schema)
         for chunk in np.argsort(footer.chunks["offset"].ravel(), kind="stable").tolist():
             yield from self._next_chunk(footer, *divmod(chunk, n_columns))
-        yield from self._rest()
 
     def _read_to(self, end: int) -> Bytes:
         """Return the bytes since the previous call; they count for the file's checksum."""
@@ -144,18 +153,16 @@ class _Verification:
         blocks = Blocks(footer, self._byte_source.url, (block,), (number,), loaded)
         check_values(blocks, number)
 
-    def _rest(self) -> Iterator[Finding]:
+    def _rest(self, *, knows_place: bool) -> Iterator[Finding]:
         """Read footer and tail for the checksum of the file, and compare size and checksum with the data set's."""
         end = self._file_bytes
         while self._position < end:
             self._read_to(min(self._position + _PIECE_BYTES, end))
-        for named in (self._info, self._identity):
-            if named is None:
-                continue
-            if named.n_bytes != end:
-                yield Finding(self._byte_source.url, "file", f"has {end} bytes, its data set states {named.n_bytes}")
-            if named.crc32c != self._crc:
-                message = f"CRC-32C of the file is {self._crc:08x}, its data set states {named.crc32c:08x}"
+        for n_bytes, crc in {(one.n_bytes, one.crc32c) for one in (self._info, self._identity) if one is not None}:
+            if n_bytes != end:
+                yield Finding(self._byte_source.url, "file", f"has {end} bytes, its data set states {n_bytes}")
+            if crc != self._crc and not knows_place:
+                message = f"CRC-32C of the file is {self._crc:08x}, its data set states {crc:08x}"
                 yield Finding(self._byte_source.url, "file", message)
 
 
@@ -178,15 +185,15 @@ def check_values(blocks: Blocks, number: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """Damage of a shard, or the error of the store because of which it could not be verified."""
+    """Damage of a shard, or the error because of which it could not be verified: of the store, or a later format."""
 
     info: ShardInfo
     findings: tuple[Finding, ...] = ()
-    error: StoreError | None = None
+    error: StoreError | UnsupportedFormat | None = None
 
 
 def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) -> Iterator[Finding]:
-    """Yield all damage of a version (None: the newest), `jobs` shards in parallel. Raises NotFound and StoreError."""
+    """Yield all damage of a version (None: the newest), `jobs` shards in parallel. Raises as verify_shard()."""
     try:
         version, shards = open_whole(store, number)
     except CorruptShard as error:
@@ -218,10 +225,10 @@ def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, 
 
 
 def _check(store: Store, version: Version, info: ShardInfo) -> ShardCheck:
-    """Verify a shard. A missing shard is damage; a shard that the store fails to deliver is an error."""
+    """Verify a shard. A missing shard is damage; a shard that cannot be read is an error."""
     try:
         return ShardCheck(info, tuple(verify_shard(store, info.name, info, info.identity(version.dataset_id))))
     except NotFound:
         return ShardCheck(info, (Finding(f"{store.url}/{info.name}", "file", "it is missing"),))
-    except StoreError as error:
+    except (StoreError, UnsupportedFormat) as error:
         return ShardCheck(info, error=error)

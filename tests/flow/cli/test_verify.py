@@ -1,6 +1,7 @@
 """verify: damage is found and said."""
 
 import pytest
+from tests.support.later_release import resum_tail
 
 from tiercache.shard.verify import verify_dataset
 from tiercache.store import open_store
@@ -33,7 +34,8 @@ def test_each_damaged_shard_is_named_and_the_exit_code_is_4(tiercache, data_set,
     flip(shards[1], 0)
     shards[2].unlink()
     *findings, summary = tiercache("verify", data_set, "--json", code=4).events
-    found = {f["url"]: f for f in reversed(findings)}  # the first of each; the sum of the whole file comes last
+    found = {f["url"]: f for f in findings}
+    assert len(findings) == 3
     assert set(found) == {str(s) for s in shards[:3]}
     assert (found[str(shards[0])]["part"], found[str(shards[0])]["column"]) == ("chunk", "image")
     assert found[str(shards[2])]["message"] == "it is missing"
@@ -67,6 +69,15 @@ def test_a_sample_verifies_a_fraction_of_the_shards(tiercache, data_set, shards)
     assert summary["of"] == len(shards)
     assert tiercache("verify", data_set, "--sample", "0%", "--json").events[-1]["shards"] == 1
     assert "checked 1 shard of " in tiercache("verify", data_set, "--include", "*-000000.tcs").out
+
+
+def test_a_shard_of_a_later_format_is_not_damaged_but_the_exit_code_is_3(tiercache, data_set, shards):
+    data = bytearray(shards[0].read_bytes())
+    data[-64 + 28] = 2
+    shards[0].write_bytes(data[:-64] + resum_tail(data[-64:]))
+    done = tiercache("verify", data_set, code=3)
+    assert f"{shards[0]}: the shard has format 2, which tiercache 0.1 and later know" in done.out
+    assert done.out.endswith(": nothing is corrupt, 1 could not be read\n")
 
 
 def test_an_unreadable_shard_is_not_damaged_but_the_exit_code_is_3(tiercache, data_set, shards, monkeypatch):

@@ -52,9 +52,15 @@ def test_damaged_chunks_are_named_with_block_and_column(shard):
     store, info = shard
     for block, column in ((0, "t"), (1, "s"), (2, "r")):
         flip(store, info.name, int(chunk(store, info, block, column)["offset"]) + 3)
-    found = list(verify_shard(store, info.name, info))
-    assert [(f.part, f.block, f.column) for f in found[:3]] == [("chunk", 0, "t"), ("chunk", 1, "s"), ("chunk", 2, "r")]
-    assert [(f.part, "CRC-32C of the file" in f.message) for f in found[3:]] == [("file", True)]
+    found = list(verify_shard(store, info.name, info, info.identity("d")))
+    assert [(f.part, f.block, f.column) for f in found] == [("chunk", 0, "t"), ("chunk", 1, "s"), ("chunk", 2, "r")]
+
+
+def test_a_wrong_checksum_of_the_file_is_one_finding_if_nothing_names_the_place(shard):
+    store, info = shard
+    info = replace(info, crc32c=info.crc32c ^ 1)
+    (found,) = verify_shard(store, info.name, info, info.identity("d"))
+    assert (found.part, "CRC-32C of the file" in found.message) == ("file", True)
 
 
 def test_damage_outside_the_chunks_is_named_by_part(shard):
