@@ -528,7 +528,7 @@ class Cache:
             wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
             jobs: Number of fetches that run at the same time.
             ranges: Byte ranges that suffice, by key. An object without an entry is fetched whole.
-            on_progress: Callback that the calling thread calls at the start and after each copy.
+            on_progress: Callback that the calling thread calls at the start, twice a second, and after each copy.
 
         Returns:
             The numbers of copies and bytes that were fetched.

@@ -107,6 +107,7 @@ class Fetch:
         self._reserved_bytes = self._charged_bytes = 0
         self._admitted, self._assigned = self._no_units(), self._no_units()
         self._transfer_error: BaseException | None = None
+        self._arriving: dict[int, int] = {}  # bytes that have come of each running request, by its first byte
 
     def _no_units(self) -> Mask:
         return np.zeros(n_units(self.spec.n_bytes), bool)
@@ -190,6 +191,10 @@ class Fetch:
     def _missing(self) -> Mask:
         units: Mask = self._requested & ~self._present & ~self._refused
         return units
+
+    def left_bytes(self) -> int:
+        """Return the number of requested bytes that have not come yet."""
+        return max(bytes_of(self.missing_units()[0], self.spec.n_bytes) - sum(self._arriving.copy().values()), 0)
 
     def abandon(self) -> None:
         """Let the next request start another fetch: what this one has is corrupt."""
@@ -548,9 +553,13 @@ class Fetch:
                 disk_errors.append(error)
                 raise
             positions[number] = offset + data.nbytes
+            self._arriving[starts[0]] = sum(positions) - sum(starts)
 
-        if self.spec.n_bytes:  # an empty object has nothing to read
-            self._read(ranges, receive, disk_errors)
+        try:
+            if self.spec.n_bytes:  # an empty object has nothing to read
+                self._read(ranges, receive, disk_errors)
+        finally:
+            self._arriving.pop(starts[0], None)
         for span, position in zip(ranges, positions, strict=True):
             if position != span.end:
                 raise ValueError(f"{span}: received only {position - span.start} bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,6 +22,8 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange, format_bytes
 from tiercache.store import Store
 
+PROGRESS_EVERY_S = 0.5
+
 # -- warming -----------------------------------------------------------------------------------------------------------
 
 Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
@@ -32,7 +34,7 @@ Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
 class WarmProgress:
     """The progress of warming: requested copies and their bytes, present and in all.
 
-    last: Key of the copy that was just fetched; "" at the start.
+    last: Key of the copy that was fetched last; "" at the start.
     """
 
     n_done: int
@@ -134,30 +136,42 @@ def warm_copies(
     crash_point("warm.planned")
     missing, n_wanted = copies.missing, len(copies.requested)
     bytes_wanted = sum(one.n_bytes for one in copies.requested)
-    n_done, bytes_done = n_wanted - len(missing), bytes_wanted - copies.missing_bytes
-    tell = on_progress or (lambda _: None)
-    tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted))
-    names, running, stop = frozenset(one.spec.name for one in copies.requested), set[Fetch](), Event()
+    n_done, bytes_done, last = n_wanted - len(missing), bytes_wanted - copies.missing_bytes, ""
+    come_bytes = bytes_done
+    names, running, stop = frozenset(one.spec.name for one in copies.requested), dict[Fetch, int](), Event()
+
+    def tell() -> None:
+        if on_progress is not None:
+            nonlocal come_bytes
+            come = sum(max(n_bytes - fetch.left_bytes(), 0) for fetch, n_bytes in running.copy().items())
+            # A fetch that has ended is not among the running ones any more, and not among the done ones yet.
+            come_bytes = max(come_bytes, min(bytes_done + come, bytes_wanted))
+            on_progress(WarmProgress(n_done, n_wanted, come_bytes, bytes_wanted, last))
 
     def fetch(one: RequestedCopy) -> None:
         started = opened.fetch(one.spec, store, one.ranges, True)
         started.protected = names
-        running.add(started)
+        running[started] = one.missing_bytes or 0
         if stop.is_set():
             started.cancel.set()
         try:
             _wait(opened, started, one)
         finally:
-            running.discard(started)
+            running.pop(started, None)
 
     pool = ThreadPoolExecutor(min(jobs, len(missing)) or 1, "tiercache-warm")
     try:
+        tell()
         futures = {pool.submit(fetch, one): one for one in missing}
-        for future in as_completed(futures):
-            one = futures.pop(future)
-            future.result()
-            n_done, bytes_done = n_done + 1, bytes_done + (one.missing_bytes or 0)
-            tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted, one.spec.key))
+        while futures:
+            done = wait(futures, PROGRESS_EVERY_S, FIRST_COMPLETED).done
+            if not done:
+                tell()
+            for future in done:
+                one = futures.pop(future)
+                future.result()
+                n_done, bytes_done, last = n_done + 1, bytes_done + (one.missing_bytes or 0), one.spec.key
+                tell()
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)

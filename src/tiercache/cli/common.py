@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from tiercache.errors import TierCacheError
-from tiercache.model import parse_bytes, parse_duration
-from tiercache.waiting import fail_fast_if_unreachable
+from tiercache.model import format_bytes, parse_bytes, parse_duration
+from tiercache.waiting import SYSTEM_CLOCK, fail_fast_if_unreachable
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -172,6 +172,8 @@ def _flags_of(parameters: Iterable[Parameter]) -> dict[str, str]:
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Advance: TypeAlias = Callable[[int, int], None]
+Figures: TypeAlias = "Callable[[ModuleType], list[Any]]"
+PROGRESS_LINE_S = 30.0
 """Callback of a progress bar; its arguments are the amount done and the total."""
 
 
@@ -209,16 +211,23 @@ class Output:
             self.event("summary", facts, text)
 
     def byte_progress(self, doing: str) -> AbstractContextManager[Advance]:
-        """Show a progress bar of bytes on standard error while the block runs, if that is a terminal and not quiet."""
-        return self._bar(doing, lambda p: [p.DownloadColumn(binary_units=True), p.TransferSpeedColumn()])
+        """Show the progress in bytes on standard error while the block runs, unless quiet.
+
+        A terminal has a bar; elsewhere, a line is printed every PROGRESS_LINE_S.
+        """
+        figures: Figures = lambda p: [p.DownloadColumn(binary_units=True), p.TransferSpeedColumn()]  # noqa: E731
+        return self._bar(doing, figures, format_bytes)
 
     def count_progress(self, doing: str) -> AbstractContextManager[Advance]:
-        return self._bar(doing, lambda p: [p.MofNCompleteColumn()])
+        return self._bar(doing, lambda p: [p.MofNCompleteColumn()], "{:,}".format)
 
     @contextmanager
-    def _bar(self, doing: str, figures: Callable[[ModuleType], list[Any]]) -> Iterator[Advance]:
-        if self.quiet or not sys.stderr.isatty():
+    def _bar(self, doing: str, figures: Figures, text: Callable[[int], str]) -> Iterator[Advance]:
+        if self.quiet:
             yield lambda _done, _total: None
+            return
+        if not sys.stderr.isatty():
+            yield _progress_lines(doing, text)
             return
         # Imported only where a bar is shown, because rich costs each start of the command 20 ms.
         from rich import console, progress
@@ -228,6 +237,19 @@ class Output:
         with progress.Progress(*columns, progress.TimeRemainingColumn(), console=stderr, transient=True) as bar:
             task = bar.add_task(doing, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _progress_lines(doing: str, text: Callable[[int], str]) -> Advance:
+    """Return a function that prints the progress every PROGRESS_LINE_S at most."""
+    next_s = SYSTEM_CLOCK.monotonic() + PROGRESS_LINE_S
+
+    def advance(done: int, total: int) -> None:
+        nonlocal next_s
+        if SYSTEM_CLOCK.monotonic() >= next_s:
+            next_s = SYSTEM_CLOCK.monotonic() + PROGRESS_LINE_S
+            typer.echo(f"tiercache: {doing}: {text(done)} of {text(total)} ({done / max(total, 1):.0%})", err=True)
+
+    return advance
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

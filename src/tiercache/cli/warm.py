@@ -224,18 +224,17 @@ def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> d
 
     Those per epoch are averages over the epochs after the first, or those of the only epoch.
     """
-    totals = np.zeros(5)
+    totals = np.zeros(3)
     for trace, epoch in nodes:
         fetched = trace.n_bytes - simulate_cache(trace, policy, size_bytes)
         n_epochs = int(epoch.max(initial=0)) + 1
         counted = epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
-        sums = [(fetched[counted] == 0).sum(), counted.sum(), fetched[counted].sum(), trace.n_bytes[counted].sum()]
+        sums = [fetched[counted].sum(), trace.n_bytes[counted].sum()]
         totals += [*(np.array(sums) / max(n_epochs - 1, 1)), fetched[epoch == 0].sum()]
-    n_hits, n_reads, epoch_bytes, read_bytes, first_bytes = totals.tolist()
+    epoch_bytes, read_bytes, first_bytes = totals.tolist()
     return {
         "policy": policy,
         "size_bytes": size_bytes,
-        "hit_ratio": n_hits / max(n_reads, 1),
         "byte_hit_ratio": 1 - epoch_bytes / read_bytes if read_bytes else 0.0,
         "first_bytes": int(first_bytes),
         "epoch_bytes": epoch_bytes,
@@ -373,6 +372,7 @@ def simulate(
     """Simulate caches of several sizes: hits and bytes.
 
     The read order of a training is replayed with each eviction policy. No record is read, only the list of shards.
+    Requests are not predicted.
     """
     training = Training(seed, world_size=ranks, placement=parse_placement(placement))
     with open_data_set_store(url, storage_option) as store:
@@ -402,7 +402,6 @@ def simulate(
         "url": url,
         "version": data_set.version.number,
         "shards": len(shards),
-        "accesses": sum(len(node.trace) for node in reads),
         "seed": seed,
         "epochs": epochs,
         "ranks": ranks,

@@ -54,8 +54,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tiercache")
 
-# A longer wait is reported by a warning.
-REPORT_AFTER_S = 2.0
+# A longer wait is reported by a warning if it is unusual for the store: twice as long as that of its slow requests.
+REPORT_AFTER_S, _UNUSUAL_FACTOR = 2.0, 2.0
 # How often a waiting caller looks at its requests and at its cancel event: no thread can wait for an Event and a queue.
 _LOOK_EVERY_S = 0.05
 # Threads for each request that may run: the others keep requests that hang.
@@ -344,16 +344,23 @@ class RequestTimes:
 
         stalled_s: Attempt.stalled_s(), if that is less than silence_s.
         """
+        late_s = self.late_s()
         stall_s = _FIRST_STALL_S
-        if len(self._silences_s) >= _LEAST_OBSERVED:
-            if self._late_s is None:
-                ordered = sorted(self._silences_s)
-                self._late_s = max(ordered[int(_LATE_QUANTILE * len(ordered))], _LATE_FLOOR_S)
-            stall_s = max(_STALL_FACTOR * self._late_s, _STALL_FLOOR_S)
-            if n_attempts == 1 and silence_s > self._late_s and self.n_hedges + 1 <= HEDGED_SHARE * self.n_requests:
+        if late_s is not None:
+            stall_s = max(_STALL_FACTOR * late_s, _STALL_FLOOR_S)
+            if n_attempts == 1 and silence_s > late_s and self.n_hedges + 1 <= HEDGED_SHARE * self.n_requests:
                 self.n_hedges += 1
                 return True
         return (silence_s if stalled_s is None else stalled_s) > stall_s * 2.0 ** (n_attempts - 1)
+
+    def late_s(self) -> float | None:
+        """Return the silence that 95 % of the recent requests did not exceed, in s; None: too few were observed."""
+        if len(self._silences_s) < _LEAST_OBSERVED:
+            return None
+        if self._late_s is None:
+            ordered = sorted(self._silences_s)
+            self._late_s = max(ordered[int(_LATE_QUANTILE * len(ordered))], _LATE_FLOOR_S)
+        return self._late_s
 
 
 class Answer(Protocol):
@@ -596,7 +603,7 @@ class RequestRunner:
                 if not is_write or limit.is_queued or limit.is_cancelled:
                     limit.check()
                 if is_time:
-                    self._report(limit)
+                    self._report(limit, tasks[:n_begun])
                     if hedges:
                         self._hedge(tasks[:n_begun], now_s)
 
@@ -609,11 +616,16 @@ class RequestRunner:
                 text = f"no answer, or no further byte, from {limit.endpoint()} for {self._stall_s:g} s"
                 attempt.interrupt(StoreError(f"{limit.doing}: {text}", url=limit.url, retryable=True, text=text))
 
-    def _report(self, limit: CallLimit) -> None:
-        """Report a long wait, unless another call's was reported that still waits: probably for the same reason."""
+    def _report(self, limit: CallLimit, tasks: Sequence[_Task]) -> None:
+        """Report a wait that is unusually long, unless another call's was reported that still waits."""
         if limit.is_reported or limit.waited_s < REPORT_AFTER_S:
             return
+        own_s = max((attempt.longest_silence_s for task in tasks for attempt in tuple(task.attempts)), default=0.0)
         with self._lock:
+            late_s = self._times.late_s()
+            first_s = _FIRST_STALL_S if late_s is None else 0.0
+            if limit.waited_s < max(first_s, _UNUSUAL_FACTOR * max(late_s or 0.0, own_s)):
+                return
             limit.is_reported = True
             if self._reported is not None and self._reported is not limit and self._reported.is_reported:
                 return

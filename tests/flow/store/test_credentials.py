@@ -318,7 +318,7 @@ def test_unsigned_requests_need_no_keys(opened, tmp_path, monkeypatch):
         assert (s3_access(store.options, store.url)[1] is not None) == is_signed
 
 
-def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp_path, caplog):
+def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp_path):
     def write(program):
         (tmp_path / "process.py").write_text(program)
         command = f"{sys.executable} -S {tmp_path / 'process.py'}"
@@ -332,5 +332,4 @@ def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp
     with pytest.raises(StoreError, match=r"nothing came from the AWS profile 'work' for 2\.5 s"):
         opened(profile="work", timeout=2.5).head("a")
     (tmp_path / "go").touch()
-    assert "the AWS profile 'work'" in caplog.text
     assert http_server.log == []

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from tests.support.clock import FakeClock
 
+from tiercache.cli import common
 from tiercache.cli.common import Output, aligned
 from tiercache.cli.data import format_value, json_value
 from tiercache.cli.tier import format_dollars, plan_text
@@ -88,3 +90,22 @@ def test_a_plan_says_what_it_saves_or_costs_more(cost, saving, text):
 
 def test_a_sum_that_is_rounded_to_zero_has_no_sign():
     assert [format_dollars(amount) for amount in (-0.0, -1e-9, 0.25, -0.00033)] == ["0.00", "0.00", "0.25", "-0.00033"]
+
+
+def test_without_a_terminal_the_progress_is_a_line_every_30_s(capsys, monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr(common, "SYSTEM_CLOCK", clock)
+    with Output(as_json=True).byte_progress("warming") as advance:
+        for done in range(70):
+            advance(done << 20, 100 << 20)
+            clock.advance(1)
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "tiercache: warming: 30.0 MiB of 100.0 MiB (30%)",
+        "tiercache: warming: 60.0 MiB of 100.0 MiB (60%)",
+    ]
+    assert captured.out == ""
+    with Output(quiet=True).byte_progress("warming") as advance:
+        clock.advance(100)
+        advance(1, 2)
+    assert capsys.readouterr().err == ""

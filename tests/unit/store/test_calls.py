@@ -357,7 +357,7 @@ def test_a_write_is_awaited_although_its_time_is_over_and_never_hedged(make):
     assert (results, counters["hedges"], hanging.n_attempts) == (["written"], 0, 1)
 
 
-def test_a_wait_of_2_s_is_reported_once_for_all_calls_and_again_after_progress(make, caplog):
+def test_a_first_wait_of_5_s_is_reported_once_for_all_calls_and_again_after_progress(make, caplog):
     clock = FakeClock()
     runner, _ = make(clock=clock)
     hanging, progress = [Hanging(i, n_hanging=99) for i in range(3)], threading.Event()
@@ -368,21 +368,41 @@ def test_a_wait_of_2_s_is_reported_once_for_all_calls_and_again_after_progress(m
     for thread, one in zip(threads, hanging, strict=True):
         thread.start()
         assert wait_for(lambda one=one: one.n_attempts, GATE_S)
-    clock.advance(1.9)
+    clock.advance(4.9)
     progress.wait(0.2)
     assert not caplog.records
     clock.advance(0.2)
     assert wait_for(lambda: all(call.is_reported for call in calls), GATE_S)
     assert len(caplog.records) == 1
-    assert "has waited 2 s for http://e" in caplog.text
+    assert "has waited 5 s for http://e" in caplog.text
     for call in calls:
         call.progressed()
-    clock.advance(2.1)
+    clock.advance(5.1)
     assert wait_for(lambda: all(call.is_reported for call in calls), GATE_S)
     assert len(caplog.records) == 2
     for thread, one in zip(threads, hanging, strict=True):
         one.gate.set()
         thread.join(GATE_S)
+
+
+@pytest.mark.parametrize(("usual_s", "quiet_s", "reported_s"), [(0.1, 1.9, 2.1), (3.0, 5.9, 6.1)])
+def test_a_wait_is_reported_only_if_it_is_unusual_for_the_store(make, caplog, usual_s, quiet_s, reported_s):
+    clock = FakeClock()
+    runner, _ = make(clock=clock)
+    for _ in range(20):
+        runner.run([lambda _attempt: clock.advance(usual_s)], limit(clock), hedges=False)
+    hanging, call = Hanging(0, n_hanging=99), limit(clock, timeout_s=1e9)
+    thread = threading.Thread(target=runner.run, args=([hanging], call), kwargs={"hedges": False})
+    thread.start()
+    assert wait_for(lambda: hanging.n_attempts, GATE_S)
+    clock.advance(quiet_s)
+    threading.Event().wait(0.2)  # the caller looks at its requests
+    assert not caplog.records
+    clock.advance(reported_s - quiet_s)
+    assert wait_for(lambda: call.is_reported, GATE_S)
+    assert len(caplog.records) == 1
+    hanging.gate.set()
+    thread.join(GATE_S)
 
 
 @pytest.mark.parametrize("end", ["cancelled", "closed", "answered", "refused"])
