@@ -470,7 +470,7 @@ class Credentials:
     """Keys of one source, which read() reads when needed. Safe for threads; each process has its own object.
 
     The lock is held while the source is read, so that a process is started once for all threads. number counts the
-    different keys that the source has given.
+    different keys that the source has given; accepted is the number of the last keys with which a request succeeded.
     """
 
     def __init__(
@@ -486,7 +486,7 @@ class Credentials:
         self._lock = Lock()
         self._keys: Keys | None = None
         self._again_at: datetime | None = None
-        self.number = 0
+        self.number = self.accepted = 0
 
     def get(self) -> Keys:
         """Return keys that are valid now. Raises StoreError or ValueError if the source has none."""
@@ -513,7 +513,8 @@ class Credentials:
             keys = self._read()
             if keys.expires_at is not None and keys.expires_at <= now:
                 message = f"the credentials of {self.origin} have expired, at {keys.expires_at:%Y-%m-%d %H:%M:%S %Z}"
-                raise StoreError(f"{message}: renew them at their source", url=self.url, code="ExpiredToken")
+                message += ": renew them at their source"
+                raise StoreError(message, url=self.url, code="ExpiredToken", retryable=self.accepted > 0)
         except (StoreError, ValueError):
             if last is None or (last.expires_at is not None and last.expires_at <= now):
                 raise
@@ -545,12 +546,13 @@ def wait_target(endpoint: str, credentials: Credentials | None) -> str:
 def refused_error(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
     """Return the error of a refused request with .details["renewed"] set if its source has newer keys now.
 
-    with_retries() then makes one more attempt. number is that of the keys that signed the request.
+    with_retries() then makes one more attempt at once. A source of keys that were accepted may renew them late:
+    then the call is retried within its time limit. number is that of the keys that signed the request.
     """
     is_invalid = error.code in _INVALID_CODES
     if credentials is None or not (error.status in (401, 403) or is_invalid):
         return error
-    error.retryable = False
+    error.retryable = is_invalid and credentials.accepted > 0
     try:
         if credentials.renew(number):
             error.details["renewed"] = True

@@ -314,6 +314,8 @@ class ObstoreClient(ObjectClient):
         self.counters.add("requests")
         try:
             yield
+            if credentials is not None:
+                credentials.accepted = number
         except StoreError:
             raise  # NotFound is also an OSError
         except _ERRORS as error:

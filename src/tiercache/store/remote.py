@@ -58,6 +58,8 @@ logger = logging.getLogger("tiercache")
 REPORT_AFTER_S, _UNUSUAL_FACTOR = 2.0, 2.0
 # How often a waiting caller looks at its requests and at its cancel event: no thread can wait for an Event and a queue.
 _LOOK_EVERY_S = 0.05
+# A caller that did not look for longer did not run: its process was suspended, as by SIGSTOP.
+_SUSPENDED_S = 1.0
 # Threads for each request that may run: the others keep requests that hang.
 _THREADS_PER_REQUEST = 4
 
@@ -176,6 +178,9 @@ class CallLimit:
     turn does not count. `stop` is set when the store is closed or the call ends: it ends pauses and retries. endpoint()
     names what the call waits for now: the server, or the source of its keys. counters count "retries" and "throttled".
     Safe for threads.
+
+    Time in which the process was suspended does not count, if the caller's thread calls look() all the time. It is seen
+    by the system's clock, whatever the clock of the call.
     """
 
     def __init__(
@@ -195,6 +200,7 @@ class CallLimit:
         self.stop = Event()
         self.endpoint, self.counters = endpoint, counters
         self.deadline_s, self.timeout_s = deadline_s, timeout_s
+        self._looked_s: float | None = None
         self._progress_s = now_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else now_s + deadline_s
         self.error: StoreError | None = None  # of the last failed attempt since the last progress
@@ -210,8 +216,21 @@ class CallLimit:
         return self.n_turns == 0
 
     @property
+    def _suspended_s(self) -> float:
+        """Seconds for which nobody has looked, if the process was suspended meanwhile."""
+        unseen_s = 0.0 if self._looked_s is None else SYSTEM_CLOCK.monotonic() - self._looked_s
+        return unseen_s if unseen_s > _SUSPENDED_S else 0.0
+
+    @property
     def waited_s(self) -> float:
-        return 0.0 if self.is_queued else self.clock.monotonic() - self._progress_s
+        return 0.0 if self.is_queued else self.clock.monotonic() - self._progress_s - self._suspended_s
+
+    def look(self) -> bool:
+        """Return whether the process was suspended since the last look."""
+        suspended_s = self._suspended_s
+        self._progress_s += suspended_s
+        self._looked_s = SYSTEM_CLOCK.monotonic()
+        return suspended_s > 0
 
     @property
     def left_s(self) -> float:
@@ -271,9 +290,7 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
             if error.status in _THROTTLED:
                 limit.counters.add("throttled")
             n_failed = n_failed + 1 if limit.error is not None else 1  # None: progress since the last failure
-            if error.details.get("renewed"):  # new credentials are available
-                if has_renewed:  # the new credentials were refused too
-                    raise
+            if error.details.get("renewed") and not has_renewed:  # new credentials are available
                 has_renewed = True
                 continue
             pause_s = policy.pause_s(n_failed)
@@ -313,8 +330,11 @@ _STALL_FACTOR = 8.0
 _STALL_FLOOR_S = 2.0
 # Before enough requests were observed.
 _FIRST_STALL_S = 5.0
-# Requests that begin within this time may reach a proxy in any order.
-_SAME_TIME_S = 1.0
+# Requests that begin within this time may reach a proxy in any order. _QUEUE_FACTOR: The queue may also have bytes of
+# other processes, and of requests that were interrupted.
+_SAME_TIME_S, _QUEUE_FACTOR = 2.0, 1.5
+# A request that began so much later, and got bytes, has overtaken.
+_OVERTAKEN_S = 0.2
 
 
 class RequestTimes:
@@ -413,14 +433,14 @@ class Attempt:
         n_since = self._times.n_received - self._n_before
         if now_s - self.silent_since_s < _SAME_TIME_S:
             self._n_ahead = max(self._n_ahead, n_since + self._times.n_expected - self._n_expected)
-        if n_since < self._n_ahead:
+        if n_since < _QUEUE_FACTOR * self._n_ahead:
             return now_s - max(self.silent_since_s, self._times.received_s)
         return now_s - self.silent_since_s
 
     @property
     def is_overtaken(self) -> bool:
         """Whether bytes came to a request that began after the bytes of this one had ceased."""
-        return self._times.newest_begun_s > self.silent_since_s + _SAME_TIME_S
+        return self._times.newest_begun_s > self.silent_since_s + _OVERTAKEN_S
 
     def received(self, n_bytes: int = 0, *, has_new: bool = True) -> None:
         """Record bytes of the answer. has_new: Whether some had not come before; otherwise the call has no progress."""
@@ -498,6 +518,17 @@ class _Task:
         """Interrupt the attempts that still run, as nobody needs their answer."""
         for attempt in tuple(self.attempts):
             attempt.interrupt()
+
+    def resume(self, now_s: float) -> None:
+        """Let the silence of the attempts that run begin now: the process was suspended."""
+        for attempt in tuple(self.attempts):
+            attempt.silent_since_s = now_s
+
+
+def _look(limit: CallLimit, tasks: Sequence[_Task], now_s: float) -> None:
+    if limit.look():
+        for task in tasks:
+            task.resume(now_s)
 
 
 class RequestRunner:
@@ -579,6 +610,7 @@ class RequestRunner:
 
     def _run_all(self, call: _Call, tasks: Sequence[_Task], *, is_write: bool, hedges: bool) -> None:
         limit, n_begun, n_ended = call.limit, 0, 0
+        limit.look()
         looked_s = self._clock.monotonic()
         while n_ended < len(tasks):
             # The rest waits here and not in threads.
@@ -596,6 +628,7 @@ class RequestRunner:
                     raise task.error
             if n_ended < len(tasks):
                 now_s = self._clock.monotonic()
+                _look(limit, tasks, now_s)
                 is_time = now_s - looked_s >= _LOOK_EVERY_S
                 if is_time:
                     looked_s = now_s

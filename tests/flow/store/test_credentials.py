@@ -333,3 +333,22 @@ def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp
         opened(profile="work", timeout=2.5).head("a")
     (tmp_path / "go").touch()
     assert http_server.log == []
+
+
+def test_keys_that_are_renewed_late_are_asked_for_again_until_the_deadline(http_server, opened):
+    keys, refused = {"valid": "OLD", "given": "OLD"}, []
+
+    def admit(_path, headers):
+        if f"Credential={keys['valid']}/" in headers.get("authorization", ""):
+            return None
+        refused.append(1)
+        if len(refused) == 4:
+            keys["given"] = "NEW"  # another program renews them
+        return REFUSED
+
+    http_server.admit(admit)
+    store = opened(credentials=lambda: {"access_key_id": keys["given"], "secret_access_key": "s"})
+    assert store.get("a") == b"data"
+    keys["valid"] = "NEW"
+    assert store.get("a") == b"data"
+    assert len(refused) >= 4

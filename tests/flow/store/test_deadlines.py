@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +126,38 @@ def test_a_read_may_take_any_time_while_bytes_arrive(http_server, opened):
     http_server.when(lambda method, path: clock.advance(40))
     store = opened(ReadSettings(clock=clock, n_requests=1, max_gap_bytes=0, max_bytes=MIB), timeout=60)
     assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
+
+
+SUSPENDED = """
+import sys
+from tiercache.store import open_store
+store = open_store(sys.argv[1], timeout=1.5)
+print(len(store.get("a")), flush=True)
+"""
+
+
+@pytest.mark.parametrize("fault", [HttpFault("stall"), HttpFault("silence")], ids=["goes_on", "is_lost"])
+def test_a_process_that_was_suspended_for_longer_than_the_timeout_goes_on(http_server, fault):
+    begun = threading.Event()
+
+    def rule(_method, _path):
+        is_first = not begun.is_set()
+        begun.set()
+        return fault if is_first else None
+
+    http_server.objects = {"a": DATA}
+    http_server.when(rule)
+    with subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, http_server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert begun.wait(60)
+        process.send_signal(signal.SIGSTOP)
+        assert not threading.Event().wait(3)  # longer than the timeout
+        process.send_signal(signal.SIGCONT)
+        assert not threading.Event().wait(0.3)  # the process looks at its call before the answer comes
+        http_server.release()
+        out, errors = process.communicate(timeout=60)
+    assert (out, errors) == (f"{len(DATA)}\n", "")
 
 
 def test_timeouts_of_the_http_client_are_at_most_that_of_the_call():

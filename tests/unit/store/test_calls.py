@@ -180,8 +180,9 @@ def test_a_request_is_late_once_all_bytes_that_may_be_queued_before_it_have_come
     def send_first(attempt):
         attempt.expects(100)
         both.wait(GATE_S)
-        for n_bytes in (50, 40, 10):
-            pass_time(clock, 4)
+        pass_time(clock, 1)
+        for n_bytes in (50, 40, 60):
+            pass_time(clock, 3)
             n_before.append(counters["hedges"])
             attempt.received(n_bytes)
         pass_time(clock, 2)
