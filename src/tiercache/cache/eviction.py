@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.cache.accounts import FIGURES, Accounts
-from tiercache.cache.folder import Folder, NameLock, disk_space, is_disk_full, try_exclusive
+from tiercache.cache.folder import DiskSpace, Folder, NameLock, disk_space, is_disk_full, try_exclusive
 from tiercache.cache.names import CopySpec, NameTable
 from tiercache.cache.reading_plans import UNPLANNED, ReadingPlans, Uses
 from tiercache.crash_points import crash_point
@@ -221,6 +221,13 @@ class AccountsMirror:
 # Number of files that one more copy may need beside it (record, pin, lock file, SQLite's journal); the accounts do not
 # count files.
 MIN_FREE_FILES = 8
+_NO_INODES = ("the disk has no free inodes: it holds as many files as it can, whatever bytes are free", "delete files")
+
+
+def has_free_files(disk: DiskSpace) -> bool:
+    return disk.n_free_files is None or disk.n_free_files >= MIN_FREE_FILES
+
+
 # A leased copy cannot be evicted, and the policy does not know about leases. No copy is tried twice (20 us each), but a
 # round reads the accounts and the plans (1 to 3 ms), so each round goes WIDER times further down the list: three rounds
 # try a hundred leased copies, five try 65,536. The first round does not try all copies: if only one of 25,000 is
@@ -326,9 +333,7 @@ class Evictor:
         """Return the free disk space above the reserve; at most 0 if the disk can take no more files."""
         disk = disk_space(self.folder.root)
         usable_bytes = disk.free_bytes - parse_bytes(self._min_free, whole_bytes=disk.total_bytes)
-        if disk.n_free_files is not None and disk.n_free_files < MIN_FREE_FILES:
-            return min(usable_bytes, 0)
-        return usable_bytes
+        return usable_bytes if has_free_files(disk) else min(usable_bytes, 0)
 
     def lack_bytes(self, charge_bytes: int) -> int:
         return self.accounts.lack_bytes(charge_bytes, usable_bytes=self.usable_bytes)
@@ -459,10 +464,12 @@ class Evictor:
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def warn_full_disk(self) -> None:
+        has_inodes = has_free_files(disk_space(self.folder.root))
+        reason, remedy = ("the disk is full", "free disk space") if has_inodes else _NO_INODES
         self._notices.warn(
             "full",
-            f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
-            "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
+            f"cache {self.folder.root}: {reason}; data that is not cached is fetched again in every epoch; {remedy}, "
+            "or put the cache on another disk (TIERCACHE_CACHE_DIR)",
         )
 
     def warn_no_space(self, spec: CopySpec, need_bytes: int) -> None:
@@ -473,7 +480,10 @@ class Evictor:
             return
         used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
         usable_bytes = max(self.usable_bytes(), 0)
-        if usable_bytes < need_bytes:
+        if not has_free_files(disk_space(self.folder.root)):
+            reason, remedy = _NO_INODES
+            remedy += ", or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+        elif usable_bytes < need_bytes:
             reason = f"the disk has only {format_bytes(usable_bytes)} left above the cache's min_free"
             remedy = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:

@@ -384,7 +384,19 @@ def _store_error(error: OSError, doing: str, url: str) -> StoreError:
         )
     if limit := emfile_message(error):
         return StoreError(f"{doing}: {limit}", url=url, too_many_open=True)
-    return StoreError(f"{doing}: {os.strerror(error.errno or 0)}", url=url, retryable=error.errno in _RETRYABLE)
+    text = os.strerror(error.errno or 0)
+    if error.errno == errno.ENOSPC and _has_no_free_inode(url):
+        text = "no free inodes: its file system holds as many files as it can, whatever bytes are free; delete files"
+    return StoreError(f"{doing}: {text}", url=url, retryable=error.errno in _RETRYABLE)
+
+
+def _has_no_free_inode(path: str) -> bool:
+    """Return whether the file system of a path, or of its nearest folder that exists, is full by its inodes."""
+    for folder in (Path(path), *Path(path).parents):
+        with suppress(OSError):
+            status = os.statvfs(folder)
+            return status.f_files > 0 and status.f_favail == 0
+    return False
 
 
 @contextmanager

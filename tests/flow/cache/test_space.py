@@ -61,6 +61,13 @@ def test_copies_are_evicted_for_new_ones_on_a_disk_without_inodes(world, monkeyp
     assert 3 <= len(world.copies()) <= 6, "some had to go, and not all"
 
 
+def test_a_disk_without_free_inodes_is_not_called_full(world, monkeypatch):
+    cache = world.cache()
+    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(1 << 40, 1 << 41, 3))
+    with pytest.warns(RuntimeWarning, match="the disk has no free inodes: .*; delete files, or put the cache"):
+        cache._session_or_none().disk_failed(OSError(errno.ENOSPC, "No space left on device"))
+
+
 def test_the_smaller_limit_of_two_processes_applies_with_one_warning(world):
     for key in "abc":
         world.put(key, 100_000)

@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from tests.support.later_release import version_text
 
 import tiercache as tc
 from tiercache._native.checksum import crc32c
@@ -118,6 +119,14 @@ class TestVerify:
         (root / "nvme" / name / "state.json").write_bytes(b"[]")
         out = tiercache("ckpt", "verify", name, code=4).out
         assert f"{name}/state.json: expected CRC-32C" in out
+
+    def test_a_checkpoint_of_a_later_format_is_not_corrupt(self, tiercache, root):
+        name = own(root, 40, 2)
+        path = root / "nvme" / name / "checkpoint.json"
+        path.write_bytes(version_text(json.loads(path.read_bytes()) | {"format": 2}))
+        (found, _) = tiercache("ckpt", "verify", name, "--json", code=3).events
+        assert "the checkpoint has format 2, which a later release" in "".join(found["problems"])
+        assert not found["is_corrupt"]
 
     def test_a_moved_checkpoint_is_compared_with_the_catalog(self, tiercache, root):
         tiercache("tier", "run", "--once")

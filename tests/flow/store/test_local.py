@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from tests.support.store_suite import LocalStoreSuite, StoreSuite, WriteSuite, read_ranges
@@ -422,3 +423,14 @@ def test_empty_folders_above_a_key_are_removed_up_to_the_root(store):
     store.delete(["a/y"])
     store.remove_empty_above("a/y")
     assert list(store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize(("n_free", "message"), [(0, "put: no free inodes: "), (9, "put: No space left on device")])
+def test_a_full_file_system_says_whether_bytes_or_inodes_are_missing(tmp_path, monkeypatch, n_free, message):
+    def full(*_given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local, "write_all", full)
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_files=100, f_favail=n_free))
+    with pytest.raises(StoreError, match=message):
+        LocalFolder(tmp_path / "missing").put("folder/a", b"x")
