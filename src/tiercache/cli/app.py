@@ -40,10 +40,6 @@ VERBS = {
         "cli.checkpoint",
         "List checkpoints with step, size, age, tiers and metrics, and what keeps them.",
     ),
-    "ckpt show": (
-        "cli.checkpoint",
-        "Show one checkpoint: its copies and files, its metrics, and what keeps it.",
-    ),
     "ckpt verify": (
         "cli.checkpoint",
         "Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.",

@@ -1,4 +1,4 @@
-"""`tiercache ckpt`: lists, shows, verifies, deletes and pins the checkpoints of every layout.
+"""`tiercache ckpt`: lists, verifies, deletes and pins the checkpoints of every layout.
 
 Checkpoints are selected from the inventory of the tiers, so in every layout that it recognises, and from the same
 snapshot as plans. Without a rule file, the folder or URL of the runs in the arguments is the only tier. An argument is
@@ -7,7 +7,6 @@ a path with everything below it, a glob, or RUN/WHICH: a path, and which checkpo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -48,6 +47,7 @@ from tiercache.cli.tier import (
     STATE_NAMES,
     OpenTiers,
     base_folder,
+    copy_facts,
     format_copy,
     format_duration,
     format_time,
@@ -67,14 +67,13 @@ from tiercache.tier.deletions import Removal, remove_groups
 from tiercache.tier.inventory import Inventory, read_metrics
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.mover import catalog_path, open_mover
-from tiercache.tier.policy import KeepReason, keep_reasons, rules_of
+from tiercache.tier.policy import KeepReason, keep_reasons
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.snapshot import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.stores import Stores, unavailable_tiers
 from tiercache.tier.transfer import Transfer
 
 _THREADS = 16
-_SHOWN_FILES = 20
 _AGAIN = "nothing was changed; run the same command again"
 _WHICH = "RUN/latest, RUN/best:METRIC[:max] and RUN/STEP select one of a run."
 Paths = Annotated[
@@ -152,13 +151,6 @@ class CheckpointTiers:
             return parse_keeps(self.tiers.stores.store(tier).get(f"{folder}/{KEEP_KEY}".lstrip("/")))
         except StoreError:
             return ()
-
-    def manifest(self, group: int) -> Manifest | None:
-        """Return the manifest of a checkpoint of tc.Checkpoints; None: it has another layout, or cannot be read."""
-        for copy in filter(self.is_readable, self.copies(group)) if self.is_own(group) else ():
-            with suppress(TierCacheError):
-                return self.read_manifest(group, copy)
-        return None
 
     def find_problem(self, group: int) -> str:
         """Return why a checkpoint is not complete; "" if it is complete in some tier, or cannot be read now."""
@@ -381,7 +373,7 @@ def _run_folder(text: str) -> str:
     return head if is_checkpoint or _choice(last) is not None else base
 
 
-# -- ls and show ------------------------------------------------------------------------------------------------------
+# -- ls ---------------------------------------------------------------------------------------------------------------
 
 
 @verb(after_ctrl_c=_AGAIN)
@@ -429,14 +421,8 @@ def _facts(
         "complete": bool(snapshot.complete[group]),
         "problem": found.problems.get(group, ""),
         "copies": [
-            {
-                "tier": found.tier(copy),
-                "state": STATE_NAMES[snapshot.state[copy]],
-                "n_objects": int(snapshot.n_objects[copy]),
-                "n_bytes": int(snapshot.n_bytes[copy]),
-                "whole": bool(snapshot.whole[copy]),
-                "verified": bool(snapshot.verified[copy]),
-            }
+            copy_facts(snapshot, copy)
+            | {"url": f"{found.tiers.stores.store(found.tier(copy)).url}/{found.path(group)}"}
             for copy in copies
         ],
         "metrics": dict(metrics),
@@ -458,71 +444,6 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _metrics_text(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} = {value:.6g}" for name, value in sorted(metrics.items()))
-
-
-@verb(after_ctrl_c=_AGAIN)
-def show(
-    output: Output,
-    path: Annotated[
-        str,
-        argument("PATH", f"Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL. {_WHICH}"),
-    ],
-    rules: Rules = None,
-) -> None:
-    """Show one checkpoint: its copies and files, its metrics, and what keeps it."""
-    with open_checkpoints(output, rules, [path]) as found:
-        if len(found.groups) != 1:
-            names = ", ".join(found.name(group) for group in found.groups[:3])
-            raise ValueError(
-                f"{path}: expected one checkpoint, found {len(found.groups)}: {names}, ...; the last one is"
-                f" {path.rstrip('/')}/latest"
-            )
-        (group,) = found.groups
-        file = found.tiers.file
-        reasons = _kept(found).get(group, ())
-        metrics, manifest = found.metrics(group), found.manifest(group)
-        objects = {found.tier(copy): found.objects(copy) for copy in found.copies(group)}
-        number = int(rules_of(found.snapshot, file)[group])
-        below = found.path(group)
-        urls = {name: f"{found.tiers.stores.store(name).url}/{below}" for name in objects}
-    facts = _facts(found, group, metrics, reasons) | {
-        "rule": file.rules[number].name if number >= 0 else None,
-        "urls": urls,
-        "files": {
-            name: [{"key": one.key, "n_bytes": one.n_bytes, "crc32c": one.crc32c} for one in some]
-            for name, some in objects.items()
-        },
-        "note": None if manifest is None else manifest.note,
-        "n_tensors": None if manifest is None else len(manifest.tensors),
-    }
-    if output.as_json:
-        output.event("checkpoint", facts)
-        return
-    for line in _show_lines(facts, reasons, below):
-        typer.echo(printable(line))
-
-
-def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: str) -> Iterator[str]:
-    """Yield the lines for people. path: Path of the checkpoint below its tiers."""
-    state = "complete" if facts["complete"] else f"NOT COMPLETE: {facts['problem']}"
-    yield f"{facts['path']}: step {facts['step']:,}, {format_bytes(facts['n_bytes'])}, {state}"
-    yield f"written {facts['created']}, {format_duration(facts['age_s'])} ago"
-    for copy in facts["copies"]:
-        verified = ", verified" if copy["verified"] else ""
-        size = f"{count(copy['n_objects'], 'file')}, {format_bytes(copy['n_bytes'])}"
-        yield f"copy in {format_copy(copy)}: {facts['urls'][copy['tier']]}, {size}{verified}"
-    if facts["metrics"]:
-        yield f"metrics: {_metrics_text(facts['metrics'])}"
-    if facts["note"] is not None:
-        yield f"note: {json.dumps(facts['note'], ensure_ascii=False)}"
-    yield f"rule: {facts['rule'] or 'no rule of the tiers matches it'}"
-    for reason in reasons:
-        yield f"kept by {reason}"
-    files: Sequence[Mapping[str, Any]] = next(iter(facts["files"].values()), [])
-    for one in files[:_SHOWN_FILES]:
-        yield f"  {one['key'].removeprefix(path + '/')}  {format_bytes(one['n_bytes'])}"
-    if len(files) > _SHOWN_FILES:
-        yield f"  ... and {count(len(files) - _SHOWN_FILES, 'file')} more"
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------

@@ -550,15 +550,21 @@ def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[n
 
 
 def _copy(snapshot: Snapshot, copy: int, month: NDArray[np.float64]) -> dict[str, Any]:
+    storage_class = snapshot.classes[snapshot.storage_class[copy]] or None
+    return copy_facts(snapshot, copy) | {
+        "storage_class": storage_class,
+        "dollars_month": round(float(month[copy]), 9),
+    }
+
+
+def copy_facts(snapshot: Snapshot, copy: int) -> dict[str, Any]:
     return {
         "tier": snapshot.tiers[snapshot.tier[copy]],
         "state": STATE_NAMES[snapshot.state[copy]],
-        "storage_class": snapshot.classes[snapshot.storage_class[copy]] or None,
         "n_objects": int(snapshot.n_objects[copy]),
         "n_bytes": int(snapshot.n_bytes[copy]),
         "whole": bool(snapshot.whole[copy]),
         "verified": bool(snapshot.verified[copy]),
-        "dollars_month": round(float(month[copy]), 9),
     }
 
 

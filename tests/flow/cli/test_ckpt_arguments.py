@@ -79,7 +79,7 @@ def test_one_checkpoint_of_a_run_is_named_by_which_and_by_path(root, steps, tier
     assert steps(root / "hot" / one["path"].removeprefix("hot/")) == [30]
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "verify", "rm --dry-run", "pin", "unpin"])
+@pytest.mark.parametrize("command", ["ls", "verify", "rm --dry-run", "pin", "unpin"])
 def test_every_command_takes_a_run_and_which(root, tiercache, command):
     write(root / "run", "own", 10, 30, 20)
     name = next(path.name for path in (root / "run").glob("step-*20.*"))
@@ -114,7 +114,6 @@ def test_a_url_names_a_run_a_checkpoint_and_which(root, tiercache, steps):
             name = checkpoints.list()[-1].name
     assert steps(url) == [10, 20]
     assert steps(f"{url}/latest") == steps(f"{url}/{name}") == [20]
-    assert f"{url}/{name}: step 20" in tiercache("ckpt", "show", f"{url}/latest").out
     tiercache("ckpt", "pin", f"{url}/latest")
     assert f"{url}/{name}: left" in tiercache("ckpt", "rm", f"{url}/latest", "--yes", code=3).out
     tiercache("ckpt", "rm", f"{url}/10", "--yes")
@@ -131,9 +130,8 @@ def test_checkpoints_of_several_runs_can_be_named_together(root, tiercache):
 
 def test_the_error_says_what_there_is_instead(root, tiercache):
     write(root / "run", "own", 10, 20)
-    assert "known metrics: loss" in tiercache("ckpt", "show", "run/best:los", code=1).err
-    assert "of step 7; steps of the last ones: 10, 20" in tiercache("ckpt", "show", "run/7", code=1).err
-    assert "the last one is run/latest" in tiercache("ckpt", "show", "run", code=2).err
+    assert "known metrics: loss" in tiercache("ckpt", "ls", "run/best:los", code=1).err
+    assert "of step 7; steps of the last ones: 10, 20" in tiercache("ckpt", "ls", "run/7", code=1).err
     assert "no checkpoints of a known layout" in tiercache("ckpt", "ls", "rnu", code=1).err
 
 
@@ -172,9 +170,6 @@ def test_an_incomplete_checkpoint_of_our_own_is_named_with_the_reason(root, tier
     assert reason in rows[20]["problem"]
     assert [one["text"] for one in rows[10]["kept"]] == ["newest of its run"]
     assert f"not complete: {rows[20]['problem']}" in tiercache("ckpt", "ls", "run").out
-    shown = tiercache("ckpt", "show", f"run/{folder.name}").out
-    assert "NOT COMPLETE" in shown
-    assert reason in shown
     assert steps("run/latest") == [10]
     tiercache("ckpt", "verify", f"run/{folder.name}", code=3 if damage == "manifest" else 4)
 
@@ -183,7 +178,7 @@ def test_an_incomplete_checkpoint_of_another_library_is_not_the_latest(root, tie
     write(root / "run", "dcp", 10, 20)
     (root / "run/step-20/.metadata").unlink()
     assert steps("run/latest") == [10]
-    assert "NOT COMPLETE: files are missing" in tiercache("ckpt", "show", "run/step-20").out
+    assert "not complete: files are missing" in tiercache("ckpt", "ls", "run/step-20").out
 
 
 def test_the_rules_of_the_program_that_saved_last_say_what_it_keeps(tiercache, root):
