@@ -9,6 +9,9 @@ each begins with an empty cache. A row has the throughput, its share of the fast
 repetition, the processor seconds per GB of this process, and their ratio to those of the plain client that takes least.
 The last rows have a server that delays 1 % of the responses by 2 s. All of this is measured for each bandwidth of the
 network (--wires, in MB/s, 0: no limit); the rows of a limited one have the share of it that each way reaches.
+
+The rows of "waits" have a consumer that takes half of a limited network's bandwidth: the time to its first batch, and
+the longest and the sum of its later waits, for records of 300 KB and of 4 KB. --only waits measures only these.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -43,6 +47,9 @@ N_THREADS = 16
 RECORD_BYTES = 64 << 10
 BATCH_SIZE = 64
 PLAIN = ("obstore", "socket")
+WAIT_RECORD_BYTES = (300_000, 4096)
+WAIT_BATCH_BYTES = 4 << 20
+WAIT_TITLES = ("case", "first batch s", "longest wait s", "all waits s")
 TITLES = ("case", "MB/s", "of the fastest plain", "of the wire", "CPU s/GB", "of the least plain")
 
 
@@ -72,16 +79,16 @@ class Data:
                 yield number, path, start, min(start + RANGE_BYTES, size)
 
 
-def make_data(folder: Path, megabytes: int) -> Data:
+def make_data(folder: Path, megabytes: int, record_bytes: int = RECORD_BYTES) -> Data:
     """Write a data set of random records."""
     shutil.rmtree(folder, ignore_errors=True)
-    n_records = max((megabytes << 20) // RECORD_BYTES, BATCH_SIZE)
+    n_records = max((megabytes << 20) // record_bytes, BATCH_SIZE)
     rng = np.random.default_rng(1)
     with tc.Writer(str(folder / "data")) as writer:
         for start in range(0, n_records, 256):
             n = min(256, n_records - start)
             writer.write_batch(
-                {"id": np.arange(start, start + n), "value": rng.integers(0, 256, (n, RECORD_BYTES), np.uint8)}
+                {"id": np.arange(start, start + n), "value": rng.integers(0, 256, (n, record_bytes), np.uint8)}
             )
     shards = sorted((folder / "data").rglob("shards/*"))
     return Data(folder, n_records, tuple((str(p.relative_to(folder)), p.stat().st_size) for p in shards if p.is_file()))
@@ -241,6 +248,56 @@ def measure(data: Data, target: Path, network: Network, repetitions: int) -> lis
     ]
 
 
+def waits_of(data: Data, url: str, cache: tc.Cache | Literal[False], rate: float, *, shuffle: bool) -> list[float]:
+    """Return the waits of an epoch for each batch, in seconds; the consumer takes `rate` bytes a second."""
+    dataset = tc.Dataset(f"{url}/data", cache=cache)
+    record_bytes = data.n_bytes // data.n_records
+    batch_size = max(WAIT_BATCH_BYTES // record_bytes, 1)
+    waits = []
+    start_s = time.perf_counter()
+    for batch in tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle):
+        waits.append(time.perf_counter() - start_s)
+        time.sleep(len(batch["id"]) * record_bytes / rate)
+        start_s = time.perf_counter()
+    dataset.close()
+    return waits
+
+
+def measure_waits(data: Data, target: Path, network: Network, repetitions: int) -> list[dict[str, Any]]:
+    """Return a row for each order, with and without a cache: the waits of a consumer of half the bandwidth."""
+    rate = network.wire_bytes_per_s / 2 or 1e12
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    with RangeServer(data.folder, network.delay_s, network.slow_share, network.wire_bytes_per_s) as server:
+        waits_of(data, server.url, False, 1e12, shuffle=False)  # the first epoch of a process imports libraries
+        for _ in range(repetitions):
+            for order, where in product(("in order", "shuffled"), ("to disk", "to memory")):
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir(parents=True)
+                with tc.Cache(target / "cache", size=4 * data.n_bytes) as cache:
+                    used = cache if where == "to disk" else False
+                    waits = waits_of(data, server.url, used, rate, shuffle=order == "shuffled")
+                found[f"{order}, {where}"].append(waits)
+    return [
+        {
+            "benchmark": "cold waits",
+            "case": case,
+            **asdict(network),
+            "n_bytes": data.n_bytes,
+            "record_bytes": data.n_bytes // data.n_records,
+            "first_batch_s": spread([waits[0] for waits in runs]),
+            "longest_wait_s": spread([max(waits[1:], default=0.0) for waits in runs]),
+            "all_waits_s": spread([sum(waits[1:]) for waits in runs]),
+        }
+        for case, runs in found.items()
+    ]
+
+
+def text_of_waits(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of the waits."""
+    names = ("first_batch_s", "longest_wait_s", "all_waits_s")
+    return table(WAIT_TITLES, [[row["case"], *(f"{row[name]['median']:.2f}" for name in names)] for row in rows])
+
+
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a table of the rows of one server."""
     lines = [
@@ -267,22 +324,31 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--wires", type=float, nargs="+", default=[0.0, 125.0], help="Bandwidths of the network in MB/s; 0: no limit."
     )
+    parser.add_argument("--only", choices=["waits", "epochs"], help="Measure only a part.")
     parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     megabytes, repetitions = (8, 1) if asked.quick else (asked.megabytes, asked.repetitions)
     answers = [*((delay_s, 0.0) for delay_s in asked.delays), (asked.delays[-1], 0.01)]
     networks = [Network(*answer, wire * 1e6) for wire in asked.wires for answer in answers]
     networks = [Network(0.0)] if asked.quick else networks
-    data = make_data(asked.folder / "data", megabytes)
-    rows = []
+    folder, target, rows = asked.folder / "data", asked.folder / "target", []
     try:
-        for network in networks:
-            found = measure(data, asked.folder / "target", network, repetitions)
+        data = make_data(folder, megabytes)
+        for network in networks if asked.only != "waits" else []:
+            found = measure(data, target, network, repetitions)
             print(f"{network}\n{text_of(found)}\n", flush=True)
             rows += found
+        limited = [Network(0.0, 0.0, wire * 1e6) for wire in asked.wires if wire]
+        limited = [Network(0.0)] if asked.quick else limited
+        for record_bytes in WAIT_RECORD_BYTES if asked.only != "epochs" else ():
+            data = make_data(folder, min(megabytes, 600), record_bytes)
+            for network in limited:
+                found = measure_waits(data, target, network, repetitions)
+                print(f"{network}, records of {record_bytes} bytes\n{text_of_waits(found)}\n", flush=True)
+                rows += found
     finally:
-        shutil.rmtree(asked.folder / "data")
-        shutil.rmtree(asked.folder / "target", ignore_errors=True)
+        shutil.rmtree(folder)
+        shutil.rmtree(target, ignore_errors=True)
     write_rows(asked.folder / "cold.jsonl", rows)
     print(f"rows: {asked.folder / 'cold.jsonl'}")
 

@@ -100,17 +100,26 @@ def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
 
 
 def next_request(
-    mask: Mask, n_bytes: int, request_bytes: int = REQUEST_BYTES, *, gaps: Mask | None = None
+    mask: Mask,
+    n_bytes: int,
+    request_bytes: int = REQUEST_BYTES,
+    *,
+    gaps: Mask | None = None,
+    run_bytes: int = _ANY_BYTES,
 ) -> list[ByteRange]:
     """Return the ranges of the first units of a mask, at most request_bytes in total, for one request.
 
-    gaps: Units that come too where they lie in a gap that costs less than a request.
+    gaps: Units that come too where they lie in a gap that costs less than a request. run_bytes: The first range is
+    requested alone if it is longer, and has at most so many bytes.
     """
     if gaps is not None and mask.any():
         mask = mask | with_gaps(mask, n_bytes, _REQUESTED_GAP_BYTES) & gaps
     first = np.zeros_like(mask)
     first[np.flatnonzero(mask)[: request_bytes // UNIT_BYTES]] = True
-    return ranges_of(first, n_bytes)
+    ranges = ranges_of(first, n_bytes)
+    if ranges and ranges[0].n_bytes > run_bytes:
+        return [ByteRange(ranges[0].start, ranges[0].start + run_bytes)]
+    return ranges
 
 
 def with_gaps(mask: Mask, n_bytes: int, max_gap_bytes: int = _UNIT_GAP_BYTES) -> Mask:

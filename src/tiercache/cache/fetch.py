@@ -45,7 +45,9 @@ from tiercache.store.remote import cancel_calls_when, is_cancelled
 from tiercache.store.shared_files import set_mode
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
-N_REQUESTS_IN_FLIGHT = 4
+# Requests of one copy at once: without urgent units, and of the oldest copy that has some. The others then have one.
+N_REQUESTS_IN_FLIGHT, N_REQUESTS_OF_FIRST = 4, 8
+FIRST_RUN_BYTES = 2 << 20  # longest range of the first requests of a copy that a reader waits for
 DEADLINE_S = 3600.0  # deadline of a wait without its own deadline, so that no wait is endless
 # Wait for another process's fetch: one minute, plus the time for its bytes at a slow 2 MB/s. Then this process reads
 # past the cache.
@@ -83,6 +85,7 @@ class Fetch:
         store: Store,
         evictor: Evictor,
         is_crowded: Callable[[], bool],
+        is_first: Callable[[Fetch], bool],
         on_fetched: Callable[[ByteRange], object],
     ) -> None:
         """on_fetched: Is called with each fetched range, from any thread, before a reader can see it."""
@@ -91,7 +94,7 @@ class Fetch:
         self.step = "waiting for a free thread"
         self.protected: Set[str] = frozenset()
         self.keeps: object = None
-        self._evictor, self._is_crowded = evictor, is_crowded
+        self._evictor, self._is_crowded, self._is_first = evictor, is_crowded, is_first
         self._folder, self._accounts = evictor.folder, evictor.accounts
         # shared with leases
         self._changed = Condition()
@@ -100,6 +103,7 @@ class Fetch:
         self._file: CopyFile | None = None
         self._error: BaseException | None = None
         self._requested, self._urgent, self._refused, self._present = np.zeros((4, n_units(spec.n_bytes)), bool)
+        self._awaited = self._no_units()  # units for which a lease waits now, or has waited
         # of the transfer
         self._lock = Lock()
         self._name_lock = NameLock(self._folder.locks / spec.name)
@@ -108,6 +112,7 @@ class Fetch:
         self._admitted, self._assigned = self._no_units(), self._no_units()
         self._transfer_error: BaseException | None = None
         self._arriving: dict[int, int] = {}  # bytes that have come of each running request, by its first byte
+        self._helpers: list[Thread] = []
 
     def _no_units(self) -> Mask:
         return np.zeros(n_units(self.spec.n_bytes), bool)
@@ -141,6 +146,7 @@ class Fetch:
         limit_s = DEADLINE_S if deadline_s is None else deadline_s
         end_s = SYSTEM_CLOCK.monotonic() + limit_s
         with self._changed:
+            self._awaited |= mask
             # In steps, because a thread whose calls are cancelled must not wait on.
             while not self._changed.wait_for(is_settled, min(limit_s, _LOOK_EVERY_S)):
                 if is_cancelled():
@@ -487,19 +493,10 @@ class Fetch:
         self._transfer_error = None
         self._assigned = self._present_units()  # units that an earlier transfer lost are assigned again
         while (ranges := self._next_ranges()) is not None:
-            left_bytes = UNIT_BYTES * int((self._admitted & ~self._assigned).sum())
-            helpers: list[Thread] = []
-            try:
-                for _ in range(min(N_REQUESTS_IN_FLIGHT - 1, -(-left_bytes // REQUEST_BYTES))):
-                    helper = Thread(target=self._transfer_in_thread, name="tiercache-part", daemon=True)
-                    with suppress(RuntimeError):  # no more threads are allowed; the existing ones do all the work
-                        helper.start()
-                        helpers.append(helper)
-                self._transfer_in_thread(ranges)
-            finally:
-                # Even after an error: the helpers write to the partial copy, which is closed afterwards.
-                for helper in helpers:
-                    helper.join()
+            self._transfer_in_thread(ranges)
+            # Even after an error: the helpers write to the partial copy, which is closed afterwards.
+            while self._helpers:
+                self._helpers.pop().join()
             if self._transfer_error is not None:
                 raise self._transfer_error
 
@@ -527,11 +524,43 @@ class Fetch:
             todo = self._admitted & ~self._assigned
             # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
             first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
-            ranges = next_request(first, n_bytes, gaps=todo) or next_request(todo, n_bytes)
+            # A footer lies behind all blocks.
+            first = first & self._awaited if (first & self._awaited).any() else first
+            run_bytes = self._run_bytes()
+            ranges = next_request(first, n_bytes, gaps=todo, run_bytes=run_bytes) or next_request(
+                todo, n_bytes, run_bytes=run_bytes
+            )
             self._assigned |= mask_of(ranges, n_bytes)
             if ranges and self._part is None:
                 self._open_part(create=True)
+            if (self._admitted & ~self._assigned).any():
+                self._start_helper(is_long=len(ranges) == 1 and ranges[0].n_bytes >= FIRST_RUN_BYTES)
             return ranges or None
+
+    def _start_helper(self, *, is_long: bool) -> None:
+        """Start a thread for what is left, unless there are enough. Units may be requested at any time.
+
+        Long requests beside those of an older fetch, whose bytes are read before, would only make it slower.
+        """
+        n_requests = N_REQUESTS_IN_FLIGHT
+        if is_long and self._urgent.any():
+            n_requests = N_REQUESTS_OF_FIRST if self._is_first(self) else 1
+        self._helpers = [helper for helper in self._helpers if helper.is_alive()]
+        if len(self._helpers) < n_requests - 1:
+            helper = Thread(target=self._transfer_in_thread, name="tiercache-part", daemon=True)
+            with suppress(RuntimeError):  # no more threads are allowed; the existing ones do all the work
+                helper.start()
+                self._helpers.append(helper)
+
+    def _run_bytes(self) -> int:
+        """Return the longest range of a request. Requests share the bandwidth, and a reader waits for the first one.
+
+        So all of them together have at most as much as the copy has, or the first little of it.
+        """
+        if not self._urgent.any():
+            return REQUEST_BYTES
+        share_units = int(self._present.sum()) // N_REQUESTS_OF_FIRST
+        return min(max(share_units * UNIT_BYTES, FIRST_RUN_BYTES), REQUEST_BYTES)
 
     def _transfer_ranges(self, ranges: Sequence[ByteRange]) -> None:
         part = self._part

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock, Thread, current_thread
 
@@ -448,7 +449,8 @@ class CacheSession:
                 return fetch
             if self.peers is not None and spec.identity is not None:
                 store = self.peers.store_for(spec.name, spec.key, spec.n_bytes, store)
-            fetch = Fetch(spec, store, self.evictor, self._is_crowded, partial(self._note_fetched, spec.name))
+            note_fetched = partial(self._note_fetched, spec.name)
+            fetch = Fetch(spec, store, self.evictor, self._is_crowded, self._is_first, note_fetched)
             fetch.request(ranges, urgent=is_urgent)
             if not self._is_closed:
                 queue = self._urgent if is_urgent else self._ahead
@@ -473,6 +475,12 @@ class CacheSession:
 
     def _is_crowded(self) -> bool:
         return len(self._threads) > N_FETCHES
+
+    def _is_first(self, fetch: Fetch) -> bool:
+        """Return whether no older fetch has urgent units left."""
+        with self._lock:
+            older = list(takewhile(lambda one: one is not fetch, self._fetches.values()))
+        return not any(one.missing_units()[1].any() for one in older)
 
     def _work(self) -> None:
         while True:

@@ -227,11 +227,12 @@ class OrderShare:
     epoch: int
     corruption: CorruptionMap | None = None
     sizes: PieceSizes = ARRAY_PIECES
+    is_local: Callable[[int], bool] | None = None  # see cut_pieces()
 
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
         rank_plan = replace(self.rank_plan, offset=self.rank_plan.offset_after(n_batches))
-        all_pieces = cut_pieces(self.order, rank_plan, self.sizes)
+        all_pieces = cut_pieces(self.order, rank_plan, self.sizes, self.is_local)
         if self.corruption is None:
             return all_pieces
         return replace_corrupt(all_pieces, self.corruption, self.order, rank_plan)
@@ -280,7 +281,9 @@ def make_share(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool,
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, rank_plan, state.seed, state.epoch, corruption, sizes)
+    storage = records_of(ordered).storage
+    is_local = storage.is_local if storage.can_prefetch or storage.sends_requests else None
+    return OrderShare(order, rank_plan, state.seed, state.epoch, corruption, sizes, is_local)
 
 
 def make_order(ordered: Ordered, state: RunState) -> Order:

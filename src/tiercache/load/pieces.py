@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeAlias
@@ -31,6 +31,11 @@ PIECE_ROWS = MOST_ROWS
 # of the planner's Python while the consumer waits, and the cache and the next epoch learn only per piece how far this
 # epoch is.
 RUN_ROWS = 4 * PIECE_ROWS
+
+# A window in stored order that comes from a store is served in parts. A part is served when all of it has come, so the
+# first ones are small; later ones have a quarter of what has come before, so a consumer of up to 4/5 of the bandwidth
+# does not wait for them. Each part takes 1 ms of the planner.
+FIRST_PART_BYTES, MAX_PART_BYTES, PARTS_SO_FAR = 4 << 20, 64 << 20, 4
 
 # A call for a run of rows takes 2.6 us, and a row takes 14 to 80 ns. So runs that are further apart than this number of
 # rows are computed one by one. With 4 ranks on one stream a row then takes 25 ns (batches of 256), and 66 ns if all
@@ -122,14 +127,22 @@ class PieceSizes:
 ARRAY_PIECES, RUN_PIECES = PieceSizes(), PieceSizes(run=RUN_ROWS)
 
 
-def cut_pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
+def cut_pieces(
+    order: Order,
+    rank_plan: RankPlan,
+    sizes: PieceSizes = ARRAY_PIECES,
+    is_local: Callable[[int], bool] | None = None,
+) -> Iterator[Piece]:
     """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
 
     A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
     maximum is four times as large for each next piece. Making a piece may read footers (`Order.section_at`); their
     errors pass through.
+
+    is_local: Says whether a shard is on this machine. A window in stored order that is not is served in short parts,
+        as its blocks arrive. None: all are.
     """
-    cutter = _Cutter(order, rank_plan)
+    cutter = _Cutter(order, rank_plan, is_local)
     full_stop = rank_plan.n_full * rank_plan.batch_size
     row, n_rows = 0, sizes.first
     while row < rank_plan.n_served:
@@ -139,7 +152,7 @@ def cut_pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIEC
             stop = min(row + sizes.most, limit)
         if row == full_stop and rank_plan.n_padding:
             # Padding repeats earlier records, so the blocks that are held say nothing about the blocks that it needs.
-            cutter = _Cutter(order, rank_plan)
+            cutter = _Cutter(order, rank_plan, is_local)
         yield from cutter.cut(rank_plan.range_or_positions(row, stop), is_last=stop == rank_plan.n_served)
         row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
 
@@ -157,9 +170,11 @@ class _StreamCursor:
 class _Cutter:
     """Cuts a rank's rows where sections end. It holds each stream's section as long as it is in use."""
 
-    def __init__(self, order: Order, rank_plan: RankPlan) -> None:
+    def __init__(self, order: Order, rank_plan: RankPlan, is_local: Callable[[int], bool] | None) -> None:
         self._order = order
         self._rank_plan = rank_plan
+        self._is_local = is_local
+        self._parts_bytes = 0  # of all parts of windows so far
         self._held: dict[int, tuple[Section, tuple[NDArray[np.bool_], ...]]] = {}
 
     def is_run(self, positions: range | None) -> bool:
@@ -193,10 +208,21 @@ class _Cutter:
         held = self._held.get(cursor.stream)
         section = held[0] if held else None
         if section is None or not section.start <= position < section.stop:
-            section = self._order.section_at(cursor.stream, position)
+            section = self._section_at(cursor.stream, position)
             rest = cursor.at[cursor.n_cut : _n_before(cursor.at, section.stop)] if is_last else None
             self._held[cursor.stream] = section, self._needed_blocks(cursor.stream, section, position, rest)
         return _n_before(cursor.at, section.stop)
+
+    def _section_at(self, stream: int, position: int) -> Section:
+        section = self._order.section_at(stream, position)
+        if self._is_local is None or not isinstance(section, Window) or section.key is not None:
+            return section
+        if all(map(self._is_local, dict.fromkeys(section.shards.tolist()))):
+            return section
+        part_bytes = min(max(self._parts_bytes // PARTS_SO_FAR, FIRST_PART_BYTES), MAX_PART_BYTES)
+        part = section.part_from(position, part_bytes)
+        self._parts_bytes += part.raw_bytes
+        return part
 
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         rows_of_sections: list[_SectionRows] = []

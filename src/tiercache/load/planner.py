@@ -255,11 +255,6 @@ SHARDS_AHEAD = 4
 # Pieces that are planned ahead at most. A window of many rows is many pieces, which need no further block.
 PIECES_AHEAD = 16
 
-# The next windows have at most this many times the bytes of the last one. Each request for a part of a shard takes
-# processor time, so that at the start of an epoch, where windows are small, the second one would wait for the requests
-# of several that are far larger: 4 s of an epoch of 8 s.
-AHEAD_FACTOR = 2
-
 # Bytes of the next windows that are loaded while a window is awaited, where a store is read without a cache: its
 # requests would otherwise stop at each border of windows, for as long as the last ones and the next first ones take.
 LOAD_AHEAD_BYTES = 256 << 20
@@ -390,7 +385,10 @@ class _Planner:
         self._shared = shared
         self._threads = threads
         self._pushed_rows = self._last_rows = 0  # rows pushed so far; rows of the last push
-        self._last_bytes = 0  # of the blocks of the last push
+        # Bytes of the blocks of all pushes, and of the next one. No more is requested ahead, because it shares the
+        # bandwidth and the processor with what a reader waits for. At the start of an epoch, where windows are small,
+        # the second one would wait for the requests of several that are far larger: 4 s of an epoch of 8 s.
+        self._begun_bytes = 0
         self._windows: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
         self._loading: dict[int, WindowLoad] = {}  # started ahead, here or by the epoch before; by the window's id
         self._joined: JoinedWindows | None = None
@@ -461,6 +459,7 @@ class _Planner:
 
     def _push(self, piece: AnyPiece, lookahead: Lookahead) -> None:
         missing = self._drop_other_windows(piece)
+        self._begun_bytes += sum(int(window.block_bytes[needed].sum()) for window, needed in missing)
         rows = None
         if not self._must_load(missing):  # computed while the piece before is served; else while windows are decoded
             rows = self._rows(piece)
@@ -486,7 +485,6 @@ class _Planner:
         self._count("load_s", start_s)
         pushed = PushedRows(rows, joined)
         self._last_rows = pushed.n_rows
-        self._last_bytes = sum(int(w.block_bytes[n].sum()) for w, n in zip(piece.windows, piece.needed, strict=True))
         self._pushed_rows += self._last_rows
         self._shared.pushed.append((self._pushed_rows, pushed))
         if not self._ring.push(pushed.as_plan(self._inputs.setup.layouts)):
@@ -542,7 +540,7 @@ class _Planner:
         return loading
 
     def _load_ahead(self, lookahead: Lookahead) -> None:
-        limit_bytes = min(LOAD_AHEAD_BYTES, self.pressure.spare_bytes)
+        limit_bytes = min(LOAD_AHEAD_BYTES, self.pressure.spare_bytes, self._begun_bytes)
         for window, needed in lookahead.extend(limit_bytes):
             if int(window.block_bytes[needed].sum()) <= limit_bytes:
                 threads = self._threads
@@ -563,7 +561,7 @@ class _Planner:
 
         All blocks of the windows before have come, so these requests delay only the windows themselves.
         """
-        new = lookahead.extend(min(self.ahead_bytes, AHEAD_FACTOR * self._last_bytes))
+        new = lookahead.extend(min(self.ahead_bytes, self._begun_bytes))
         self._request_blocks(new)
         self._requested |= {id(window): window for window, _ in new}
         self._requested_by_blocks += new
@@ -574,10 +572,11 @@ class _Planner:
         if not windows or not inputs.source.storage.can_prefetch:
             return
         own = interleaved([shards_of(*pair) for pair in windows])
-        ahead = inputs.share.shards_ahead(inputs.first_batch, self._pushed_rows, self.ahead_bytes)
+        ahead_bytes = min(self.ahead_bytes, self._begun_bytes)
+        ahead = inputs.share.shards_ahead(inputs.first_batch, self._pushed_rows, ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
-        if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
-            ahead += inputs.next_epoch.shards_ahead(self.ahead_bytes)
+        if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < ahead_bytes:
+            ahead += inputs.next_epoch.shards_ahead(ahead_bytes)
         inputs.source.storage.prefetch_shards([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:

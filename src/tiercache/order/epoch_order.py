@@ -93,6 +93,8 @@ def stratified_permutation(key: bytes, strata_key: bytes, n: int, n_run: int) ->
 # All footers of a group are read before its first batch. Without this limit, a group of 4 GiB would hold 25,000 shards
 # of a few kilobytes.
 MAX_GROUP_SHARDS = 1024
+# Without shuffle, groups only say which footers are read together: in one round trip, at most those that come soon.
+STORED_GROUP_BYTES, MAX_STORED_GROUP_SHARDS = 1 << 30, 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,8 +257,10 @@ class EpochOrder:
         parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
         for part in parts:  # Python integers: the product may exceed 64 bits
             stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
-        group_bytes = self.options.group_bytes
-        max_shards = None if group_bytes is None else MAX_GROUP_SHARDS
+        group_bytes, max_shards = self.options.group_bytes, MAX_GROUP_SHARDS
+        if not self.options.shuffle:
+            group_bytes = min(group_bytes or STORED_GROUP_BYTES, STORED_GROUP_BYTES)
+            max_shards = MAX_STORED_GROUP_SHARDS
         cuts = cut_by_size(stored_bytes, group_bytes, max_items=max_shards)
         rows, stored = offsets_of_counts(n_rows), offsets_of_counts(stored_bytes)
         return Stream(index, shards, row_start, rows, stored, cuts, rows[cuts], bool(parts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -103,6 +103,26 @@ class Window:
     def run(self, lo: int, hi: int) -> RowRun:
         """Return the run of positions [lo, hi), counted from the window's start; they must lie in the window."""
         return RowRun(self._finder, lo, hi - lo)
+
+    def part_from(self, position: int, n_bytes: int) -> Window:
+        """Return the window of the blocks from that of a position on that fit n_bytes, at least one.
+
+        Only for a window whose rows are not shuffled: its parts in turn serve the same rows.
+        """
+        begin = int(np.searchsorted(self.first, position - self.start, side="right")) - 1
+        end = begin + max(int(np.searchsorted(np.cumsum(self.block_bytes[begin:]), n_bytes, side="right")), 1)
+        first = self.first[begin : end + 1]
+        return replace(
+            self,
+            start=self.start + int(first[0]),
+            stop=self.start + int(first[-1]),
+            raw_bytes=int(self.block_bytes[begin:end].sum()),
+            shards=self.shards[begin:end],
+            blocks=self.blocks[begin:end],
+            block_bytes=self.block_bytes[begin:end],
+            first=first - first[0],
+            row_start=None if self.row_start is None else self.row_start[begin:end],
+        )
 
 
 def ramp(window_bytes: int) -> tuple[int, ...]:

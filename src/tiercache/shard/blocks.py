@@ -23,7 +23,7 @@ from tiercache.shard import codec
 from tiercache.shard.codec import BUFFER_POOL, Addresses, BadFrameError, Bytes, address_of, align, decode
 from tiercache.shard.footer import PAGE_BYTES, Footer
 from tiercache.shard.schema import BITS, VAR, Kind, Schema, Stream, build_array
-from tiercache.shard.source import READS_AGAIN, ByteSource, LocalCopy, merge_ranges
+from tiercache.shard.source import READS_AGAIN, ByteSource, LocalCopy, chunks_with_group, merge_ranges
 from tiercache.waiting import SYSTEM_CLOCK
 
 Verify: TypeAlias = Literal["first", "always", "never"]
@@ -206,14 +206,8 @@ class Chunks:
         copy = self._byte_source.local_copy
         # A complete copy costs 1 us here; computing the ranges takes tens of us.
         if copy is not None and not copy.lease.present([ByteRange(0, copy.n_bytes)]):
-            ids = chunk_ids(blocks, columns, len(self._footer.schema))
+            ids = chunks_with_group(self._footer, blocks, columns)
             self._byte_source.prefetch_ranges(self.ranges(ids), urgent=True)
-
-    def grouped_columns(self, columns: Sequence[int]) -> list[int]:
-        """Return the columns whose chunks lie together behind all blocks (see shard_file.columns_to_group)."""
-        offsets = self._footer.chunks["offset"]
-        grouped = [c for c in columns if (offsets[:1, c] > offsets[-1:].min()).any()]
-        return grouped if int(self._footer.chunks["stored"][:, grouped].sum()) <= _BYTES_A_REQUEST else []
 
     def whole_columns(self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids) -> list[int]:
         """Return the columns of which whole chunks are loaded for single rows of blocks; of the others, only pages.

@@ -19,7 +19,7 @@ from tiercache.model import PublishedPlan, ReadingPlan, ShardIdentity, ShardInfo
 from tiercache.shard.blocks import STAT_INTERVAL_S, Blocks, Chunks, Ids, Verify, check_verify, chunk_ids
 from tiercache.shard.footer import Footer
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
+from tiercache.shard.source import ByteSource, LocalCopy, check_identity, grouped_columns, read_footer
 from tiercache.shard.values import ColumnValues, ServedColumns, block_values, cast_kind, gather_values
 from tiercache.store.contract import Store
 from tiercache.store.shared_files import max_shard_descriptors, raise_limit
@@ -167,7 +167,7 @@ class ShardReader:
         row = numbers - self.footer.block_first[of_row].astype(np.int64)
         blocks, position = np.unique(of_row, return_inverse=True)
         position = position.reshape(-1)
-        grouped = self._chunks.grouped_columns(requested)
+        grouped = grouped_columns(self.footer, requested)
         single = [c for c in requested if c not in grouped]
         whole = self._chunks.whole_columns(blocks, single, position, row)
         paged = [c for c in single if c not in whole]

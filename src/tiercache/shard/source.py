@@ -261,8 +261,29 @@ def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tu
     return None if sum(r.n_bytes for r in ranges) * _OF >= info.n_bytes * _MOST else tuple(ranges)
 
 
+# Grouped columns of more bytes are not fetched as a whole for some blocks. Writers group less (shard_file.GROUP_BYTES).
+_MAX_GROUPED_BYTES = 2 << 20
+
+
+def grouped_columns(footer: Footer, columns: Sequence[int]) -> list[int]:
+    """Return the columns whose chunks lie together behind all blocks (see shard_file.columns_to_group)."""
+    offsets = footer.chunks["offset"]
+    grouped = [c for c in columns if (offsets[:1, c] > offsets[-1:].min()).any()]
+    return grouped if int(footer.chunks["stored"][:, grouped].sum()) <= _MAX_GROUPED_BYTES else []
+
+
+def chunks_with_group(footer: Footer, blocks: Sequence[int], columns: Sequence[int]) -> NDArray[np.int64]:
+    """Return the numbers of the chunks to fetch for blocks, int64[n]; those of grouped columns for all blocks.
+
+    A fetch follows the file. The chunks of a group would come behind all later blocks, and in a request for each block.
+    """
+    numbers = np.arange(footer.chunks.size).reshape(footer.chunks.shape)
+    grouped = grouped_columns(footer, columns)
+    return np.concatenate([numbers[np.ix_(list(blocks), list(columns))].ravel(), numbers[:, grouped].ravel()])
+
+
 def block_ranges(footer: Footer, info: ShardInfo, blocks: Sequence[int], columns: Sequence[int]) -> list[ByteRange]:
-    chunks = footer.chunks[np.ix_(list(blocks), list(columns))].ravel()
+    chunks = footer.chunks.ravel()[chunks_with_group(footer, blocks, columns)]
     starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
     ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
     return merge_ranges(starts, ends, _COLUMN_GAP_BYTES)

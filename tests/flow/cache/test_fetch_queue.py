@@ -46,6 +46,42 @@ def test_an_awaited_fetch_does_not_wait_for_prefetches(world):
     source.go.set()
 
 
+class Active(WrapperStore):
+    """Reads of `held` stand still until they are let go. most: Reads of each key that ran at once."""
+
+    def __init__(self, inner, held):
+        super().__init__(inner)
+        self.held, self.go = held, threading.Event()
+        self.n_active, self.most, self._lock = {}, {}, threading.Lock()
+
+    def read_into(self, key, spans, **options):
+        with self._lock:
+            self.n_active[key] = self.n_active.get(key, 0) + 1
+            self.most[key] = max(self.most.get(key, 0), self.n_active[key])
+        if key == self.held:
+            assert self.go.wait(60)
+        super().read_into(key, spans, **options)
+        with self._lock:
+            self.n_active[key] -= 1
+
+
+def test_long_requests_for_a_copy_leave_the_bandwidth_to_an_older_fetch_that_is_awaited(world):
+    for key in ("first", "second"):
+        world.put(key, 32 * MIB)
+    source = Active(world.inner, "first")
+    store, whole = world.cache("200MB").store(source), [ByteRange(0, 32 * MIB)]
+    with (
+        store.open_local("first", world.identity("first")) as first,
+        store.open_local("second", world.identity("second")) as second,
+    ):
+        first.prefetch(whole, urgent=True)
+        assert wait_for(lambda: source.most.get("first") == fetch_module.N_REQUESTS_OF_FIRST, 30)
+        assert second.wait(whole, deadline_s=30)
+        assert source.most["second"] == 1
+        source.go.set()
+        assert first.wait(whole, deadline_s=30)
+
+
 def test_a_queued_prefetch_gets_a_thread_when_a_reader_waits_for_it(world):
     keys = [f"ahead-{i}" for i in range(6)]
     for key in keys:

@@ -61,14 +61,14 @@ def cold(packed, tmp_path, monkeypatch):
     """Function that opens the data set through a new cache, or none, over a scripted store, and makes a loader."""
     opened = []
 
-    def make(budget_bytes=math.inf, *, cached=True, columns=None, **options):
+    def make(budget_bytes=math.inf, *, cached=True, columns=None, shuffle=True, **options):
         store = ScriptedStore(MemoryStore(packed.removeprefix("memory://")), budget_bytes)
         monkeypatch.setattr(opened_version.DatasetLocation, "open", lambda _: store)
         cache = tc.Cache(tmp_path / "cache", size="1GB", min_free=0) if cached else False
         dataset = tc.Dataset("s3://scripted/data", cache=cache, columns=columns)
         sizes = {"shuffle_group_bytes": "9MiB", "shuffle_window_bytes": "9MiB"} | options.pop("sizes", {})
         options = tc.LoaderOptions(seed=1, memory_bytes=1, **sizes)
-        loader = tc.DataLoader(dataset, BLOCK_RECORDS, shuffle=True, options=options, timeout=60)
+        loader = tc.DataLoader(dataset, BLOCK_RECORDS, shuffle=shuffle, options=options, timeout=60)
         opened.append((store, dataset, cache))
         return store, loader
 
@@ -101,6 +101,21 @@ def test_the_first_shuffled_batch_waits_only_for_the_blocks_of_its_slice(cold, c
     ids = [*first["id"].tolist(), *(i for batch in batches for i in batch["id"].tolist())]
     assert 1 < blocks_of(first) <= BLOCK_RECORDS
     assert sorted(ids) == list(range(N))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_stored_order_is_served_as_its_blocks_arrive_with_the_footers_of_its_first_shards(cold, cached, monkeypatch):
+    monkeypatch.setattr("tiercache.load.pieces.FIRST_PART_BYTES", 4 * BLOCK_BYTES)
+    monkeypatch.setattr("tiercache.order.epoch_order.MAX_STORED_GROUP_SHARDS", 4)
+    # The store holds back everything beyond the four blocks of the first part, and four footers.
+    store, loader = cold(4 * BLOCK_BYTES, cached=cached, shuffle=False)
+    batches = iter(loader)
+    ids = [i for _ in range(4) for i in next(batches)["id"].tolist()]
+    n_footers = len({key for key, spans in store.reads if is_footer(spans)})
+    store.go.set()
+    ids += [i for batch in batches for i in batch["id"].tolist()]
+    assert n_footers <= 8 < N_SHARDS
+    assert ids == list(range(N))
 
 
 def test_the_blocks_of_the_first_slice_are_the_first_reads_after_the_footers(cold, monkeypatch):
@@ -147,17 +162,17 @@ WINDOW_BYTES = 1 << 20
 
 def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(cold, monkeypatch):
     monkeypatch.setattr("tiercache.load.planner.LOAD_AHEAD_BYTES", 2 * WINDOW_BYTES)
-    # The store answers requests for the bytes of one window, and holds back the others.
+    # The store answers requests for the bytes of three windows, and holds back the others.
     footers = N_SHARDS * 4096
-    store, loader = cold(WINDOW_BYTES - BLOCK_BYTES + footers, cached=False, sizes=SMALL_WINDOWS)
+    store, loader = cold(3 * WINDOW_BYTES - BLOCK_BYTES + footers, cached=False, sizes=SMALL_WINDOWS)
     batches = iter(loader)
-    ids = next(batches)["id"].tolist()
+    ids = [i for _ in range(16) for i in next(batches)["id"].tolist()]  # those of two windows
     # The windows that were served and the awaited one have two windows at most.
-    assert wait_for(lambda: store.n_bytes >= 2.5 * WINDOW_BYTES, 60)
+    assert wait_for(lambda: store.n_bytes >= 4.5 * WINDOW_BYTES, 60)
     requested_bytes = store.n_bytes
     store.go.set()
     ids += [i for batch in batches for i in batch["id"].tolist()]
-    assert requested_bytes <= 5 * WINDOW_BYTES + footers  # the first, the awaited one, and two or three ahead
+    assert requested_bytes <= 7 * WINDOW_BYTES + footers  # three, the awaited one, and two or three ahead
     assert sorted(ids) == list(range(N))
 
 

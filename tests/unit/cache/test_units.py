@@ -70,6 +70,12 @@ def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, request_
     assert copy_file.ranges_of(mask, n_bytes) == copy_file.next_request(mask, n_bytes, 1 << 30)
 
 
+def test_a_long_first_range_is_requested_alone_and_in_part():
+    mask = copy_file.mask_of([ByteRange(0, 10 * UNIT), ByteRange(12 * UNIT, 13 * UNIT)], 20 * UNIT)
+    assert copy_file.next_request(mask, 20 * UNIT, run_bytes=4 * UNIT) == [ByteRange(0, 4 * UNIT)]
+    assert copy_file.next_request(mask, 20 * UNIT, run_bytes=10 * UNIT) == copy_file.ranges_of(mask, 20 * UNIT)
+
+
 @given(ranges_in(), st.data())
 def test_a_small_rest_is_fetched_with_the_missing_units(case, data):
     n_bytes, ranges = case

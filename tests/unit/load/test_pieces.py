@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.mixture_oracle import Mixed, mixed_sequence, mixtures
@@ -22,6 +23,7 @@ from tests.support.order_oracle import (
     uniform,
 )
 
+from tiercache.load import pieces
 from tiercache.load.pieces import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, cut_pieces
 from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.rank_plan import RankPlan
@@ -92,6 +94,23 @@ def test_any_number_of_ranks_resumes_the_global_sequence_anywhere(case: Case, da
             assert found == [[whole[p] for p in batch] for batch in own if batch] + padding
             assert sum(map(len, padding)) == plan.n_padding
         offset = plans[0].offset_after(n_taken)
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.data())
+def test_windows_that_come_from_a_store_are_served_in_parts_with_the_same_rows(case: Case, data: st.DataObject) -> None:
+    case = replace(case, how=replace(case.how, shuffle=False))
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, whole = served(case, plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "FIRST_PART_BYTES", data.draw(st.sampled_from([1, 100, 1000])))
+        parts = list(cut_pieces(case.order, plan, case.sizes, lambda _: False))
+    rows = [[record for one in found for record in records_of(one.windows, *one.rows())] for found in (whole, parts)]
+    assert rows[0] == rows[1]
+    assert len(parts) >= len(whole)
+    for one in parts:
+        assert all(needed[block] for needed in one.needed for block in one.rows()[0].tolist())
+        assert one.windows[0].raw_bytes == int(one.windows[0].block_bytes.sum())
 
 
 @settings(max_examples=SOME)
