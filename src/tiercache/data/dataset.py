@@ -315,7 +315,8 @@ class Dataset:
             return [self[index] for index in indices]
         rows = record_numbers(indices, len(self))
         if self.transform is not None:
-            return [self._transformed(record) for record in as_records(self._columns(rows))]
+            pairs = zip(as_records(self._columns(rows)), rows.tolist(), strict=True)
+            return [self._transformed(record, number) for record, number in pairs]
         return ReadRecords(self._columns(rows), len(rows), self._output_spec, partial(self._stored_number, rows))
 
     def __iter__(self) -> Iterator[Any]:
@@ -589,12 +590,16 @@ class Dataset:
             record = as_records(self._columns(np.array([number], np.int64)))[0]
         if spec.names is not None:
             return record_tuple(record, spec.names, self._source.schema)
-        return record if self.transform is None else self._transformed(record)
+        return record if self.transform is None else self._transformed(record, number)
 
-    def _transformed(self, record: Record) -> Any:
+    def _transformed(self, record: Record, number: int) -> Any:
         assert self.transform is not None  # noqa: S101 -- the callers' invariant
         with use_fresh_key():
-            return self.transform(record)
+            try:
+                return self.transform(record)
+            except Exception as error:
+                error.add_note(f"tiercache: in the transform of {self._source.describe(number)}")
+                raise
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
         if self.transform is not None:

@@ -616,6 +616,23 @@ class Records:
                 chosen = where[blocks == block]
                 yield shard, block, chosen, numbers[chosen] - (ends[block] - sizes.records[block])
 
+    def describe(self, record: int) -> str:
+        """Return the name of a served record for an error: its data set, and its number among all records there."""
+        return self._describe(int(self._stored_numbers(np.array([record]))[0]))
+
+    def describe_at(self, shard: int, block: int, row: int) -> str:
+        """Return the name of the record in a row of the selected rows of a block. May read a footer."""
+        where = np.array([shard], np.int32), np.array([block], np.int32)
+        stored_row = int(self.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))[0])
+        before = int(self._stored_block_sizes([shard])[shard].records[:block].sum())
+        return self._describe(int(self._stored_first[shard]) + before + stored_row)
+
+    def _describe(self, number: int) -> str:
+        leaf = int(np.searchsorted(self._leaf_records, number, side="right")) - 1
+        rows = "the packed rows of " if self.is_packed else ""
+        url, version = self.leaves[leaf].stored.url, self.leaves[leaf].part.version
+        return f"record {number - int(self._leaf_records[leaf])} of {rows}{url!r}, version {version}"
+
     def _unmixed_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         part, within = self._mixed.locate(records)
         return self._part_first[part] + within

@@ -349,6 +349,7 @@ class Engine(ABC):
         if self._setup is None or self._setup.source is not self._source:
             self._setup = PipelineSetup(self._source, self.arguments.output_spec, self.arguments.library)
         transforms, workers, pinned = self.transforms, None, None
+        resources, timeout_s = self._resources(), self.arguments.timeout_s
         stages: list[Stage] = []
         if transforms is not None:
             if transforms.n_workers:
@@ -356,7 +357,7 @@ class Engine(ABC):
                     self._workers = transforms.start_workers(share.seed)
                 workers = self._workers
                 workers.is_used = True
-            stages.append(transforms.stage(workers))
+            stages.append(transforms.stage(workers, resources.memory_bytes))
         if self.arguments.batch_device is not None:
             self._device = self.arguments.batch_device(self._device)
             stages.append(self._device.pipeline)
@@ -383,7 +384,6 @@ class Engine(ABC):
             pinned=pinned,
             **planned,
         )
-        resources, timeout_s = self._resources(), self.arguments.timeout_s
         return NativeIterator(position, inputs, resources, timeout_s, pin, stages, transforms, workers)
 
 

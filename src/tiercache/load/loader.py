@@ -195,6 +195,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if options is not None and not isinstance(options, LoaderOptions):
             raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
         access = native_access(dataset)
+        if num_workers and prefetch_factor == 0:  # torch would serve no batch at all
+            raise ValueError(
+                "prefetch_factor must be 1 or more, or None for 2, got 0: a worker loads its batches ahead"
+            )
         records: Any = dataset  # torch's stub of a data set has no length
         has_sampler = sampler is not None or batch_sampler is not None
         # Whether the order is tiercache's own, on either path. A class with a length of its own numbers other records.
@@ -439,7 +443,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             n_workers=self.num_workers,
             context=self.multiprocessing_context,
             worker_init_fn=self.worker_init_fn,
-            prefetch_factor=self.prefetch_factor or 2,
+            prefetch_factor=2 if self.prefetch_factor is None else self.prefetch_factor,
             keeps_workers=bool(self.persistent_workers and self.num_workers),
         )
 

@@ -49,8 +49,9 @@ class LoaderOptions:
         shuffle_group_bytes: Stored bytes of the shards that are read at a time (int, "4GiB" or "all").
         shuffle_window_bytes: Raw bytes of the blocks over which rows are mixed (int, "256MiB" or "all"), i.e. how much
             is in memory at a time.
-        memory_bytes: Memory of the batches that are gathered ahead (int or "256MiB"). None: 1/32 of the memory limit,
-            shared by the ranks of the machine, at most 256 MiB.
+        memory_bytes: Memory of the batches that are gathered ahead (int or "256MiB"), and of those that workers have;
+            each worker may always have one. None: 1/32 of the memory limit, shared by the ranks of the machine, at most
+            256 MiB.
         threads: Number of gather threads, including the consumer's own thread while it waits. None: the number of the
             machine's cores, shared by its ranks.
         on_corrupt: What to do with a record that is corrupt in the store, or an image that cannot be decoded: "raise"

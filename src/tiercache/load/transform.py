@@ -34,6 +34,7 @@ from tiercache.data.output_spec import (
     is_stack_of_rows,
     record_tuple,
 )
+from tiercache.errors import TierCacheError
 from tiercache.load.batch import Batch
 from tiercache.load.epoch import OrderShare
 from tiercache.load.pipeline import ClosingPipeline, LaterStage
@@ -55,13 +56,19 @@ Allocate: TypeAlias = Callable[[Sequence[int], torch.dtype], "torch.Tensor | Non
 _APART = (Kind.BYTES, Kind.IMAGE, Kind.RAGGED)  # columns that are gathered end to end, and cut into values here
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchKeys:
-    """What the random numbers of a batch follow from. positions: Positions of its records in the epoch's order."""
+    """What the random numbers of a batch follow from, and how far its functions have come.
+
+    Attributes:
+        positions: Positions of its records in the epoch's order.
+        current: Index of the record that is being transformed; None: the functions of the whole batch run.
+    """
 
     seed: int
     epoch: int
     positions: Sequence[int]
+    current: int | None = None
 
     @staticmethod
     def of(share: OrderShare, number: int) -> BatchKeys:
@@ -132,9 +139,11 @@ class BatchFunction:
                 return list(rows)
             schema = Schema(list(self.columns))
             return [record_tuple(record, names, schema) for record in rows]
-        for position, record in zip(keys.positions, rows, strict=True):
+        for index, (position, record) in enumerate(zip(keys.positions, rows, strict=True)):
+            keys.current = index
             with use_key(keys.seed, keys.epoch, position):
                 records.append(transform(record))
+        keys.current = None
         return records
 
 
@@ -202,8 +211,7 @@ class TransformedPipeline(LaterStage):
 
     def __init__(self, function: BatchFunction, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
         super().__init__(gathered)
-        self._function = function
-        self._share, self._waits = inputs.share, inputs.waits
+        self._function, self._inputs = function, inputs
         self.runs_in_caller = not function.is_own
         self._busy_ns, self._has_failed = 0, False
         self._taking = threading.RLock()
@@ -225,7 +233,7 @@ class TransformedPipeline(LaterStage):
                     return None
                 return self._make(gathered, number)
             finally:
-                self._waits.add(time.perf_counter() - start_s)
+                self._inputs.waits.add(time.perf_counter() - start_s)
 
     def close(self) -> None:
         """See Pipeline.close."""
@@ -245,12 +253,14 @@ class TransformedPipeline(LaterStage):
 
     def _make(self, gathered: Batch, number: int) -> Any:
         start_ns = time.perf_counter_ns()
+        keys = BatchKeys.of(self._inputs.share, number)
         try:
-            return self._function.make(gathered, BatchKeys.of(self._share, number))
+            return self._function.make(gathered, keys)
         except BaseException as raised:
             self._has_failed = True
-            self.close()
             error = as_batch_error(raised)
+            note_origin(error, self._inputs, keys)
+            self.close()
             if error is raised:
                 raise
             raise error from raised
@@ -266,6 +276,23 @@ def as_batch_error(error: BaseException) -> BaseException:
     if not isinstance(error, StopIteration | TimeoutError | GeneratorExit):
         return error
     return RuntimeError(f"a transform or collate function raised {type(error).__name__}: {error}")
+
+
+def note_origin(error: BaseException, inputs: PipelineInputs, keys: BatchKeys) -> None:
+    """Add to an error of a user's function which record, or which batch, it got."""
+    if not isinstance(error, Exception):  # Ctrl-C, or an exit
+        return
+    position = keys.positions[keys.current or 0]
+    try:
+        location = inputs.share.locate(position)
+        record = inputs.source.describe_at(*location)
+        if inputs.corruption is not None and inputs.corruption.is_bad(location):
+            record = f"the record that is served instead of the corrupt {record}"
+    except (OSError, TierCacheError):  # The footer can no longer be read; the function's error is the one to report.
+        record = f"the record at position {position} of epoch {keys.epoch}"
+    error.add_note(
+        f"tiercache: in {'the batch that begins with' if keys.current is None else 'the transform of'} {record}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

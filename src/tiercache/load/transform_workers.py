@@ -27,7 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import connection, reduction
 from multiprocessing.connection import Connection
@@ -44,7 +44,7 @@ from tiercache._native.ring import ColumnMemory
 from tiercache.load.batch import Batch, BatchMemory, lend
 from tiercache.load.pipeline import ClosingPipeline, SelfClosing, StageJob, StagePipeline, StageQueue
 from tiercache.load.planner import PipelineInputs
-from tiercache.load.transform import BatchFunction, BatchKeys, TransformedPipeline, as_batch_error
+from tiercache.load.transform import BatchFunction, BatchKeys, TransformedPipeline, as_batch_error, note_origin
 from tiercache.transform_rng import seed_global_generators, worker_seed
 
 Bytes = npt.NDArray[np.uint8]
@@ -265,11 +265,28 @@ class Job(StageJob):
 
 
 class JobQueue(StageQueue[Job]):
-    def done(self, job: Job, batch: Any, error: BaseException | None, took_ns: int) -> None:
-        """Note that a batch is made, or why it cannot be: then no further batch is added."""
+    """The batches of one pipeline in its workers, at most `most` of them.
+
+    There are as many as fit into memory_bytes in shared memory, as they are gathered and as they are made, but at least
+    `least`. That is also their number until the size of the first one is known.
+    """
+
+    def __init__(self, inputs: PipelineInputs, least: int, most: int, memory_bytes: int) -> None:
+        super().__init__(least)
+        self.inputs = inputs
+        self._least, self._most, self._memory_bytes = least, most, memory_bytes
+        self._batch_bytes = 1  # of the largest one
+
+    def done(self, job: Job, batch: Any, error: BaseException | None, took_ns: int, n_bytes: int = 0) -> None:
+        """Note that a batch is made, or why it cannot be: then no further batch is added.
+
+        n_bytes: Shared memory that the batch takes.
+        """
         with self._lock:
             job.gathered, job.batch, job.error = None, batch, error
             self._has_ended = self._has_ended or error is not None
+            self._batch_bytes = max(self._batch_bytes, n_bytes)
+            self._ahead = max(self._least, min(self._most, self._memory_bytes // self._batch_bytes))
             self._count_done(job, took_ns)
 
 
@@ -303,25 +320,38 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A worker's answer: where the batch lies in its block, or the error of a user's function; and the time it took."""
+    """A worker's answer: where the batch lies in its block, or the error of a user's function; and the time it took.
+
+    current: See BatchKeys.
+    """
 
     job: int
     stored: StoredObject | None
     error: bytes
     took_ns: int
+    current: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A worker's first message: it has started, or its worker_init_fn raised an error."""
+
+    error: bytes
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
     """A worker process, as its parent sees it.
 
-    `free_inputs` and `free_outputs` are numbers of blocks. The finalizer of a batch appends to `free_outputs`; single
-    operations of a deque need no lock.
+    `free_inputs` and `free_outputs` are numbers of blocks; the block that was used last is used next, because blocks
+    that are never used have no memory. The finalizer of a batch appends to `free_outputs`; single operations of a deque
+    need no lock.
     """
 
     number: int
     process: Any
     pipe: Connection
+    has_started: bool = False
     inputs: list[SharedBlock] = field(default_factory=list)
     outputs: list[SharedBlock] = field(default_factory=list)
     free_inputs: deque[int] = field(default_factory=deque)
@@ -344,10 +374,14 @@ class _Worker:
     def send(self, number: int, queue: JobQueue, job: Job) -> None:
         """Give the worker a batch. Raises ConnectionError if it has died."""
         assert job.keys is not None  # noqa: S101 -- the caller's invariant
-        block = self.inputs[self.free_inputs[0]]
-        stored = block.write(job.gathered)
+        block = self.free_inputs.pop()
+        try:
+            stored = self.inputs[block].write(job.gathered)
+        except BaseException:
+            self.free_inputs.append(block)
+            raise
         job.gathered = None
-        request = _Request(number, self.free_inputs.popleft(), stored, self.free_outputs.popleft(), job.keys)
+        request = _Request(number, block, stored, self.free_outputs.pop(), job.keys)
         self.requests[number] = request, queue, job
         self.pipe.send(request)
 
@@ -356,15 +390,18 @@ class _Worker:
         self.free_inputs.append(request.input)
         batch: Any = None
         error: BaseException | None = None
+        n_bytes = request.stored.n_bytes
         if answer.stored is None:
             self.free_outputs.append(request.output)
             error = _error_of(answer.error)
+            note_origin(error, queue.inputs, replace(request.keys, current=answer.current))
         else:
+            n_bytes += answer.stored.n_bytes
             try:
                 batch = self._batch(request.output, answer.stored)
             except Exception as raised:  # noqa: BLE001 -- top of a thread: the batch cannot be unpickled here
                 error = raised
-        queue.done(job, batch, error, answer.took_ns)
+        queue.done(job, batch, error, answer.took_ns, n_bytes)
         return queue
 
     def _batch(self, number: int, stored: StoredObject) -> Any:
@@ -389,10 +426,13 @@ class TransformSettings:
     prefetch_factor: int = 2
     keeps_workers: bool = False
 
-    def stage(self, pool: WorkerPool | None) -> Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]:
+    def stage(
+        self, pool: WorkerPool | None, memory_bytes: int
+    ) -> Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]:
+        """Return the function that makes the pipeline. memory_bytes: Shared memory for batches ahead."""
         if pool is None:
             return partial(TransformedPipeline, self.function)
-        return partial(WorkerPipeline, pool)
+        return partial(WorkerPipeline, pool, memory_bytes)
 
     def start_workers(self, seed: int) -> WorkerPool:
         return WorkerPool(self, seed)
@@ -401,10 +441,10 @@ class TransformSettings:
 class WorkerPipeline(StagePipeline):
     """The batches that worker processes make of those of a native pipeline, in order, with the same guarantees."""
 
-    def __init__(self, pool: WorkerPool, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
+    def __init__(self, pool: WorkerPool, memory_bytes: int, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
         self._pool = pool
-        n_ahead = pool.settings.n_workers * (pool.settings.prefetch_factor + WAITING)
-        queue = JobQueue(n_ahead)
+        n_workers, n_ahead = pool.settings.n_workers, pool.settings.prefetch_factor + WAITING
+        queue = JobQueue(inputs, n_workers, n_workers * n_ahead, memory_bytes)
         super().__init__("transform", inputs, gathered, queue)
         self._begin([partial(pool.send_all, queue, _jobs(inputs, gathered)), partial(pool.receive_all, queue)])
 
@@ -437,7 +477,10 @@ class WorkerPool(SelfClosing):
                 worker = _start_worker(settings, number, worker_seed(seed, number))
                 self._workers.append(worker)
                 n_inputs = settings.prefetch_factor
-                worker.make_blocks(n_inputs, n_inputs + WAITING + HELD_BY_CONSUMER)
+                try:
+                    worker.make_blocks(n_inputs, n_inputs + WAITING + HELD_BY_CONSUMER)
+                except ConnectionError:
+                    raise self._death_of(worker) from None
         except BaseException:
             self.close()
             raise
@@ -466,8 +509,8 @@ class WorkerPool(SelfClosing):
                     worker = min((one for one in self._workers if one.has_room), key=lambda one: len(one.requests))
                     try:
                         worker.send(next(self._numbers), queue, job)
-                    except ConnectionError:
-                        queue.fail(self._death_of(worker))
+                    except ConnectionError:  # receive_all() says how the worker ended
+                        return
                     except Exception as error:  # noqa: BLE001 -- top of a thread: the batch cannot be pickled
                         queue.done(job, None, error, 0)
                 del job  # a waiting thread must not hold a batch
@@ -521,6 +564,16 @@ class WorkerPool(SelfClosing):
         except (EOFError, OSError):
             queue.fail(self._death_of(worker))
             return False
+        if isinstance(answer, _Start):
+            worker.has_started = True
+            if answer.error:
+                self._is_broken = True
+                error = _error_of(answer.error)
+                error.add_note(
+                    f"tiercache: DataLoader worker {worker.number} could not start: its worker_init_fn failed"
+                )
+                queue.fail(error)
+            return not answer.error
         if worker.finish(answer) is not queue:  # the batch was of an earlier pipeline, which left it in the worker
             queue.wake()
         return True
@@ -534,9 +587,16 @@ class WorkerPool(SelfClosing):
         how = f"exit code {code}"
         if code is not None and code < 0:
             how += f", killed by {signal.Signals(-code).name}"
+        name = f"DataLoader worker {worker.number} (pid {worker.process.pid})"
+        if not worker.has_started:
+            return RuntimeError(
+                f"{name} could not start ({how}), so no transform has run: if it printed an error, that is the cause. "
+                "A worker that is not forked imports the main script again, which must therefore begin its work below "
+                "`if __name__ == '__main__':`, and it imports the modules of the functions that it is given"
+            )
         return RuntimeError(
-            f"DataLoader worker {worker.number} (pid {worker.process.pid}) ended unexpectedly ({how}) while it ran "
-            "transforms: perhaps a library crashed in a transform, or the machine has run out of memory"
+            f"{name} ended unexpectedly ({how}) while it ran transforms: perhaps a library crashed in a transform, or "
+            "the machine has run out of memory"
         )
 
 
@@ -591,9 +651,10 @@ def _run_worker(
         except BaseException:  # noqa: BLE001 -- the user's code: the consumer raises it in place of a batch
             failed = _wrapped(number)
     try:
+        pipe.send(_Start(failed))
         n_inputs, n_outputs = pipe.recv()
         blocks = [SharedBlock(reduction.recv_handle(pipe)) for _ in range(n_inputs + n_outputs)]
-        maker = _Maker(function, number, blocks[:n_inputs], blocks[n_inputs:], failed)
+        maker = _Maker(function, number, blocks[:n_inputs], blocks[n_inputs:])
         while os.getppid() == parent:
             if pipe.poll(PARENT_CHECK_S):
                 pipe.send(maker.answer(pipe.recv()))
@@ -603,24 +664,21 @@ def _run_worker(
 
 @dataclass(slots=True)
 class _Maker:
-    """Makes the batches in a worker process. failed: The error of worker_init_fn, as an answer gives it, or b""."""
+    """Makes the batches in a worker process."""
 
     function: BatchFunction
     number: int
     inputs: list[SharedBlock]
     outputs: list[SharedBlock]
-    failed: bytes
     memory: BatchMemory = field(default_factory=lambda: BatchMemory(keep=2))
 
     def answer(self, request: _Request) -> _Answer:
-        if self.failed:
-            return _Answer(request.job, None, self.failed, 0)
-        start_ns = time.perf_counter_ns()
+        start_ns, stored, error = time.perf_counter_ns(), None, b""
         try:
             stored = self._make(request)
         except BaseException:  # noqa: BLE001 -- the user's code: the consumer raises it in place of the batch
-            return _Answer(request.job, None, _wrapped(self.number), time.perf_counter_ns() - start_ns)
-        return _Answer(request.job, stored, b"", time.perf_counter_ns() - start_ns)
+            error = _wrapped(self.number)
+        return _Answer(request.job, stored, error, time.perf_counter_ns() - start_ns, request.keys.current)
 
     def _make(self, request: _Request) -> StoredObject:
         block, output = self.inputs[request.input], self.outputs[request.output]

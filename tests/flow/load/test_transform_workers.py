@@ -172,13 +172,25 @@ def test_an_error_of_worker_init_fn_is_raised_in_place_of_the_first_batch(path):
         next(iter(loader_of(path, workers=1, worker_init_fn=fail)))
 
 
-def test_an_error_comes_in_place_of_its_batch_with_the_workers_traceback(path):
-    loader = loader_of(path, fail_at_seven, workers=2, shuffle=False, batch_size=4)
-    iterator = iter(loader)
-    assert next(iterator)["id"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(ArithmeticError, match=r"in DataLoader worker process(.|\n)*in fail_at_seven(.|\n)*no sevens"):
-        next(iterator)
-    assert loader.state_dict()["offset"] == 4
+def leave(number):
+    os._exit(3)
+
+
+def test_a_worker_that_ends_before_its_first_batch_is_said_not_to_have_started(path):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker 0 \(pid \d+\) could not start \(exit code 3\)"):
+        next(iter(loader_of(path, workers=1, worker_init_fn=leave)))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_error_comes_in_place_of_its_batch_with_the_workers_traceback_and_the_record(path, shuffle):
+    loader = loader_of(path, fail_at_seven, workers=2, shuffle=shuffle, batch_size=4)
+    with pytest.raises(
+        ArithmeticError, match=r"in DataLoader worker process(.|\n)*in fail_at_seven(.|\n)*no sevens"
+    ) as raised:
+        list(loader)
+    assert raised.value.__notes__ == [f"tiercache: in the transform of record 7 of {str(path)!r}, version 1"]
+    order = [row[0] for row in rows_of(loader_of(path, shuffle=shuffle, batch_size=4))]
+    assert loader.state_dict()["offset"] == order.index(7) // 4 * 4
 
 
 def test_an_error_ends_the_workers_and_frees_the_iterator_without_the_garbage_collector(path):
@@ -365,6 +377,32 @@ def test_no_more_batches_are_ahead_than_prefetch_factor_says(path, tmp_path):
         next(iterator)
     iterator.close()
     assert len((tmp_path / "seen").read_text().split()) <= 10 + 3 + 1
+
+
+def megabyte(record):
+    return {"id": record["id"], "x": np.zeros(1 << 20, np.uint8)}
+
+
+def test_memory_bytes_limits_the_shared_memory_of_the_workers(path):
+    def shared_bytes():
+        opened = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+        return sum(file.stat().st_size for file in opened if "tiercache-transform" in str(file.readlink()))
+
+    more = {"batch_size": 1, "prefetch_factor": 8, "options": options(memory_bytes="4MiB")}
+    before = shared_bytes()
+    iterator = iter(loader_of(path, megabyte, workers=2, **more))
+    for _ in range(60):
+        next(iterator)
+    after = shared_bytes()
+    iterator.close()
+    # of each worker's 11 blocks for results: 3 for batches ahead, and 2 for those that the consumer held
+    assert after - before < 2 * (3 + 2) * 1.2 * (1 << 20)
+
+
+@pytest.mark.parametrize("transform", [None, megabyte])
+def test_a_prefetch_factor_of_0_is_refused(path, transform):
+    with pytest.raises(ValueError, match="prefetch_factor must be 1 or more, or None for 2, got 0"):
+        loader_of(path, transform, workers=1, prefetch_factor=0)
 
 
 def test_options_of_workers_that_run_transforms_are_not_said_to_be_ignored(path, caplog):

@@ -301,6 +301,29 @@ def test_an_error_comes_in_place_of_its_batch_with_its_own_traceback(path):
         next(iterator)
 
 
+def test_an_error_names_the_record_by_its_number_in_its_data_set(path):
+    view = tc.Dataset(path, transform=fail_at_seven).select([90, 3, 7, 5])
+    mixed = tc.mix([view.take(2), view.skip(2)], [1, 1])
+    expected = f"record 7 of {str(path)!r}, version 1"
+    for dataset in (view, view.take(2) + view.skip(2), mixed):
+        for shuffle in (False, True):
+            with pytest.raises(ArithmeticError) as raised:
+                list(tc.DataLoader(dataset, batch_size=3, shuffle=shuffle))
+            assert raised.value.__notes__ == [f"tiercache: in the transform of {expected}"]
+        for read in (lambda d=dataset: d[:4], lambda d=dataset: list(TorchLoader(d)), lambda d=dataset: [d[2], d[3]]):
+            with pytest.raises(ArithmeticError) as raised:
+                read()
+            assert raised.value.__notes__ == [f"tiercache: in the transform of {expected}"]
+
+    def fail(batch):
+        raise ArithmeticError
+
+    for where in ({"collate_fn": fail}, {"options": tc.LoaderOptions(batch_transform=fail)}):
+        with pytest.raises(ArithmeticError) as raised:
+            list(tc.DataLoader(tc.Dataset(path).skip(7), batch_size=3, **where))
+        assert raised.value.__notes__ == [f"tiercache: in the batch that begins with {expected}"]
+
+
 def test_ctrl_c_in_a_transform_loses_no_batch_of_a_state_that_is_saved_then(path):
     def transform(record):
         if record["id"] == 9:
