@@ -523,9 +523,10 @@ class Fetch:
             self._admit(units & ~self._admitted)
             todo = self._admitted & ~self._assigned
             # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
-            first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
-            # A footer lies behind all blocks.
-            first = first & self._awaited if (first & self._awaited).any() else first
+            # A reader may wait for a footer, which lies behind all urgent blocks.
+            awaited = urgent & todo & self._awaited
+            first = awaited if awaited.any() else urgent & todo
+            first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else first
             run_bytes = self._run_bytes()
             ranges = next_request(first, n_bytes, gaps=todo, run_bytes=run_bytes) or next_request(
                 todo, n_bytes, run_bytes=run_bytes
