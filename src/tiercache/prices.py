@@ -232,13 +232,10 @@ def month_dollars(prices: Prices, sizes: Sizes) -> Dollars:
     return billed_bytes(prices, sizes) / GB * prices.store_gb_month + standard
 
 
-def early_days(prices: Prices, age_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.maximum(prices.min_days - np.maximum(age_s, 0.0) / DAY_S, 0.0)
-
-
 def early_dollars(prices: Prices, sizes: Sizes, age_s: NDArray[np.float64]) -> Dollars:
     """Return the early-deletion fee: the storage cost of the remaining part of min_days."""
-    return month_dollars(prices, sizes) * early_days(prices, age_s) / MONTH_DAYS
+    left_days = np.maximum(prices.min_days - np.maximum(age_s, 0.0) / DAY_S, 0.0)
+    return month_dollars(prices, sizes) * left_days / MONTH_DAYS
 
 
 def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, streams: bool) -> Dollars:

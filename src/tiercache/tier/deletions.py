@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
 from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder
 from tiercache.tier.context import (
     ApplyResult,
     BatchLimits,
@@ -213,15 +214,13 @@ class DeferredDeletions:
         self._catalog.write(again)
         return due
 
-    def _needs_proof(self, row: JournalRow) -> bool:
-        return row.action in ("move", "drop") and self._context.transfer.needs_disk_check(row.dst)
-
     def _run_batch(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
         self._context.lock.check()
         self._placements.forget_placements()
         self._check(due, facts)
         self._postpone_overlaps(due)
-        self._read_back([deletion for deletion in due if deletion.verdict == "go" and self._needs_proof(deletion.row)])
+        drops = [one for one in due if one.verdict == "go" and one.row.action in ("move", "drop")]
+        self._read_back([one for one in drops if isinstance(self._context.stores.store(one.row.dst), LocalFolder)])
         self._check_pins(due)  # again, because reading copies may have taken hours
         crash_point("tier_drop.checked")
         self._carry_out([deletion for deletion in due if deletion.verdict == "go"])

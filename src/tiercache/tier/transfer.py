@@ -392,9 +392,6 @@ class Transfer:
             raise _wrong(where, crc, found, "the copy")
         return CatalogEntry(n_bytes, info.etag, crc)
 
-    def needs_disk_check(self, name: str) -> bool:
-        return isinstance(self._stores.store(name), LocalFolder)
-
     def checksum_on_disk(self, name: str, info: ObjectInfo) -> int:
         """Return the CRC-32C of a file as its disk has it, past the page cache. Raises as copy()."""
         if isinstance(store := self._stores.store(name), LocalFolder):

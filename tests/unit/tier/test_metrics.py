@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from tests.support.faults import Fault, FaultStore
 
 from tiercache.errors import StoreError
-from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.tier.checkpoint_names import metrics_in_name, metrics_in_names
-from tiercache.tier.inventory import MAX_BYTES, METRIC_FILES, parse_metrics, read_metrics
+from tiercache.tier.inventory import METRIC_FILES, parse_metrics, read_metrics
 
 
 @pytest.fixture
@@ -89,15 +88,6 @@ def test_the_file_in_the_outermost_folder_is_read(store):
         store.put("step-1/metrics.json", b'{"val_loss": 2}'),
     ]
     assert read_metrics(store, found) == {"val_loss": 2}
-
-
-def test_a_file_that_has_grown_too_large_since_the_listing_is_skipped(store):
-    store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
-    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
-
-
-def test_a_file_that_was_deleted_since_the_listing_has_no_metrics(store):
-    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
 
 
 def test_a_file_that_cannot_be_read_now_is_an_error(store):
