@@ -19,7 +19,7 @@ def decoding():
 
 
 def transforming():
-    queue = JobQueue(ahead=4)
+    queue = JobQueue(inputs=None, least=4, most=4, memory_bytes=0)
     return (
         queue,
         [Job(None, number, n_rows=1, n_left=1) for number in range(3)],
