@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -389,8 +389,11 @@ def megabyte(record):
 
 def test_memory_bytes_limits_the_shared_memory_of_the_workers(path):
     def shared_bytes():
-        opened = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
-        return sum(file.stat().st_size for file in opened if "tiercache-transform" in str(file.readlink()))
+        n_bytes = 0
+        for file in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed by another thread
+                n_bytes += file.stat().st_size if "tiercache-transform" in str(file.readlink()) else 0
+        return n_bytes
 
     more = {"batch_size": 1, "prefetch_factor": 8, "options": options(memory_bytes="4MiB")}
     before = shared_bytes()
@@ -399,8 +402,8 @@ def test_memory_bytes_limits_the_shared_memory_of_the_workers(path):
         next(iterator)
     after = shared_bytes()
     iterator.close()
-    # of each worker's 11 blocks for results: 3 for batches ahead, and 2 for those that the consumer held
-    assert after - before < 2 * (3 + 2) * 1.2 * (1 << 20)
+    # of each worker's 11 blocks for results: 3 for batches ahead, and 3 for those that wait or that the consumer held
+    assert after - before < 2 * (3 + 3) * 1.2 * (1 << 20)
 
 
 @pytest.mark.parametrize("transform", [None, megabyte])
