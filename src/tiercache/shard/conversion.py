@@ -39,6 +39,7 @@ from tiercache.shard.schema import (
     check_mapping,
     find_bad_shape,
     is_list,
+    storable_type,
 )
 from tiercache.shard.shard_file import ColumnData, shapes_of
 
@@ -425,8 +426,10 @@ def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnDat
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if isinstance(array.type, pa.BaseExtensionType):
         array = pc.not_equal(array.storage, 0) if array.type.extension_name == "arrow.bool8" else array.storage
-    if pt.is_dictionary(array.type):
-        array = array.dictionary_decode()
+    if pt.is_dictionary(array.type):  # pyarrow cannot decode one of views, as polars exports
+        array = array.cast(
+            pa.dictionary(array.type.index_type, storable_type(array.type.value_type))
+        ).dictionary_decode()
     valid = _valid(column, array)
     converted = _HOW[column.kind](column, array)
     return converted if valid is None or converted.array is not None else replace(converted, valid=valid)
@@ -585,6 +588,7 @@ def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Arra
 
 
 def _any_arrow(column: Column, array: pa.Array) -> ColumnData:
+    storable_type(array.type)
     try:
         found = array if array.type == column.arrow.type else array.cast(column.arrow.type)
         found.validate(full=True)

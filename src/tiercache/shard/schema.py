@@ -239,7 +239,8 @@ MAX_DEPTH = 32
 def storable_type(arrow_type: pa.DataType, depth: int = 0) -> pa.DataType:
     """Return the type as which an Arrow type is stored; raise SchemaError if it has no storable form.
 
-    A dictionary is stored as its values, a view as the large type, and an extension type as its storage type.
+    A dictionary is stored as its values, a view of text or bytes as the large type, and an extension type as its
+    storage type. List views are refused: pyarrow's casts of them lose elements without an error.
     """
     if depth > MAX_DEPTH:
         raise SchemaError(f"an Arrow type may be nested at most {MAX_DEPTH} levels deep")
@@ -258,16 +259,16 @@ def storable_type(arrow_type: pa.DataType, depth: int = 0) -> pa.DataType:
         return pa.map_(key, item, keys_sorted=arrow_type.keys_sorted)
     if pt.is_fixed_size_list(arrow_type):
         return pa.list_(_storable_field(arrow_type.value_field, depth), arrow_type.list_size)
-    if pt.is_large_list(arrow_type) or _is_view(arrow_type):
+    if pt.is_large_list(arrow_type):
         return pa.large_list(_storable_field(arrow_type.value_field, depth))
     if pt.is_list(arrow_type):
         return pa.list_(_storable_field(arrow_type.value_field, depth))
+    if pt.is_list_view(arrow_type) or pt.is_large_list_view(arrow_type):
+        raise SchemaError(
+            f"values of the Arrow type {arrow_type} cannot be stored; make lists of them: pa.array(values.to_pylist())"
+        )
     count_nodes_and_buffers(arrow_type)
     return arrow_type
-
-
-def _is_view(arrow_type: pa.DataType) -> bool:
-    return bool(pt.is_list_view(arrow_type) or pt.is_large_list_view(arrow_type))
 
 
 def _storable_field(field: pa.Field, depth: int) -> pa.Field:
@@ -536,7 +537,7 @@ def _arrow_type_of(plain: PlainType) -> pa.DataType:
 
 def is_list(arrow_type: pa.DataType) -> bool:
     """Return whether values are lists of any lengths."""
-    return bool(pt.is_list(arrow_type) or pt.is_large_list(arrow_type) or _is_view(arrow_type))
+    return bool(pt.is_list(arrow_type) or pt.is_large_list(arrow_type))
 
 
 def _type_of_user_arrow(arrow_type: pa.DataType) -> PlainType:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tiercache.errors import SchemaError
-from tiercache.shard.conversion import infer_batch, infer_records
+from tiercache.shard.conversion import convert_arrow, infer_batch, infer_records
 from tiercache.shard.schema import Column, Image, Ragged, Schema, Tensor
 
 EVERYTHING = {
@@ -82,10 +82,9 @@ def test_schemas_of_other_types_names_or_order_differ():
         (pa.fixed_shape_tensor(pa.uint8(), [2, 2]), "uint8[2, 2]"),
         (pa.list_(pa.float32()), "float32[*]"),
         (pa.large_list(pa.uint16()), "uint16[*]"),
-        (pa.list_view(pa.bool_()), "bool[*]"),
         (pa.list_(pa.string()), "list<str?>"),
         (pa.list_(pa.list_(pa.int8())), "list<list<int8?>?>"),
-        (pa.list_view(pa.string_view()), "large_list<large_string?>"),
+        (pa.large_list(pa.string_view()), "large_list<large_string?>"),
         (pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]), "struct<a: str?>"),
         (pa.timestamp("us", "UTC"), "timestamp[us, UTC]"),
         (pa.uuid(), "fixed_size_binary[16]"),
@@ -94,6 +93,21 @@ def test_schemas_of_other_types_names_or_order_differ():
 def test_arrow_types_become_columns(arrow, text):
     assert str(Column.of("x", arrow)) == text
     assert str(Column.of("x", pa.field("x", arrow))) == f"{text}?"
+
+
+@pytest.mark.parametrize("view", [pa.list_view(pa.int8()), pa.list_(pa.large_list_view(pa.int8()))])
+def test_list_views_whose_casts_lose_elements_are_refused(view):
+    with pytest.raises(SchemaError, match="list_view<item: int8> cannot be stored; make lists of them"):
+        Column.of("x", view)
+    with pytest.raises(SchemaError, match="list_view<item: int8>"):
+        convert_arrow(Column.of("x", pa.list_(pa.list_(pa.int8()))), pa.array([], view))
+
+
+def test_a_dictionary_of_text_views_is_stored_as_its_values():
+    codes = pa.array([1, None, 0], pa.uint32())
+    array = pa.DictionaryArray.from_arrays(codes, pa.array(["x", "y"], pa.string_view()))
+    stored = convert_arrow(Column.of("x", "str?"), array)
+    assert (bytes(stored.values), stored.offsets.tolist()) == (b"yx", [0, 1, 1, 2])
 
 
 NOTATION = [
