@@ -67,9 +67,9 @@ class DecodeImage:
         dct: Inverse DCT of libjpeg-turbo for JPEGs: "accurate" (JDCT_ISLOW), as in Pillow and torchvision; "fast"
             (JDCT_IFAST), as in FFCV and by default in TensorFlow: less work, with pixels that differ by 1 of 255 on
             average, and by more at qualities above 90. JPEGs that become at most a quarter ("accurate") or a half
-            ("fast") as high and as wide are decoded at a reduced size by other transforms: on average the result
-            differs by less than 1 of 255, or by up to 4 with "fast". JPEGs that Pillow reads (CMYK, damaged ones) are
-            decoded accurately.
+            ("fast") as high and as wide are decoded at a reduced size by other transforms: the results of photographs
+            differ by less than 1 of 255 on average, or by up to 4 with "fast", and those of fine patterns of strong
+            colours by more. JPEGs that Pillow reads (CMYK, damaged ones) are decoded accurately.
         brightness: Range of the random factor of the brightness, as in torchvision's ColorJitter: (smallest, largest),
             or a number v for (max(0, 1 - v), 1 + v). Factors are at most 8; 1 changes nothing, and 0 gives black. The
             factors of brightness, contrast and saturation are uniform, and the three are applied in random order.

@@ -366,12 +366,19 @@ def infer_records(records: Sequence[Mapping[str, object]]) -> Schema:
 def as_table(columns: Any) -> Any:
     """Return a frame of pandas or polars, or other columns that Arrow can read, as a table; other objects as they are.
 
-    The index of a frame of pandas becomes columns where it has names, and otherwise is left out.
+    The index of a frame of pandas becomes columns where it has names, and otherwise is left out. Its columns of NumPy's
+    floats keep their NaN, which from_pandas() makes nulls.
     """
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(columns, pandas.DataFrame):
         named = [name for name in columns.index.names if name is not None]
-        return pa.Table.from_pandas(columns.reset_index(named) if named else columns, preserve_index=False)
+        frame = columns.reset_index(named) if named else columns
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        for index, (field, dtype) in enumerate(zip(table.schema, frame.dtypes, strict=True)):
+            if isinstance(dtype, np.dtype) and dtype.kind == "f":
+                floats = pa.array(frame.iloc[:, index].to_numpy(), from_pandas=False)
+                table = table.set_column(index, field.name, floats)
+        return table
     if isinstance(columns, Mapping | pa.RecordBatch | pa.Table) or not hasattr(columns, "__arrow_c_stream__"):
         return columns
     return pa.table(columns)
@@ -388,7 +395,9 @@ def infer_batch(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Sc
         return Schema.of(
             pa.schema(
                 [
-                    field if TYPE_KEY in (field.metadata or {}) else field.with_nullable(array.null_count > 0)
+                    field
+                    if TYPE_KEY in (field.metadata or {}) or pt.is_null(field.type)
+                    else field.with_nullable(array.null_count > 0)
                     for field, array in fields
                 ]
             )

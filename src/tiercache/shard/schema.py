@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -426,7 +426,12 @@ def _text_of_type(user: object) -> str:
         return user.__name__.rstrip("_")
     if type(user).__module__ == "torch":
         return str(user).removeprefix("torch.")
-    raise LookupError(getattr(user, "__name__", ""))
+    inner = get_args(user)
+    if isinstance(user, UnionType) and len(inner) == 2 and inner[1] is NoneType:  # int | None
+        return f"{_text_of_type(inner[0])}?"
+    if get_origin(user) is list and len(inner) == 1:  # list[int]
+        return f"list<{_text_of_type(inner[0])}>"
+    raise LookupError("" if user is list else getattr(user, "__name__", ""))
 
 
 def _unknown_type(user: object, text: str, name: str = "") -> SchemaError:
@@ -780,6 +785,8 @@ class Schema:
                 raise SchemaError(f"only a column of integers has class names, and this is {column}", column=name)
             if isinstance(names, str) or not all(isinstance(one, str) for one in names):
                 raise SchemaError(f"class names are a list of str, got {names!r}", column=name)
+            if len(set(names)) < len(names):
+                raise SchemaError(f"class names must differ from each other, got {list(names)!r}", column=name)
             metadata = column.arrow.metadata | {CLASSES_KEY: json.dumps(list(names), ensure_ascii=False).encode()}
             columns[index] = replace(column, arrow=column.arrow.with_metadata(metadata))
         return Schema(columns)

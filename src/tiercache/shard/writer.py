@@ -579,7 +579,7 @@ class Writer:
 
         Args:
             columns: Mapping of column names to arrays or lists of equal length; or an Arrow record batch or table, or a
-                frame of pandas or polars. NaN in a frame of pandas is a null.
+                frame of pandas or polars. NaN in a frame is a null only in columns of pandas' own types.
 
         Raises:
             SchemaError, StoreError, ValueError: See write().

@@ -183,6 +183,19 @@ class TestSchemas:
         assert writer.version.schema.columns[0].classes == ("ant", "bee")
         with pytest.raises(SchemaError, match="column 'label': the appended batch has other class names"):
             Writer(url, classes={"label": ["bee", "ant"]}, mode="append")
+        with pytest.raises(SchemaError, match=r"class names must differ from each other, got \['ant', 'ant'\]"):
+            Writer(url, schema={"label": "int64"}, classes={"label": ["ant", "ant"]}, mode="overwrite")
+
+    def test_a_nan_of_numpys_floats_in_a_frame_stays_a_nan_and_a_missing_value_is_a_null(self, url: str) -> None:
+        with Writer(url) as writer:
+            for values in ([1.0, 2.0], [np.nan, 3.0]):
+                missing = pd.array([None, 1.0], "Float64")
+                writer.write_batch(pd.DataFrame({"x": np.array(values, "f4"), "y": missing}))
+        assert writer.version is not None
+        assert [str(column) for column in writer.version.schema.columns] == ["float32", "float64?"]
+        records = Dataset(url)
+        assert [record["x"].item() for record in (records[0], records[1])] == [1.0, 2.0]
+        assert np.isnan(records[2]["x"])
 
     def test_a_rejected_first_record_does_not_fix_the_schema(self, url: str) -> None:
         with Writer(url) as writer:

@@ -138,6 +138,7 @@ def test_a_type_is_shown_as_it_is_stated(text):
     ("user", "text"),
     [
         *((int, "int64"), (float, "float64"), (str, "str"), (bytes, "bytes"), (bool, "bool")),
+        *((int | None, "int64?"), (list[int], "int64[*]"), (list[str] | None, "list<str>?")),
         *(("int", "int64"), ("float?", "float64?"), ("float[3]", "float64[3]"), (" list < int32 > ? ", "int32[*]?")),
         *((np.float32, "float32"), (np.bool_, "bool"), (np.str_, "str"), (np.dtype("U5"), "str")),
         *((np.dtype(">i2"), "int16"), (np.dtype("M8[ns]"), "timestamp[ns]"), (np.dtype("S3"), "bytes")),
