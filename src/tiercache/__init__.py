@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from tiercache.data.packing import pack_sequences
     from tiercache.images.decode_image import DecodeImage
     from tiercache.keep import Keep
+    from tiercache.load.collate import CutMix, MixUp, collate
     from tiercache.load.loader import DataLoader
     from tiercache.load.loader_options import LoaderOptions
     from tiercache.load.numpy_loader import NumpyLoader
-    from tiercache.load.transform import CutMix, MixUp, collate
     from tiercache.packer.pack import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.writer import Writer
@@ -78,9 +78,9 @@ __all__ = [
 _HOMES = {
     "Cache": "tiercache.cache",
     "Checkpoints": "tiercache.checkpoint.checkpoints",
-    "CutMix": "tiercache.load.transform",
+    "CutMix": "tiercache.load.collate",
     "DataLoader": "tiercache.load.loader",
-    "MixUp": "tiercache.load.transform",
+    "MixUp": "tiercache.load.collate",
     "Dataset": "tiercache.data.dataset",
     "DecodeImage": "tiercache.images.decode_image",
     "Image": "tiercache.shard.schema",
@@ -91,7 +91,7 @@ _HOMES = {
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
     "Writer": "tiercache.shard.writer",
-    "collate": "tiercache.load.transform",
+    "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
     "locate": "tiercache.store.placement",
     "mix": "tiercache.data.dataset",

@@ -135,12 +135,12 @@ def worker_seed(seed: int, number: int) -> int:
 def rng() -> TransformRNG:
     """Return the random numbers of this call of a transform.
 
-    In a transform that `tiercache.DataLoader` runs on its native path, the numbers are a function of the loader's seed,
-    the epoch, and the record's position in the epoch's order. A resumed run therefore draws the same numbers, on any
-    number of ranks and workers; so does a run that begins on another number of ranks, if its order has as many streams
-    (`LoaderOptions.shuffle_streams`). In a `batch_transform` or `collate_fn` the position is that of the batch's first
-    record. `dataset[i]` and loaders on torch's path draw new numbers from torch's generator; `dataset[i]` draws them
-    from NumPy's global generator if torch is not imported.
+    In a transform that `tiercache.NumpyLoader` runs, or `tiercache.DataLoader` on its native path, the numbers are a
+    function of the loader's seed, the epoch, and the record's position in the epoch's order. A resumed run therefore
+    draws the same numbers, on any number of ranks and workers; so does a run that begins on another number of ranks, if
+    its order has as many streams (`LoaderOptions.shuffle_streams`). In a `batch_transform` or `collate_fn` the position
+    is that of the batch's first record. `dataset[i]` and loaders on torch's path draw new numbers from torch's
+    generator; `dataset[i]` draws them from NumPy's global generator if torch is not imported.
 
     Returns:
         Object with `seed`, an integer of 64 bits; `numpy`, a `numpy.random.Generator`; and `torch`, a `torch.Generator`

@@ -103,8 +103,8 @@ class Dataset:
             change it.
         transform: Function that takes a record and returns what `dataset[i]` is. It must be picklable if worker
             processes are used (docs/guide/transforms.md).
-        batch_transform: Function that takes a batch, as `tiercache.DataLoader` would serve it, and returns what the
-            loader serves instead. It does not change `dataset[...]`.
+        batch_transform: Function that takes a batch, as the loader would serve it, and returns what the loader serves
+            instead. It does not change `dataset[...]`.
         decode: Mapping from an image column to the `DecodeImage` that decodes its images. The images of other columns
             are served as encoded bytes.
         layouts: Mapping from a column whose records differ in length to its layout in a batch: "list" (the default),

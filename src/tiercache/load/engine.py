@@ -50,13 +50,14 @@ from tiercache.load.loader_options import (
 )
 from tiercache.load.pipeline import ClosingPipeline, Pipeline
 from tiercache.load.planner import NextEpoch, PipelineInputs
+from tiercache.load.transform import BatchFunction, TransformedPipeline
 from tiercache.model import format_bytes, short_repr
 from tiercache.order.rank_plan import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:
     from tiercache.load.device import BatchDevice
-    from tiercache.load.transform_workers import TransformSettings, WorkerPool
+    from tiercache.load.transform_workers import WorkerPool, WorkerSettings
 
 # Function that makes the pipeline whose batches follow from those of another one.
 Stage: TypeAlias = "Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]"
@@ -73,7 +74,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         timeout_s: float,
         pin: Callable[[Any], Any] | None,
         stages: Sequence[Stage],
-        transforms: TransformSettings | None,
+        function: BatchFunction | None,
         workers: WorkerPool | None,
     ) -> None:
         self._position = position
@@ -83,7 +84,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._timeout_s = timeout_s if timeout_s > 0 else -1.0
         self._pin = pin
         # names of the entries of a tuple; None: batches are dicts, or the user's functions make them
-        self._names = inputs.output_spec.names if transforms is None else None
+        self._names = inputs.output_spec.names if function is None else None
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: Counter[int] = Counter()  # how often each shard was read again
@@ -258,8 +259,9 @@ class Engine(ABC):
         self._source = source
         self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
-        # the user's functions, which the loader sets before each epoch; None: batches are served as gathered
-        self.transforms: TransformSettings | None = None
+        # the user's functions, and the processes that run them; the loader may set both before each epoch
+        self.function: BatchFunction | None = None  # None: batches are served as gathered
+        self.worker_settings: WorkerSettings | None = None  # None: the consumer's thread runs the functions
         self._workers: WorkerPool | None = None  # of the last epoch
         self._counters = Counters("padded")
         self._epoch_counters = Counters()  # of the newest epoch
@@ -300,7 +302,7 @@ class Engine(ABC):
             ("wait_s", "idle_s"), (self._waits, exposed), self._waits_before_s, strict=True
         ):
             epoch[name] = waits.total_s - before_s
-        workers = 0 if self.transforms is None else self.transforms.n_workers
+        workers = 0 if self.worker_settings is None else self.worker_settings.n_workers
         n_threads, has_cache = self._resources().n_threads, self._source.storage.has_cache
         stats = summarise(
             counters,
@@ -348,21 +350,22 @@ class Engine(ABC):
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
             self._setup = PipelineSetup(self._source, self.arguments.output_spec, self.arguments.library)
-        transforms, workers, pinned = self.transforms, None, None
+        function, workers, pinned = self.function, None, None
         resources, timeout_s = self._resources(), self.arguments.timeout_s
         stages: list[Stage] = []
-        if transforms is not None:
-            if transforms.n_workers:
-                if self._workers is None or not self._workers.is_reusable:
-                    self._workers = transforms.start_workers(share.seed)
-                workers = self._workers
-                workers.is_used = True
-            stages.append(transforms.stage(workers, resources.memory_bytes))
+        if self.worker_settings is not None:
+            if self._workers is None or not self._workers.is_reusable:
+                self._workers = self.worker_settings.start(share.seed)
+            workers = self._workers
+            workers.is_used = True
+            stages.append(workers.stage(resources.memory_bytes))
+        elif function is not None:
+            stages.append(partial(TransformedPipeline, function))
         if self.arguments.batch_device is not None:
             self._device = self.arguments.batch_device(self._device)
             stages.append(self._device.pipeline)
             # A transform may keep what it saw as long as it likes; what it makes is copied into pinned memory.
-            is_plain = transforms is None or (transforms.function.is_own and not transforms.n_workers)
+            is_plain = function is None or (function.is_own and workers is None)
             pinned = self._device.pinned if is_plain else None
             batch_size = share.rank_plan.batch_size
             n_last = share.rank_plan.n_served % batch_size
@@ -384,7 +387,7 @@ class Engine(ABC):
             pinned=pinned,
             **planned,
         )
-        return NativeIterator(position, inputs, resources, timeout_s, pin, stages, transforms, workers)
+        return NativeIterator(position, inputs, resources, timeout_s, pin, stages, function, workers)
 
 
 class OrderEngine(Engine):
@@ -693,7 +696,7 @@ def _verdict(epoch: Mapping[str, float], threads: int, workers: int) -> str:
     runs = f"{workers} worker processes run" if workers else "one thread runs"
     sentences = {
         "decode_s": f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)",
-        "transform_s": f"transform ({waited}; {runs} the transforms; give the loader more num_workers)",
+        "transform_s": f"transform ({waited}; {runs} the transforms; give the DataLoader more num_workers)",
         "copy_s": f"copy ({waited}; a thread copies what transforms return into pinned memory; return fewer bytes)",
         "gather_s": f"copy ({waited}; {threads} threads copy and check records; serve fewer columns, or more threads)",
         "plan_s": f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)",

@@ -20,6 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tiercache._native.ring import RowType, Slot
 from tiercache.data.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.batch import ArrayLibrary
+from tiercache.load.collate import TORCH_DTYPES, CutMix, MixUp, TransformedCollate, collate
 from tiercache.load.device import find_device, make_batch_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.epoch import RunState, epoch_records
@@ -34,8 +35,8 @@ from tiercache.load.samplers import (
     is_known_batch_sampler,
     set_sampler_epoch,
 )
-from tiercache.load.transform import TORCH_DTYPES, BatchFunction, TransformedCollate, collate
-from tiercache.load.transform_workers import TransformSettings
+from tiercache.load.transform import BatchFunction
+from tiercache.load.transform_workers import WorkerSettings
 from tiercache.shard.conversion import bfloat16_tensor
 
 # torch.from_dlpack examines its argument for 0.1 us, and then calls this.
@@ -261,7 +262,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             setattr(self.batch_sampler, "set_epoch", self.sampler.set_epoch)  # noqa: B010 - Trainer, after it skipped
         if access is None or (reason and not has_order):
             return
-        transforms, device = self._transform_settings(), find_device(options.device if options else None)
+        function, device = self._batch_function(), find_device(options.device if options else None)
         arguments = LoaderArguments(
             library=TorchLibrary(),
             batch_size=int(batch_size or 1),
@@ -272,7 +273,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             options=options or LoaderOptions(),
             pin_function=_pin_function if pin_memory and device is None else None,
             batch_device=None if device is None else partial(make_batch_device, device, options or LoaderOptions()),
-            output_spec=access.output_spec if transforms is None else transforms.function.gathered_spec,
+            output_spec=access.output_spec if function is None else function.gathered_spec,
             num_workers=num_workers,
         )
         self._start_engine(arguments, None)
@@ -290,7 +291,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
-        self._engine.transforms = self._transform_settings()
+        # Made for each epoch, because frameworks set worker_init_fn and others after the loader was made.
+        self._engine.function = function = self._batch_function()
+        self._engine.worker_settings = None if function is None else self._worker_settings(function)
         return self._engine.iterate()
 
     def check_worker_number_rationality(self) -> None:
@@ -419,11 +422,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if position is not None:
             self._engine.load(position)
 
-    def _transform_settings(self) -> TransformSettings | None:
-        """Return the user's functions of the native path, and their processes; None: there are no such functions.
-
-        It is made for each epoch, because frameworks set worker_init_fn and others after the loader was made.
-        """
+    def _batch_function(self) -> BatchFunction | None:
+        """Return the user's functions of the native path; None: there are no such functions."""
         if not self._runs_functions:
             return None
         access = self.dataset.__tiercache__()
@@ -431,20 +431,28 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         batch_transforms: tuple[Callable[[Any], Any], ...] = ()
         if isinstance(collate_fn, TransformedCollate):
             collate_fn, batch_transforms = collate_fn.collate_fn, collate_fn.batch_transforms
-        function = BatchFunction(
+        if collate_fn is collate and access.transform is None:
+            collate_fn = None
+        return BatchFunction(
             dataset=self.dataset,
             columns=access.output_spec.schema(access.source.schema).columns,
             output_spec=access.output_spec,
-            collate_fn=None if collate_fn is collate and access.transform is None else collate_fn,
+            collate_fn=collate_fn,
             batch_transforms=batch_transforms,
+            is_own=collate_fn is None and all(type(one) in (MixUp, CutMix) for one in batch_transforms),
         )
-        return TransformSettings(
+
+    def _worker_settings(self, function: BatchFunction) -> WorkerSettings | None:
+        """Return the processes that run the user's functions; None: the consumer's thread does."""
+        if not self.num_workers:
+            return None
+        return WorkerSettings(
             function=function,
             n_workers=self.num_workers,
             context=self.multiprocessing_context,
             worker_init_fn=self.worker_init_fn,
             prefetch_factor=2 if self.prefetch_factor is None else self.prefetch_factor,
-            keeps_workers=bool(self.persistent_workers and self.num_workers),
+            keeps_workers=bool(self.persistent_workers),
         )
 
 

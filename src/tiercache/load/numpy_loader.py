@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from tiercache.data.output_spec import NativeDataset, OutputSpec
+from tiercache.data.output_spec import NativeAccess, NativeDataset, OutputSpec
 from tiercache.errors import SchemaError
 from tiercache.load.batch import ArrayLibrary, Batch, numpy_dtype
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.epoch import RunState
 from tiercache.load.loader_options import LoaderOptions, checks_arguments
+from tiercache.load.transform import BatchFunction
 from tiercache.shard.schema import Schema
 
 
@@ -29,6 +31,66 @@ def _check_columns(schema: Schema, output_spec: OutputSpec) -> None:
             numpy_dtype("bfloat16", column.name)
 
 
+def _batch_function(dataset: NativeDataset, access: NativeAccess, options: LoaderOptions) -> BatchFunction | None:
+    """Return the user's functions; None: there are none."""
+    batch_transforms = tuple(one for one in (access.batch_transform, options.batch_transform) if one is not None)
+    if access.transform is None and not batch_transforms:
+        return None
+    return BatchFunction(
+        dataset=dataset,
+        columns=access.output_spec.schema(access.source.schema).columns,
+        output_spec=access.output_spec,
+        collate_fn=None if access.transform is None else _collate,
+        batch_transforms=batch_transforms,
+    )
+
+
+def _collate(records: Sequence[Any]) -> Any:
+    """Return the batch of the results of a transform."""
+    if any(record is None for record in records):
+        raise TypeError("transform= returned None instead of a record")
+    return _combine(records)
+
+
+def _combine(values: Sequence[Any]) -> Any:
+    """Return one value of a batch for values of its records: an array if they have one shape, else a list.
+
+    The members of dicts, tuples and lists are combined one by one, as torch's default_collate does.
+    """
+    first = values[0]
+    if isinstance(first, Mapping):
+        if any(not isinstance(value, Mapping) or value.keys() != first.keys() for value in values):
+            raise _unlike(values)
+        return {name: _combine([value[name] for value in values]) for name in first}
+    if isinstance(first, tuple | list):
+        if any(not isinstance(value, tuple | list) or len(value) != len(first) for value in values):
+            raise _unlike(values)
+        members = [_combine(member) for member in zip(*values, strict=True)]
+        return type(first)(*members) if hasattr(first, "_fields") else members
+    if all(map(_is_stacked, values)) and len({np.shape(value) for value in values}) == 1:
+        return np.stack(values)
+    return list(values)
+
+
+def _is_stacked(value: Any) -> bool:
+    # np.str_ and np.bytes_ are generic, too; they are served as str and bytes are.
+    return isinstance(value, np.ndarray | np.generic | bool | int | float) and not isinstance(value, str | bytes)
+
+
+def _unlike(values: Sequence[Any]) -> ValueError:
+    found = " and ".join(sorted({_describe(value) for value in values}))
+    return ValueError(
+        "the results of a transform make a batch only if their dicts have the same keys and their tuples and lists the "
+        f"same length, got {found}: return arrays where the length varies"
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"keys {', '.join(map(repr, value))}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+
+
 def _draw_seed() -> int:
     return int(np.random.randint(np.iinfo(np.int64).max, dtype=np.int64))
 
@@ -42,8 +104,12 @@ class NumpyLoader:
     ragged columns and for images of various sizes; `<column>.valid`, bool[n], beside a nullable column. The consumer
     owns a batch and may write to it. One thread at a time uses a loader, which pickles with its position.
 
+    The transforms of the data set and of the options run in the thread that calls next(), where `tiercache.rng()` gives
+    the numbers that it gives in `DataLoader`. Results of a transform of records are collated by key: arrays and numbers
+    become an array if they have one shape, and a list if not; other values become a list.
+
     Args:
-        dataset: Data set without a transform, of a class that does not override how records are read.
+        dataset: Data set of a class that does not override how records are read.
         batch_size: Number of records per batch, 1 or more.
         shuffle: Whether to serve the records in a new random order in each epoch.
         drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
@@ -52,7 +118,7 @@ class NumpyLoader:
 
     Raises:
         TypeError: `options` is not a LoaderOptions, or batch_size is no integer.
-        ValueError: batch_size is below 1; or the data set has a transform, or its class overrides record access.
+        ValueError: batch_size is below 1; or the data set's class overrides how records are read.
         SchemaError: A column has the layout "nested", which is a torch tensor; or it is served as bfloat16, and
             ml_dtypes is not installed.
     """
@@ -73,11 +139,10 @@ class NumpyLoader:
         if options is not None and not isinstance(options, LoaderOptions):
             raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
         access = dataset.__tiercache__()
-        has_batch_transform = access.batch_transform is not None or (options and options.batch_transform is not None)
-        if not access.is_plain or has_batch_transform:
+        if access.overrides_access:
             raise ValueError(
-                "NumpyLoader serves records as they are stored, and the data set or the options have a transform, or "
-                "the data set's class overrides how records are read: apply the function to the batches instead"
+                "NumpyLoader reads records itself, and the data set's class overrides how records are read: give the "
+                "change as the data set's transform= instead"
             )
         if options is not None and options.device is not None:
             raise ValueError(
@@ -99,7 +164,12 @@ class NumpyLoader:
         )
 
     def _start(self, arguments: LoaderArguments) -> None:
-        self._engine = OrderEngine(self._dataset.__tiercache__().source, arguments)
+        access = self._dataset.__tiercache__()
+        function = _batch_function(self._dataset, access, arguments.options)
+        if function is not None:
+            arguments = replace(arguments, output_spec=function.gathered_spec)
+        self._engine = OrderEngine(access.source, arguments)
+        self._engine.function = function
 
     def __iter__(self) -> Iterator[Batch]:
         """Return the iterator of the next epoch. It ends its threads when it is exhausted or dropped."""

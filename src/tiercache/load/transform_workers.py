@@ -38,13 +38,15 @@ import numpy.typing as npt
 import torch.multiprocessing
 from torch._utils import ExceptionWrapper
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import default_collate
 from torch.utils.data._utils import worker as torch_worker
 
 from tiercache._native.ring import ColumnMemory
 from tiercache.load.batch import Batch, BatchMemory, lend
+from tiercache.load.collate import collate_into
 from tiercache.load.pipeline import ClosingPipeline, SelfClosing, StageJob, StagePipeline, StageQueue
 from tiercache.load.planner import PipelineInputs
-from tiercache.load.transform import BatchFunction, BatchKeys, TransformedPipeline, as_batch_error, note_origin
+from tiercache.load.transform import BatchFunction, BatchKeys, as_batch_error, note_origin
 from tiercache.transform_rng import seed_global_generators, worker_seed
 
 Bytes = npt.NDArray[np.uint8]
@@ -416,25 +418,17 @@ class _Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class TransformSettings:
-    """The user's functions of a loader, and the worker processes that run them."""
+class WorkerSettings:
+    """The worker processes of a loader, and the user's functions that they run."""
 
     function: BatchFunction
-    n_workers: int = 0
+    n_workers: int
     context: Any = None
     worker_init_fn: Callable[[int], None] | None = None
     prefetch_factor: int = 2
     keeps_workers: bool = False
 
-    def stage(
-        self, pool: WorkerPool | None, memory_bytes: int
-    ) -> Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]:
-        """Return the function that makes the pipeline. memory_bytes: Shared memory for batches ahead."""
-        if pool is None:
-            return partial(TransformedPipeline, self.function)
-        return partial(WorkerPipeline, pool, memory_bytes)
-
-    def start_workers(self, seed: int) -> WorkerPool:
+    def start(self, seed: int) -> WorkerPool:
         return WorkerPool(self, seed)
 
 
@@ -462,7 +456,7 @@ class WorkerPool(SelfClosing):
     dropped; at interpreter exit multiprocessing ends the processes.
     """
 
-    def __init__(self, settings: TransformSettings, seed: int) -> None:
+    def __init__(self, settings: WorkerSettings, seed: int) -> None:
         self.settings = settings
         self.is_used = False  # by a pipeline
         self._numbers = itertools.count()
@@ -484,6 +478,10 @@ class WorkerPool(SelfClosing):
         except BaseException:
             self.close()
             raise
+
+    def stage(self, memory_bytes: int) -> Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]:
+        """Return the function that makes the pipeline. memory_bytes: Shared memory for batches ahead."""
+        return partial(WorkerPipeline, self, memory_bytes)
 
     @property
     def is_reusable(self) -> bool:
@@ -608,7 +606,7 @@ def _error_of(pickled: bytes) -> BaseException:
     raise AssertionError("a wrapped error was not raised")
 
 
-def _start_worker(settings: TransformSettings, number: int, seed: int) -> _Worker:
+def _start_worker(settings: WorkerSettings, number: int, seed: int) -> _Worker:
     context = settings.context or torch.multiprocessing
     ours, theirs = (context or connection).Pipe(duplex=True)
     process = context.Process(
@@ -688,9 +686,11 @@ class _Maker:
         own = self.memory.lend(n_bytes, 1 << (n_bytes - 1).bit_length())
         own[:] = block.memory[:n_bytes]
         output.clear()
-        keys = request.keys
+        function, keys = self.function, request.keys
+        if function.collate_fn is default_collate and not function.batch_transforms:
+            function = replace(function, collate_fn=collate_into(output.empty))
         seed_global_generators(keys.seed, keys.epoch, keys.positions[0])
-        return output.write(self.function.make(read(own, request.stored), keys, output.empty))
+        return output.write(function.make(read(own, request.stored), keys))
 
 
 def _wrapped(number: int) -> bytes:

@@ -15,8 +15,8 @@ from torch.utils.dlpack import from_dlpack
 from tiercache._native import gather
 from tiercache._native.ring import Plan, Ring, RowType, held_bytes
 from tiercache.load import loader as loader_module
+from tiercache.load.collate import TORCH_DTYPES
 from tiercache.load.loader import TorchLibrary
-from tiercache.load.transform import TORCH_DTYPES
 
 N_ROWS, BATCH_ROWS = 40, 8
 DTYPES = list(TORCH_DTYPES.values())
