@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Literal
+from itertools import count, islice
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.support.order_oracle import Record, Shards, options, shards, shuffled
 
 from tiercache.order import mixture as part_module
 from tiercache.order.epoch_order import derive_key
-from tiercache.order.mixture import MixtureOrder, MixtureSpec
+from tiercache.order.mixture import MixtureChange, MixtureOrder, MixtureSpec
 from tiercache.order.window import OrderOptions
 
 _BASES = (2, 3, 5, 7, 11, 13, 17, 19)
@@ -49,9 +50,14 @@ class Mixed:
     def n_streams(self) -> int:
         return self.how.streams if self.how.shuffle else 1
 
-    def order(self, epoch: int) -> MixtureOrder:
+    def order(self, epoch: int, weights: Any = None, changes: tuple[MixtureChange, ...] = ()) -> MixtureOrder:
+        """The order of an epoch; weights: those that hold after changes."""
+        spec = self.spec if weights is None else replace(self.spec, weights=weights)
         with mock.patch.object(part_module, "OWN_STREAM_RECORDS", self.own_stream):
-            return MixtureOrder(self.joined.dataset_sizes, self.spec, self.how, epoch)
+            return MixtureOrder(self.joined.dataset_sizes, spec, self.how, epoch, changes)
+
+    def part_of(self, record: Record) -> int:
+        return int(np.searchsorted(self.spec.first_shards, record[0], side="right")) - 1
 
     def own_options(self) -> list[OrderOptions]:
         """Of each part; with one stream if it has none of its own."""
@@ -170,3 +176,29 @@ def mixed_sequence(data: Mixed, epoch: int) -> list[Record]:
     """The global sequence of an epoch."""
     streams = mixed_streams(data, epoch)
     return [streams[p % data.n_streams][p // data.n_streams] for p in range(sum(data.shares))]
+
+
+def sequence_numbers(data: Mixed, served: list[Record]) -> Iterator[list[int]]:
+    """Which records of each sequence of each part were served, sorted, by their numbers in the endless sequence.
+
+    The sequences of a part are its streams, or, if it has none, every n-th of its records. The k-th time that a record
+    is served is its turn in the part's k-th own epoch.
+    """
+    for number, (part, how) in enumerate(zip(data.parts, data.own_options(), strict=True)):
+        has_streams = how.streams == data.n_streams
+        times = Counter(record for record in served if data.part_of(record) == number)
+        n_turns = max(times.values(), default=0)
+        for stream in range(how.streams):
+            own = [
+                (data.spec.first_shards[number] + shard, block, row)
+                if times[data.spec.first_shards[number] + shard, block, row] > turn
+                else None
+                for turn, records in enumerate(islice(own_records(part, how, stream), n_turns))
+                for shard, block, row in records
+            ]
+            found = [place for place, record in enumerate(own) if record is not None]
+            if has_streams:
+                yield found
+            else:
+                for first in range(data.n_streams):
+                    yield [place // data.n_streams for place in found if place % data.n_streams == first]

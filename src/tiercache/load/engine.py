@@ -32,10 +32,12 @@ from tiercache.load.epoch import (
     ReadingPlanPublisher,
     RunState,
     epoch_records,
+    make_order,
     make_share,
     mixture_values,
     order_options,
     reopen,
+    with_own_weights,
 )
 from tiercache.load.loader_options import (
     LoaderOptions,
@@ -435,7 +437,9 @@ class OrderEngine(Engine):
         self._check(state)
         order_options(state)  # raises ValueError for an order that this release does not know
         source = reopen(self._dataset, state)
-        n_records = epoch_records(source)
+        state = with_own_weights(source, state)
+        is_changed = state.mixture is not None and "before" in state.mixture
+        n_records = make_order(source, state).n_records if is_changed else epoch_records(source)
         if state.offset > n_records:
             raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
         self._use(source)
@@ -447,7 +451,7 @@ class OrderEngine(Engine):
         checks = [
             ("shuffle", arguments.shuffle, state.shuffle, True),
             ("drop_last", arguments.drop_last, state.drop_last, True),
-            ("mixture", mixture_values(self._dataset), state.mixture, True),
+            ("mixture", mixture_values(self._dataset) is not None, state.mixture is not None, True),
             ("seed", options.seed, state.seed, options.seed is not None),
             ("shuffle_streams", options.shuffle_streams, state.streams, options.shuffle_streams and arguments.shuffle),
         ]
@@ -522,9 +526,12 @@ class OrderEngine(Engine):
                     "iterate the loader itself, which skips the records that were served, or load no state"
                 )
             state = self.next_state()
-        if self.arguments.shuffle and self._source.mixture is not None:
+        before = (state.mixture or {}).get("before", ())
+        is_changed = any(epoch == state.epoch and offset for epoch, offset, _ in before)
+        if self._source.mixture is not None and (self.arguments.shuffle or is_changed):
             raise RuntimeError(
-                "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
+                "the sampler of a mixture that is shuffled, or whose weights were changed at a resume, was iterated "
+                "(Accelerate's skip_first_batches and prepare do so), "
                 "but the records of a mixture have no numbers: iterate the loader itself; to skip batches, call "
                 "load_state_dict()"
             )

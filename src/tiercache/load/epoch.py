@@ -27,7 +27,7 @@ from tiercache.load.pieces import ARRAY_PIECES, RUN_PIECES, AnyPiece, PieceSizes
 from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
 from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.explicit import ExplicitOrder, ServedOrder
-from tiercache.order.mixture import MixtureOrder
+from tiercache.order.mixture import MixtureChange, MixtureOrder
 from tiercache.order.rank_plan import RankPlan
 from tiercache.order.window import DatasetSizes, Order, OrderOptions, ShardGroups
 
@@ -40,7 +40,7 @@ class RunState:
     """The position of a run.
 
     offset: records of the epoch that all ranks together were served; group_bytes, window_bytes: None for "all";
-    mixture: weights and stop rule as plain values.
+    mixture: weights and stop rule as plain values; `before` lists [epoch, offset, weights until there] of each change.
     """
 
     parts: tuple[SourcePart, ...]
@@ -291,7 +291,8 @@ def make_order(ordered: Ordered, state: RunState) -> Order:
     sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     options = order_options(state)
     if source.mixture is not None:
-        return MixtureOrder(sizes, source.mixture, options, state.epoch)
+        changes = [MixtureChange(*change) for change in (state.mixture or {}).get("before", ())]
+        return MixtureOrder(sizes, source.mixture, options, state.epoch, changes)
     listed = source.record_order
     if listed is not None and not state.shuffle:
         return explicit_order(ordered, listed, state.window_bytes)
@@ -323,6 +324,41 @@ def mixture_values(source: Records) -> dict[str, Any] | None:
     # The state omits which shards belong to which part: that follows from the parts, and changes with their versions.
     changes = [[position, list(weights)] for position, weights in mixture.schedule]
     return {"weights": changes if len(changes) > 1 else changes[0][1], "stop": mixture.stop}
+
+
+def with_own_weights(source: Records, state: RunState) -> RunState:
+    """Return a state with the mixture of the source, whose weights hold from the state's position on.
+
+    Raises ValueError: the stop rule differs, or a weight of a record that was served.
+    """
+    mixture, mine, theirs = source.mixture, mixture_values(source), state.mixture
+    if mixture is None or mine is None or not isinstance(theirs, Mapping) or mine == theirs:
+        return state
+    before = list(theirs.get("before", ()))
+    if mine == {name: value for name, value in theirs.items() if name != "before"}:
+        return state
+    if mine["stop"] != theirs["stop"]:
+        raise ValueError(
+            f"stop='{mine['stop']}_exhausted' of the mixture differs from the state's '{theirs['stop']}_exhausted', so "
+            "the order would change: make the mixture with the state's value"
+        )
+    before_weights = theirs["weights"]
+    n_parts = len(before_weights[0][1] if isinstance(before_weights[0], list | tuple) else before_weights)
+    if n_parts != mixture.n_parts:
+        raise ValueError(f"the mixture has {mixture.n_parts} data sets, and that of the state {n_parts}")
+    served, own = (
+        [change for change in schedule if change[0] < state.offset]
+        for schedule in (replace(mixture, weights=before_weights).schedule, mixture.schedule)
+    )
+    if served != own:
+        raise ValueError(
+            f"the mixture has weights={mine['weights']} and the state {before_weights}, which differ before record "
+            f"{state.offset:,} of the epoch, and these records were served: give tc.mix() the state's weights up to "
+            f"there, and other weights from there on, as weights=[(0, ...), ({state.offset}, ...)]"
+        )
+    if state.epoch or state.offset:
+        mine["before"] = [*before, [state.epoch, state.offset, deepcopy(before_weights)]]
+    return replace(state, mixture=mine)
 
 
 # Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.

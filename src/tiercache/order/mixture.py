@@ -354,7 +354,6 @@ class MixturePart:
 
     def __init__(self, sizes: DatasetSizes, shards: slice, options: OrderOptions, n_drawn: int) -> None:
         self.first_shard = shards.start
-        self.n_drawn = n_drawn
         self.sizes = DatasetSizes(sizes.records[shards], sizes.stored_bytes[shards], self._blocks)
         self.n_records = int(self.sizes.records.sum())
         self.n_stored_bytes = int(self.sizes.stored_bytes.sum())
@@ -416,11 +415,10 @@ class PartDraws:
     _last: list[DrawRange]
 
     @staticmethod
-    def of(part: MixturePart, allocation: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
-        if part.n_streams == allocation.n_streams:
-            length = stream_records(part.n_records, part.n_streams, turned)
-            return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
-        return PartDraws(part, 0, epoch * part.n_drawn + turned, allocation.n_streams, quota, part.n_records, [])
+    def of(part: MixturePart, n_streams: int, turned: int, quota: int, base: int) -> PartDraws:
+        if part.n_streams == n_streams:
+            return PartDraws(part, turned, base, 1, quota, stream_records(part.n_records, n_streams, turned), [])
+        return PartDraws(part, 0, base, n_streams, quota, part.n_records, [])
 
     def range_at(self, draw: int) -> DrawRange:
         for run in self._last:  # at most one; another thread may replace it meanwhile
@@ -728,6 +726,121 @@ def _rounded_shares(schedule: Schedule, n_records: int) -> tuple[tuple[int, ...]
     return tuple(found) or (shares,)
 
 
+@dataclass(frozen=True, slots=True)
+class MixtureChange:
+    """A change of the weights of a run: `weights` held until the run had served `offset` records of `epoch`."""
+
+    epoch: int
+    offset: int
+    weights: tuple[int, ...] | Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Positions of an epoch from start on, until the next segment, with an allocation of their own.
+
+    The allocation deals the positions from start on: position start + i belongs to its stream i % n_streams. bases and
+    taken are by part and by the turn of a stream in its rotation: the number of the next record in the part's sequence,
+    and the number of records that were taken in this epoch before start.
+    """
+
+    start: int
+    allocation: StreamAllocation
+    bases: tuple[tuple[int, ...], ...]
+    taken: tuple[tuple[int, ...], ...]
+
+    def after(self, n_positions: int, steps: Sequence[int]) -> tuple[_Counts, _Counts]:
+        """Return bases and taken after so many positions of the segment. steps: Distance of two draws, by part."""
+        n_streams, bases, taken = self.allocation.n_streams, [*map(list, self.bases)], [*map(list, self.taken)]
+        for stream in range(n_streams):
+            drawn = interleave(self.allocation, stream).drawn(stream_records(n_positions, n_streams, stream))
+            for part, (turned, n) in enumerate(zip(self.allocation.turns(stream), drawn, strict=True)):
+                bases[part][turned] += n * steps[part]
+                taken[part][turned] += n
+        return tuple(map(tuple, bases)), tuple(map(tuple, taken))
+
+
+_Counts: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The weights of a run, and where they changed. A part that has streams of its own is drawn from with step 1.
+
+    A change cuts its epoch: what was served before it stays, and each stream of a part goes on with its next record
+    after it. Which streams a part has does not change during a run.
+    """
+
+    schedules: tuple[Schedule, ...]  # one more than cuts
+    cuts: tuple[tuple[int, int], ...]  # epoch and offset of each change
+    stop: Literal["first", "all"]
+    part_records: tuple[int, ...]
+    steps: tuple[int, ...]  # of each part: 1, or n_streams
+    n_streams: int
+
+    def segments(self, epoch: int, n_changes: int) -> tuple[_Segment, ...]:
+        """Return the segments of an epoch after the first n_changes changes."""
+        none = tuple((0,) * self.n_streams for _ in self.part_records)
+        cut_epoch, offset = self.cuts[n_changes - 1] if n_changes else (-1, 0)
+        if epoch < cut_epoch:
+            return _segments(self, epoch, n_changes - 1)
+        if epoch == cut_epoch:
+            before = _segments(self, epoch, n_changes - 1)
+            kept = tuple(segment for segment in before if segment.start < offset)
+            last = (kept or before)[-1 if kept else 0]
+            bases, taken = last.after(offset - last.start, self.steps)
+            return (*kept, _Segment(offset, self._rest(n_changes, offset, taken), bases, taken))
+        allocation = self._allocation(self.schedules[n_changes], self.part_records)
+        quotas = [
+            [stream_records(total, self.n_streams, turned) for turned in range(self.n_streams)]
+            for total in allocation.totals
+        ]
+        if not n_changes:
+            bases = tuple(
+                tuple(epoch * n for n in of_part)
+                if step == 1
+                else tuple(epoch * total + turned for turned in range(self.n_streams))
+                for step, of_part, total in zip(self.steps, quotas, allocation.totals, strict=True)
+            )
+            return (_Segment(0, allocation, bases, none),)
+        last = _segments(self, cut_epoch, n_changes)[-1]
+        ends, _ = last.after(sum(last.allocation.totals), self.steps)
+        n_epochs = epoch - cut_epoch - 1
+        bases = tuple(
+            tuple(end + n_epochs * n * step for end, n in zip(of_part, counts, strict=True))
+            for step, of_part, counts in zip(self.steps, ends, quotas, strict=True)
+        )
+        return (_Segment(0, allocation, bases, none),)
+
+    def _rest(self, n_changes: int, offset: int, taken: _Counts) -> StreamAllocation:
+        """Return the allocation of an epoch's positions from offset on, before which `taken` was served.
+
+        With "first" no stream of a part repeats a record of the epoch; with "all" each one comes to its end.
+        """
+        schedule = self.schedules[n_changes]
+        begin = bisect_right([start for start, _ in schedule], offset) - 1
+        rest = tuple((max(start - offset, 0), weights) for start, weights in schedule[begin:])
+        limits = []
+        for part, (n_records, of_part) in enumerate(zip(self.part_records, taken, strict=True)):
+            left = [stream_records(n_records, self.n_streams, turned) - n for turned, n in enumerate(of_part)]
+            if self.stop == "first":
+                limits.append(max(0, min(turned + n * self.n_streams for turned, n in enumerate(left))))
+            else:
+                is_served = any(weights[part] for _, weights in rest)
+                ends = [turned + 1 + (n - 1) * self.n_streams for turned, n in enumerate(left) if n > 0]
+                limits.append(max(ends, default=0) if is_served else 0)
+        return self._allocation(rest, tuple(limits))
+
+    def _allocation(self, schedule: Schedule, limits: tuple[int, ...]) -> StreamAllocation:
+        *changes, totals = _shares_before_changes(schedule, self.stop, limits)
+        return StreamAllocation(totals, self.n_streams, tuple(changes))
+
+
+@lru_cache(maxsize=16)  # a reading plan asks for many epochs after the same changes
+def _segments(run: _Run, epoch: int, n_changes: int) -> tuple[_Segment, ...]:
+    return run.segments(epoch, n_changes)
+
+
 class StoredMixture:
     """Mixture without shuffle, by record number: each part in stored order, again from its start after its end."""
 
@@ -751,6 +864,8 @@ class StoredMixture:
 class MixtureSection:
     """Section of a mixture's stream: positions [start, stop) over which no part's window changes. Immutable.
 
+    first is the position of the stream at which the interleaving begins, 0 unless the run's weights were changed.
+
     windows are in the order of the parts: one for each part that the section draws from, or that both earlier and later
     sections draw from. A window is the same object in all sections that use it. Its shards have joined numbers; its
     stream, start and stop are those of the part.
@@ -761,13 +876,15 @@ class MixtureSection:
     windows: tuple[Window, ...]
     _shares: Interleaving = field(repr=False)
     _runs: dict[int, DrawRange] = field(repr=False)  # by part, in the order of windows
+    first: int = 0
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         if not 0 <= lo <= hi <= self.stop - self.start:
             raise ValueError(f"positions [{lo}, {hi}) are outside a section of {self.stop - self.start} positions")
         block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)
-        drawn = self._shares.drawn(self.start + lo)
-        places = self._shares.offsets_by_part(self.start + lo, self.start + hi)
+        begin = self.start - self.first
+        drawn = self._shares.drawn(begin + lo)
+        places = self._shares.offsets_by_part(begin + lo, begin + hi)
         n_blocks = 0
         for part, run in self._runs.items():
             where = places[part]
@@ -783,6 +900,8 @@ class MixtureSection:
 class _Stream:
     shares: Interleaving
     all_draws: list[PartDraws]
+    first: int  # positions [first, stop) of the stream
+    stop: int
     section: MixtureSection | None = None
 
 
@@ -798,35 +917,57 @@ class MixtureOrder:
     with one stream, and by at most 5 + 2 sqrt(S) with S streams (measured: 24 with 256); over the whole epoch by less
     than 1.
 
+    A change of the run's weights, when it was resumed, begins a new segment of the epoch: the records before the change
+    are those that the earlier weights gave, and each stream of a part goes on with its next record.
+
     It is immutable except for the last windows, which are cached as in `EpochOrder`; threads may share it.
     """
 
-    def __init__(self, sizes: DatasetSizes, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
+    def __init__(
+        self,
+        sizes: DatasetSizes,
+        spec: MixtureSpec,
+        options: OrderOptions,
+        epoch: int,
+        changes: Sequence[MixtureChange] = (),
+    ) -> None:
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.sizes = sizes
         self.spec = spec
         self.options = options
         self.epoch = epoch
-        n_streams = options.streams if options.shuffle else 1
-        self._allocation = spec.allocation(spec.part_records(sizes.records), n_streams)
+        self._n_streams = options.streams if options.shuffle else 1
+        part_records = spec.part_records(sizes.records)
+        # The first weights of the run decide the windows and the streams of the parts for the whole run.
+        first = replace(spec, weights=changes[0].weights) if changes else spec
+        origin = first.allocation(part_records, self._n_streams)
         shards = [spec.shards_of(part, len(sizes.records)) for part in range(spec.n_parts)]
-        weights = self._allocation.totals if self._allocation.changes else spec.schedule[0][1]
+        weights = origin.totals if origin.changes else first.schedule[0][1]
         options_of_parts = part_options(options, weights, [(sizes.records[s], sizes.stored_bytes[s]) for s in shards])
         self._parts = [
-            MixturePart(sizes, *of_part)
-            for of_part in zip(shards, options_of_parts, self._allocation.totals, strict=True)
+            MixturePart(sizes, *of_part) for of_part in zip(shards, options_of_parts, origin.totals, strict=True)
         ]
-        self._streams: dict[int, _Stream] = {}
+        in_force = [*(replace(spec, weights=change.weights).schedule for change in changes), spec.schedule]
+        begin, end = 0, sum(change.epoch <= epoch for change in changes)
+        if not options.shuffle:  # every epoch is the same, but for the one that a change cuts
+            begin = sum(change.epoch < epoch for change in changes)
+            epoch = 0
+        cuts = tuple((min(change.epoch, epoch), change.offset) for change in changes[begin:end])
+        steps = tuple(1 if part.n_streams == self._n_streams else self._n_streams for part in self._parts)
+        run = _Run(tuple(in_force[begin : end + 1]), cuts, spec.stop, part_records, steps, self._n_streams)
+        self._segments = _segments(run, epoch, len(cuts))
+        self._streams: dict[tuple[int, int], _Stream] = {}
 
     @property
     def n_records(self) -> int:
         """Number of records of the epoch; a record that occurs several times counts each time."""
-        return sum(self._allocation.totals)
+        last = self._segments[-1]
+        return last.start + sum(last.allocation.totals)
 
     @property
     def n_streams(self) -> int:
-        return self._allocation.n_streams
+        return self._n_streams
 
     def stream_records(self, stream: int) -> int:
         if not 0 <= stream < self.n_streams:
@@ -838,12 +979,12 @@ class MixtureOrder:
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
-        kept = self._keep(stream)
+        kept = self._keep(stream, position)
         last = kept.section
         if last is not None and last.start <= position < last.stop:
             return last
-        shares, start, stop, runs = kept.shares, 0, n_records, {}
-        for part, draw in enumerate(shares.drawn(position)):
+        shares, start, stop, runs = kept.shares, 0, kept.stop - kept.first, {}
+        for part, draw in enumerate(shares.drawn(position - kept.first)):
             if draw < shares.quotas[part]:
                 runs[part] = run = kept.all_draws[part].range_at(draw)
                 stop = min(stop, int(shares.positions_of(part, np.array([run.stop - 1]))[0]) + 1)
@@ -854,7 +995,8 @@ class MixtureOrder:
         runs = {
             part: run for part, run in runs.items() if run.start < drawn[part]
         }  # drop the draw ranges that start after the section
-        kept.section = found = MixtureSection(start, stop, tuple(run.window for run in runs.values()), shares, runs)
+        windows = tuple(run.window for run in runs.values())
+        kept.section = found = MixtureSection(kept.first + start, kept.first + stop, windows, shares, runs, kept.first)
         return found
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
@@ -865,33 +1007,42 @@ class MixtureOrder:
         n_records = self.stream_records(stream)
         if not 0 <= position <= n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
-        kept = self._keep(stream)
+        kept = self._keep(stream, position)
         lists = [
             part_draws.shards_ahead(draw, n_bytes)
-            for part_draws, draw in zip(kept.all_draws, kept.shares.drawn(position), strict=True)
+            for part_draws, draw in zip(kept.all_draws, kept.shares.drawn(position - kept.first), strict=True)
         ]
         # The parts' lists are read in parallel, each to its end: merge them by relative position.
         when = np.concatenate([(np.arange(len(shards)) + 0.5) / max(len(shards), 1) for shards in lists])
         return np.concatenate(lists)[np.argsort(when, kind="stable")]
 
     def groups(self, stream: int) -> ShardGroups:
-        """See Order.groups. The groups of each part follow those of the part before."""
-        self.stream_records(stream)  # raises ValueError
-        kept = self._keep(stream)
+        """See Order.groups. The groups of each part follow those of the part before.
+
+        If the weights were changed within this epoch, they are those after the change.
+        """
+        kept = self._keep(stream, self.stream_records(stream))
         found = []
         for part, part_draws in enumerate(kept.all_draws):
             of_part = part_draws.groups()
             ends = [kept.shares.positions_of(part, draws) for draws in (of_part.starts, of_part.stops - 1)]
-            found.append(replace(of_part, starts=ends[0], stops=ends[1] + 1))
+            found.append(replace(of_part, starts=ends[0] + kept.first, stops=ends[1] + 1 + kept.first))
         return concat_groups(found)
 
-    def _keep(self, stream: int) -> _Stream:
-        kept = self._streams.get(stream)
+    def _keep(self, stream: int, position: int = 0) -> _Stream:
+        """Return a stream from the last change of the run's weights before a position to the next one."""
+        number = bisect_right([one.start for one in self._segments], position * self.n_streams + stream) - 1
+        kept = self._streams.get((stream, number))
         if kept is None:
-            shares = interleave(self._allocation, stream)
-            epoch = self.epoch if self.options.shuffle else 0
-            turns = self._allocation.turns(stream)
-            of_parts = zip(self._parts, turns, shares.quotas, strict=True)
-            all_draws = [PartDraws.of(part, self._allocation, turned, quota, epoch) for part, turned, quota in of_parts]
-            kept = self._streams[stream] = _Stream(shares, all_draws)
+            segment, n_streams = self._segments[number], self.n_streams
+            is_last = number + 1 == len(self._segments)
+            end = self.n_records if is_last else self._segments[number + 1].start
+            own = (stream - segment.start) % n_streams  # number of the stream among those of the segment
+            shares, turns = interleave(segment.allocation, own), segment.allocation.turns(own)
+            of_parts = zip(self._parts, turns, shares.quotas, segment.bases, strict=True)
+            all_draws = [
+                PartDraws.of(part, n_streams, turned, quota, bases[turned]) for part, turned, quota, bases in of_parts
+            ]
+            first, stop = (stream_records(n, n_streams, stream) for n in (segment.start, end))
+            kept = self._streams[stream, number] = _Stream(shares, all_draws, first, stop)
         return kept

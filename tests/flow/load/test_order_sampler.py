@@ -143,7 +143,7 @@ def test_a_sampler_of_a_loader_within_an_epoch_is_refused(dataset):
 
 def test_a_source_without_record_numbers_is_refused(dataset):
     mixed = tc.mix([dataset.take(40), dataset.skip(40)], [0.5, 0.5])
-    with pytest.raises(RuntimeError, match="shuffled mixture"):
+    with pytest.raises(RuntimeError, match="mixture that is shuffled"):
         list(make(mixed).batch_sampler)
     older = tc.Dataset(dataset._source.url, version=1)
     loader = make(dataset)

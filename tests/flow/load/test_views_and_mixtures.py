@@ -85,9 +85,51 @@ def test_a_state_of_another_selection_or_mixture_is_an_error(parts):
         make_loader(a + b, shuffle=True).load_state_dict(state)
     mixed = make_loader(tc.mix([a, b], weights=[2, 1]), shuffle=True).state_dict()
     with pytest.raises(ValueError, match="mixture"):
-        make_loader(tc.mix([a, b], weights=[3, 1]), shuffle=True).load_state_dict(mixed)
-    with pytest.raises(ValueError, match="mixture"):
         make_loader(a + b, shuffle=True).load_state_dict(mixed)
+    with pytest.raises(ValueError, match="stop='all_exhausted' of the mixture differs from the state's 'first"):
+        make_loader(tc.mix([a, b], [2, 1], "all_exhausted"), shuffle=True).load_state_dict(mixed)
+    with pytest.raises(tc.ObjectChanged, match="another data set"):
+        make_loader(tc.mix([a, b, b], [2, 1, 1]), shuffle=True).load_state_dict(mixed)
+    joined = make_loader(tc.mix([a + b, b], [2, 1]), shuffle=True).state_dict()
+    with pytest.raises(ValueError, match="the mixture has 3 data sets, and that of the state 2"):
+        make_loader(tc.mix([a, b, b], [2, 1, 1]), shuffle=True).load_state_dict(joined)
+
+
+def test_a_mixture_resumes_with_other_weights_from_its_position_on_and_refuses_other_served_ones(parts):
+    a, b = parts
+
+    def serve(weights, ranks, state=None, n_batches=None, **how):
+        run = Run(tc.mix([a, b], weights), Ranks(*ranks), ORDER, state, shuffle=True, drop_last=False, **how)
+        return [i for batches in run.serve(n_batches) for ids in batches for i in ids], run.state
+
+    before, state = serve([2, 1], (2, 5), n_batches=6)
+    with pytest.raises(ValueError, match=r"differ before record 60 of the epoch.*weights=\[\(0, ...\), \(60, ...\)\]"):
+        make_loader(tc.mix([a, b], [1, 2]), shuffle=True).load_state_dict(state)
+    even = [(0, [2, 1]), (60, [1, 1])]
+    middle, state = serve(even, (3, 2), state, n_batches=3)
+    assert 5 < sum(i >= 1000 for i in middle) < 13
+    more, state = serve(even, (3, 2), state, n_batches=1)  # the same weights again
+    rest, state = serve([*even, (84, [3, 1])], (1, 6), state, n_batches=1)
+    served = [*before, *middle, *more, *rest]
+    assert len(set(served)) == len(served) == 60 + 18 + 6 + 6
+
+
+def test_an_unshuffled_mixture_resumes_with_other_weights_but_not_by_the_numbers_of_a_sampler(parts):
+    loader = make_loader(tc.mix(parts, [2, 1]), batch_size=30)
+    served = [next(iter(loader))["id"].tolist()]
+    state = loader.state_dict()
+    again = make_loader(tc.mix(parts, [(0, [2, 1]), (30, [1, 1])]), batch_size=30)
+    again.load_state_dict(state)
+    for epoch in (1, 0):
+        again.set_epoch(epoch)  # to the start of the epoch in which the weights changed
+    with pytest.raises(RuntimeError, match="whose weights were changed at a resume"):
+        next(iter(again.sampler))
+    again.load_state_dict(state)
+    served += ids_of(again)
+    ids = list(itertools.chain(*served))
+    assert [i for i in ids if i < 1000] == list(range(len(ids) - 60))
+    assert [i for i in ids if i >= 1000] == list(range(1000, 1060))
+    assert list(itertools.chain(*ids_of(again))) == again.dataset[:]["id"].tolist()  # the next epoch
 
 
 @pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])

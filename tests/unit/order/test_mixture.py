@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.mixture_oracle import Mixed, mixed_sequence, mixtures
+from tests.support.mixture_oracle import Mixed, mixed_sequence, mixtures, sequence_numbers
 from tests.support.order_oracle import read
 
 from tiercache.order import mixture
-from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture, StreamAllocation, interleave
+from tiercache.order.mixture import (
+    MixtureChange,
+    MixtureOrder,
+    MixtureSpec,
+    StoredMixture,
+    StreamAllocation,
+    interleave,
+)
 from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions
 
 RAW_BYTES = 10  # of a record, in the parts made here
@@ -265,6 +272,60 @@ def test_an_epoch_with_changing_weights_serves_its_shares_and_is_the_same_from_a
 @given(mixtures(), st.integers(0, 4))
 def test_an_epoch_equals_the_brute_force_reference(data: Mixed, epoch: int) -> None:
     assert read(data.order(epoch)) == mixed_sequence(data, epoch)
+
+
+def changed_schedule(weights: tuple, offset: int, later: list[int], stop: str) -> tuple:
+    """Weights up to an offset, and others from there on. With "all" each part has some, so that any epoch can end."""
+    others = tuple(weight or int(stop == "all") for weight in later[: len(weights[0][1])])
+    if not any(others):
+        others = (1,) * len(others)
+    before = [entry for entry in weights if entry[0] < offset]
+    found = (*before, (offset, others))
+    is_used = [any(entry[1][part] for entry in found) for part in range(len(others))]
+    return found if all(is_used) else (*found, (offset + 7, tuple(int(not used) for used in is_used)))
+
+
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 2), st.floats(0, 1), st.lists(st.integers(0, 12), min_size=4, max_size=4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+@given(mixtures(), CHANGES)
+def test_weights_that_change_at_a_resume_neither_repeat_nor_skip_a_record_of_any_part(
+    data: Mixed, steps: list[tuple[int, float, list[int]]]
+) -> None:
+    data = replace(data, how=replace(data.how, placement="sticky"))
+    schedule, changes, n_epochs = data.spec.schedule, (), 5
+    before = [read(data.order(epoch)) for epoch in range(n_epochs)]
+    place = 0, 0
+    for epoch, share, later in sorted(steps, key=lambda step: step[:2]):
+        offset = round(share * len(before[epoch]))
+        if (epoch, offset) < place:
+            continue
+        place = epoch, offset
+        changes = (*changes, MixtureChange(epoch, offset, schedule))
+        schedule = changed_schedule(schedule, offset, later, data.stop)
+        after = [read(data.order(number, schedule, changes)) for number in range(n_epochs)]
+        assert after[:epoch] == before[:epoch]
+        assert after[epoch][:offset] == before[epoch][:offset]
+        before = after
+        if epoch == 0 and data.stop == "first":
+            assert len(set(after[0])) == len(after[0])
+        elif epoch == 0:
+            assert len(set(after[0])) == data.joined.n_records
+        spec = replace(data.spec, weights=schedule)
+        for part in range(len(data.parts)):  # the shares after the change
+            exact, counted = Fraction(0), 0
+            for position in range(offset, len(after[epoch])):
+                weights = [w for start, w in spec.schedule if start <= position][-1]
+                exact += Fraction(weights[part], sum(weights))
+                counted += data.part_of(after[epoch][position]) == part
+                assert abs(exact - counted) < 6 + 4 * data.n_streams
+    if data.how.shuffle:
+        for numbers in sequence_numbers(data, [record for epoch in before for record in epoch]):
+            assert numbers == list(range(len(numbers)))
 
 
 def test_two_threads_that_share_draws_each_get_the_range_of_their_draw() -> None:
