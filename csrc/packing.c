@@ -34,20 +34,25 @@ static size_t take_piece(rest *left, size_t room, tc_packed_piece *piece) {
 
 typedef struct {
     const tc_documents *documents;
-    size_t width; /* Bytes of a stored token. */
-    tc_packed_piece *pieces; /* NULL: pieces are only counted. */
+    size_t width, mask_width; /* Bytes of a stored token, and of its mask. */
+    tc_packed_piece *pieces;  /* NULL: pieces are only counted. */
 } writer;
+
+static writer writer_of(const tc_packing *packing, const tc_documents *documents, tc_packed_piece *pieces) {
+    return (writer){documents, tc_dtype_bytes(packing->dtype), tc_dtype_bytes(packing->mask_dtype), pieces};
+}
 
 static void write_piece(const writer *to, size_t at, tc_packed_piece piece, size_t d, size_t offset, size_t start) {
     if (to->pieces == NULL) return;
     piece.from = (const uint8_t *)(uintptr_t)to->documents->addresses[d] + offset * to->width;
+    piece.mask = to->mask_width ? (const uint8_t *)(uintptr_t)to->documents->masks[d] + offset * to->mask_width : NULL;
     piece.document = (uint32_t)d;
     piece.start = (uint32_t)start;
     to->pieces[at] = piece;
 }
 
 static int64_t pack_in_turn(const tc_packing *packing, const tc_documents *documents, tc_packed_piece *pieces, uint32_t *first_piece) {
-    writer to = {documents, tc_dtype_bytes(packing->dtype), pieces};
+    writer to = writer_of(packing, documents, pieces);
     size_t n_rows = 0, n_pieces = 0, used = packing->length; /* used: Positions of the current row, full before the first row. */
     for (size_t d = 0; d < documents->n; d++) {
         rest left = rest_of(packing, documents, d);
@@ -178,7 +183,7 @@ static uint32_t share_rows(best_fit *b, size_t n_sharing, uint32_t length) {
 static int64_t pack_best(const tc_packing *packing, const tc_documents *documents, uint32_t *scratch, tc_packed_piece *pieces, uint32_t *first_piece) {
     const uint32_t length = packing->length;
     const size_t n = documents->n;
-    writer to = {documents, tc_dtype_bytes(packing->dtype), pieces};
+    writer to = writer_of(packing, documents, pieces);
     best_fit b = best_fit_of(packing, n, scratch);
     size_t n_full = 0;
     tc_packed_piece piece;
@@ -301,6 +306,27 @@ static void read_labels(const reader *r, const tc_packed_unit *unit, const tc_pa
     to[n - 1] = last_label(r, unit, piece, is_last);
 }
 
+enum { MASKS_AT_ONCE = 256 };
+
+/* Ignore the labels of a piece whose tokens have the mask 0. Label i is the token at i + 1; mask[0] belongs to a label of
+ * the piece before. */
+static void mask_labels(const reader *mask, const tc_packed_piece *piece, int is_last, int64_t *to) {
+    int64_t values[MASKS_AT_ONCE];
+    size_t n = positions_of(piece);
+    int last = 0; /* The mask of the last label; the first token of the next piece may be an end token alone. */
+    if (piece->flags & TC_GOES_ON) last = token_at(mask, piece->mask + (size_t)piece->n * mask->width) != 0;
+    else if (piece->flags & TC_END_LATER) last = token_at(mask, piece->mask + (size_t)(piece->n - 1) * mask->width) != 0;
+    else if (!is_last && piece[1].n) last = token_at(mask, piece[1].mask) != 0;
+    if (!last) to[n - 1] = TC_IGNORED;
+    for (size_t at = 1; at < piece->n; at += MASKS_AT_ONCE) {
+        size_t m = least(MASKS_AT_ONCE, piece->n - at);
+        read_tokens(mask, piece->mask + at * mask->width, values, m);
+        for (size_t i = 0; i < m; i++)
+            if (values[i] == 0) to[at + i - 1] = TC_IGNORED;
+    }
+    if (piece->n && piece->flags & TC_ENDS && token_at(mask, piece->mask + (size_t)(piece->n - 1) * mask->width) == 0) to[piece->n - 1] = TC_IGNORED;
+}
+
 static void fill(int64_t *to, size_t n, int64_t value) {
     for (size_t i = 0; i < n; i++) to[i] = value;
 }
@@ -314,7 +340,9 @@ static void fill_short(int32_t *to, size_t n, int32_t value) {
 }
 
 static void write_row(const tc_packed_unit *unit, uint32_t row, int output, uint8_t *out) {
-    const reader of_unit = {tc_caster_of(unit->packing->dtype, TC_I64), tc_dtype_bytes(unit->packing->dtype)}, *r = &of_unit;
+    const tc_packing *packing = unit->packing;
+    const reader of_unit = {tc_caster_of(packing->dtype, TC_I64), tc_dtype_bytes(packing->dtype)}, *r = &of_unit;
+    const reader of_masks = {tc_caster_of(packing->mask_dtype, TC_I64), tc_dtype_bytes(packing->mask_dtype)};
     const tc_packed_piece *first = unit->pieces + unit->first_piece[row], *stop = unit->pieces + unit->first_piece[row + 1];
     int64_t *to = (int64_t *)out;
     int32_t *to_short = (int32_t *)out;
@@ -324,7 +352,10 @@ static void write_row(const tc_packed_unit *unit, uint32_t row, int output, uint
         end = start + n;
         switch (output) {
             case TC_TOKENS: read_piece(r, unit, piece, to + start); break;
-            case TC_LABELS: read_labels(r, unit, piece, piece + 1 == stop, to + start); break;
+            case TC_LABELS:
+                read_labels(r, unit, piece, piece + 1 == stop, to + start);
+                if (of_masks.width) mask_labels(&of_masks, piece, piece + 1 == stop, to + start);
+                break;
             case TC_POSITION_IDS: number(to + start, n); break;
             default: fill_short(to_short + start, n, (int32_t)(piece - first)); break;
         }

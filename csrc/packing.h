@@ -15,7 +15,7 @@ enum { TC_PACKED = 5 };
 
 enum {
     TC_TOKENS,       /* int64: the tokens; `pad` after the last piece. */
-    TC_LABELS,       /* int64: the next token of the document, or TC_IGNORED. */
+    TC_LABELS,       /* int64: the next token of the document, or TC_IGNORED, also if the mask of that token is 0. */
     TC_POSITION_IDS, /* int64: positions from 0 in each piece, and in the padding. */
     TC_DOCUMENT_IDS, /* int32: number of the piece in its row; -1 for padding. */
     TC_N_OUTPUTS
@@ -36,6 +36,7 @@ typedef struct {
     uint32_t has_end;       /* 1: a document ends with the token `end`. */
     uint32_t masks_borders; /* 1: the label of a document's last token is TC_IGNORED, also if another document follows. */
     uint32_t dtype;         /* Stored dtype of the tokens (cast.h): an integer whose values all fit int64. */
+    uint32_t mask_dtype;    /* Stored dtype of the masks, as dtype, or TC_BOOL; TC_AS_IS: documents have no masks. */
     int64_t pad, end;
 } tc_packing;
 
@@ -48,6 +49,7 @@ enum {
 /* A piece of a document in a row. */
 typedef struct {
     const uint8_t *from; /* Its first stored token. */
+    const uint8_t *mask; /* The mask of that token; undefined without masks. */
     uint32_t n;          /* Number of stored tokens; 0 if only the end token is left. */
     uint32_t start;      /* Position of its first token in the row. */
     uint32_t document;   /* Index of the document in its unit. */
@@ -60,10 +62,12 @@ typedef struct {
     const tc_packing *packing;
 } tc_packed_unit;
 
-/* The documents of a unit. `lengths` are 0 or more and below 2^32. */
+/* The documents of a unit. `lengths` are 0 or more and below 2^32. A mask has one number for each stored token; the end
+ * token has that of the last stored token, or 0. */
 typedef struct {
     const int64_t *lengths;
     const uint64_t *addresses; /* Address of each document's first token; may be NULL if no pieces are written. */
+    const uint64_t *masks;     /* Address of each document's mask; may be NULL if addresses is, or without masks. */
     size_t n;
 } tc_documents;
 

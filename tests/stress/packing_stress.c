@@ -28,15 +28,17 @@ static int run(void) {
     size_t n = below(12);
     uint32_t longest = below(5) ? 50 : 300, length = 1 + below(below(7) ? 40 : 400);
     tc_packing how = {.length = length, .mode = below(3), .cuts_long = 1, .has_end = below(2), .masks_borders = below(2), .dtype = any_dtype(),
-                      .pad = 3, .end = 7};
+                      .mask_dtype = (const uint32_t[]){TC_AS_IS, TC_BOOL, any_dtype()}[below(3)], .pad = 3, .end = 7};
     size_t width = tc_dtype_bytes(how.dtype);
     int64_t *lengths = array(n, sizeof *lengths);
-    uint64_t *addresses = array(n, sizeof *addresses);
+    size_t mask_width = tc_dtype_bytes(how.mask_dtype);
+    uint64_t *addresses = array(n, sizeof *addresses), *masks = array(n, sizeof *masks);
     for (size_t d = 0; d < n; d++) {
         lengths[d] = below(longest);
         addresses[d] = (uint64_t)(uintptr_t)calloc((size_t)lengths[d] * width + 1, 1);
+        masks[d] = (uint64_t)(uintptr_t)calloc((size_t)lengths[d] * mask_width + 1, 1);
     }
-    tc_documents documents = {lengths, addresses, n};
+    tc_documents documents = {lengths, addresses, masks, n};
     uint32_t *scratch = array(tc_pack_scratch_words(&how, n), sizeof *scratch);
     int64_t n_rows = tc_pack(&how, &documents, scratch, NULL, NULL);
     size_t rows = (size_t)n_rows;
@@ -60,8 +62,8 @@ static int run(void) {
         tc_gather(&stream, &all, &sink);
         free(sink.values);
     }
-    for (size_t d = 0; d < n; d++) free((void *)(uintptr_t)addresses[d]);
-    void *used[] = {lengths, addresses, scratch, pieces, first_piece, boundaries, counts, offsets, block, row};
+    for (size_t d = 0; d < n; d++) free((void *)(uintptr_t)addresses[d]), free((void *)(uintptr_t)masks[d]);
+    void *used[] = {lengths, addresses, masks, scratch, pieces, first_piece, boundaries, counts, offsets, block, row};
     for (size_t i = 0; i < sizeof used / sizeof *used; i++) free(used[i]);
     return is_wrong;
 }

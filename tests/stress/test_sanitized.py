@@ -28,7 +28,7 @@ def build(name: str, sanitizers: str, folder: Path) -> Path:
     if subprocess.run([*command, str(probe)], capture_output=True, check=False).returncode:
         pytest.skip(f"{COMPILER} has no -fsanitize={sanitizers} here")
     source = Path(__file__).with_name(f"{name}.c")
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), *map(str, C_FILES)], check=True, timeout=120)
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), *map(str, C_FILES), "-lm"], check=True, timeout=120)
     return program
 
 

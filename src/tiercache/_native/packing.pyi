@@ -42,6 +42,7 @@ class Packing:
         pad: Token behind the last piece of a row.
         end: Token that ends each document. None: there is none.
         masks_borders: Whether the label of a document's last token is IGNORED also if another document follows.
+        mask_dtype: Number of the dtype of the masks, as dtype, or of bool. 0: documents have no masks.
 
     Raises:
         ValueError: A value is outside its range.
@@ -57,6 +58,7 @@ class Packing:
         pad: int = 0,
         end: int | None = None,
         masks_borders: bool = False,
+        mask_dtype: int = 0,
     ) -> None: ...
 
 def count_rows(how: Packing, lengths: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -74,6 +76,8 @@ class PackedUnits:
         how: Packing. It is kept.
         lengths, first: See the module.
         addresses: uint64[n_documents], address of each document's first token.
+        masks: uint64[n_documents], address of each document's mask, which has a number for each stored token; a label
+            whose token has 0 is IGNORED. None: there are none.
 
     Attributes:
         n_rows: int64[n_units].
@@ -100,6 +104,7 @@ class PackedUnits:
         lengths: NDArray[np.int64],
         addresses: NDArray[np.uint64],
         first: NDArray[np.int64],
+        masks: NDArray[np.uint64] | None = None,
     ) -> None: ...
 
 def stream_kind(output: int) -> int:

@@ -28,6 +28,7 @@ cdef extern from "packing.h" nogil:
         uint32_t has_end
         uint32_t masks_borders
         uint32_t dtype
+        uint32_t mask_dtype
         int64_t pad
         int64_t end
 
@@ -42,6 +43,7 @@ cdef extern from "packing.h" nogil:
     ctypedef struct tc_documents:
         const int64_t *lengths
         const uint64_t *addresses
+        const uint64_t *masks
         size_t n
 
     size_t tc_pack_scratch_words(const tc_packing *, size_t)
@@ -96,9 +98,12 @@ cdef class Packing:
         int64_t pad=0,
         end=None,
         bint masks_borders=False,
+        uint32_t mask_dtype=0,
     ):
-        if dtype != TC_I64 and (dtype == TC_U64 or tc_caster_of(dtype, TC_I64) == NULL):
-            raise ValueError(f"dtype number {dtype} is not of integers that fit int64")
+        for number in (dtype, mask_dtype or dtype):
+            if number != TC_I64 and (number == TC_U64 or tc_caster_of(number, TC_I64) == NULL):
+                raise ValueError(f"dtype number {number} is not of integers that fit int64")
+        self.packing.mask_dtype = mask_dtype
         if not 1 <= length <= 1 << 30 or mode > TC_SEPARATE:
             raise ValueError(f"invalid packing: length {length}, mode {mode}")
         self.packing.length, self.packing.mode, self.packing.dtype, self.packing.cuts_long = length, mode, dtype, cuts_long
@@ -112,27 +117,33 @@ cdef class _Documents:
     cdef Packing how
     cdef const int64_t[::1] lengths
     cdef const uint64_t[::1] addresses
+    cdef const uint64_t[::1] masks
     cdef const int64_t[::1] first
     cdef const int64_t *lengths_at
     cdef const uint64_t *addresses_at
+    cdef const uint64_t *masks_at
     cdef uint32_t *scratch
 
     def __cinit__(self):
-        self.lengths_at, self.addresses_at, self.scratch = NULL, NULL, NULL
+        self.lengths_at, self.addresses_at, self.masks_at, self.scratch = NULL, NULL, NULL, NULL
 
-    def __init__(self, Packing how not None, lengths, addresses, first):
-        self.how, self.lengths, self.addresses, self.first = how, lengths, addresses, first
+    def __init__(self, Packing how not None, lengths, addresses, first, masks):
+        self.how, self.lengths, self.addresses, self.first, self.masks = how, lengths, addresses, first, masks
         n_units = self.first.shape[0] - 1
         if n_units < 0 or self.first[0] != 0 or self.first[n_units] != self.lengths.shape[0]:
             raise ValueError(f"units need bounds from 0 to {self.lengths.shape[0]}, got {list(first)[:8]}")
         if self.addresses is not None and self.addresses.shape[0] != self.lengths.shape[0]:
             raise ValueError(f"{self.lengths.shape[0]} documents have {self.addresses.shape[0]} addresses")
+        if self.addresses is not None and how.packing.mask_dtype and (self.masks is None or self.masks.shape[0] != self.lengths.shape[0]):
+            raise ValueError(f"{self.lengths.shape[0]} documents need as many masks")
         if self.lengths.shape[0] and not 0 <= np.min(lengths) <= np.max(lengths) < 1 << 32:
             raise ValueError("a document has 0 to 2**32 - 1 tokens")
         if self.lengths.shape[0]:
             self.lengths_at = &self.lengths[0]
             if self.addresses is not None:
                 self.addresses_at = &self.addresses[0]
+            if self.masks is not None:
+                self.masks_at = &self.masks[0]
         sizes = np.diff(first)
         if len(sizes) and (sizes.min() < 0 or sizes.max() >= 1 << 31):
             raise ValueError("a unit has 0 to 2**31 - 1 documents, and bounds that rise")
@@ -145,11 +156,13 @@ cdef class _Documents:
 
     cdef int64_t pack(self, size_t unit, tc_packed_piece *pieces, uint32_t *first_piece) noexcept nogil:
         cdef size_t begin = <size_t>self.first[unit], n = <size_t>self.first[unit + 1] - begin
-        cdef tc_documents documents = tc_documents(NULL, NULL, n)
+        cdef tc_documents documents = tc_documents(NULL, NULL, NULL, n)
         if n:
             documents.lengths = self.lengths_at + begin
         if n and self.addresses_at != NULL:
             documents.addresses = self.addresses_at + begin
+        if n and self.masks_at != NULL:
+            documents.masks = self.masks_at + begin
         return tc_pack(&self.how.packing, &documents, self.scratch, pieces, first_piece)
 
     cdef object count(self):
@@ -171,7 +184,7 @@ cdef class _Documents:
 
 
 def count_rows(how, lengths, first):
-    return (<_Documents>_Documents(how, lengths, None, first)).count()
+    return (<_Documents>_Documents(how, lengths, None, first, None)).count()
 
 
 cdef class PackedUnits:
@@ -185,8 +198,8 @@ cdef class PackedUnits:
     cdef Packing how
     cdef object owners
 
-    def __init__(self, how, lengths, addresses, first):
-        cdef _Documents documents = _Documents(how, lengths, addresses, first)
+    def __init__(self, how, lengths, addresses, first, masks=None):
+        cdef _Documents documents = _Documents(how, lengths, addresses, first, masks)
         self.how = how
         self.n_rows = documents.count()
         cdef size_t n_units = <size_t>documents.first.shape[0] - 1, unit, at_piece = 0, at_row = 0, at_boundary = 0, n

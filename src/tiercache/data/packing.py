@@ -74,6 +74,7 @@ class SequenceOptions:
     eos: int | None
     pad: int
     mask_borders: bool
+    loss_mask: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -93,6 +94,9 @@ class SequenceOptions:
             message = "batches of packed rows have another entry of this name: give the column another name"
             raise SchemaError(message, column=self.column)
 
+        if self.loss_mask == self.column:
+            raise ValueError(f"loss_mask={self.loss_mask!r} is the column of the tokens: name a column of masks")
+
     @property
     def needs_lengths(self) -> bool:
         """Whether the number of rows depends on the length of each document; else the number of tokens decides it."""
@@ -106,11 +110,17 @@ class SequenceOptions:
     @property
     def digest(self) -> str:
         """Hash of everything that decides the rows: 32 hex digits."""
-        text = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
+        values = {name: value for name, value in asdict(self).items() if name != "loss_mask" or value is not None}
+        text = json.dumps([_FORMAT, values], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:32]
 
-    def native(self, dtype: str) -> packing.Packing:
-        """Return the options as the kernels take them. dtype: Stored dtype of the tokens."""
+    @property
+    def columns(self) -> list[str]:
+        """Stored columns that are read: the tokens, and their masks if there are any."""
+        return [self.column, *([] if self.loss_mask is None else [self.loss_mask])]
+
+    def native(self, dtype: str, mask_dtype: str | None) -> packing.Packing:
+        """Return the options as the kernels take them. dtype, mask_dtype: Stored dtypes of the tokens and masks."""
         return packing.Packing(
             self.length,
             _MODES[self.mode],
@@ -119,6 +129,7 @@ class SequenceOptions:
             pad=self.pad,
             end=self.eos,
             masks_borders=self.mask_borders,
+            mask_dtype=0 if mask_dtype is None else DTYPE_NUMBERS[mask_dtype],
         )
 
 
@@ -191,9 +202,10 @@ class PackedSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Documents:
-    """Selected documents of some loaded blocks. addresses, lengths: [n]; first: int64[n_blocks + 1]."""
+    """Selected documents of some loaded blocks. addresses, masks, lengths: [n]; first: int64[n_blocks + 1]."""
 
     addresses: NDArray[np.uint64]
+    masks: NDArray[np.uint64] | None
     lengths: NDArray[np.int64]
     first: NDArray[np.int64]
 
@@ -243,8 +255,9 @@ class PackedBlocks(Blocks):
 
 
 def _check(blocks: Blocks) -> None:
-    """Check all unchecked pages and all offsets of loaded blocks of one column. Raises CorruptShard."""
-    blocks.check_whole(range(len(blocks.blocks)), blocks.columns[0])
+    """Check all unchecked pages and all offsets of loaded blocks. Raises CorruptShard."""
+    for column in blocks.columns:
+        blocks.check_whole(range(len(blocks.blocks)), column)
 
 
 class PackedVersion:
@@ -261,10 +274,15 @@ class PackedVersion:
         index: PackIndex | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
-        self._below = below.with_columns([options.column])
+        self._below = below.with_columns(options.columns)
         self.stored = self._below.leaves[0].stored
         self._options = options
-        column = self._below.schema.columns[0]
+        column, *masks = self._below.schema.columns
+        for mask in masks:
+            if mask.kind is not Kind.RAGGED or mask.shape != (None,) or mask.dtype not in TOKEN_DTYPES | {"bool"}:
+                expected = "one-dimensional integers or bool, such as tiercache.Ragged('bool', (None,))"
+                message = f"loss_mask names a column with a mask for each token, and this is {mask} (takes {expected})"
+                raise SchemaError(message, column=mask.name, expected=expected, got=str(mask))
         if column.kind is not Kind.RAGGED or column.shape != (None,) or column.dtype not in TOKEN_DTYPES:
             expected = "one-dimensional integers that fit int64, such as tiercache.Ragged('uint16', (None,))"
             message = f"pack_sequences() packs a column of token lists, and this is {column}"
@@ -278,8 +296,10 @@ class PackedVersion:
                 f"{column.dtype} tokens are {limits.min} to {limits.max}: give the tokenizer's end token, or store "
                 "the tokens with a wider dtype"
             )
-        self._packing = options.native(column.dtype)
-        self.index = _make_index(self._below, options, self._packing) if index is None else index
+        self._packing = options.native(column.dtype, masks[0].dtype if masks else None)
+        if index is None:
+            index = _make_index(below.with_columns([options.column]), options, self._packing)
+        self.index = index
         self._first_row = np.append(0, np.cumsum(self.index.n_rows))
         self._first_block = self._blocks_before()
         self.stored_schema = _packed_schema(options)
@@ -344,7 +364,7 @@ class PackedVersion:
         inner, documents = _load_documents(self._below, shard, blocks[filled], table)
         first_block = np.append(np.searchsorted(unit_of_block, np.arange(len(numbers))), len(unit_of_block))
         planned = packing.PackedUnits(
-            self._packing, documents.lengths, documents.addresses, documents.first[first_block]
+            self._packing, documents.lengths, documents.addresses, documents.first[first_block], documents.masks
         )
         if not np.array_equal(planned.n_rows, self.index.n_rows[of_shard][numbers]):
             raise CorruptShard("the lengths of its documents changed since they were packed", url=inner.url)
@@ -455,16 +475,31 @@ def _load_documents(
     renew_checks(inner)
     _check(inner)
     first, block, row = _selected_rows(below, shard, blocks, table)
-    starts, lengths = _document_ranges(inner, block, row)
-    width = np.uint64(below.schema.columns[0].stored.itemsize)
-    return inner, _Documents(inner.addresses[0][block, 0] + starts.astype(np.uint64) * width, lengths, first)
+    (addresses, lengths), *masks = (_document_ranges(inner, number, block, row) for number in inner.columns)
+    if not masks:
+        return inner, _Documents(addresses, None, lengths, first)
+    wrong = np.flatnonzero(masks[0][1] != lengths)
+    if len(wrong):
+        at = int(wrong[0])
+        of_block = int(block[at])
+        record = below.describe_at(shard, int(blocks[of_block]), at - int(first[of_block]))
+        tokens, mask = (column.name for column in below.schema.columns)
+        raise SchemaError(
+            f"{record} has {lengths[at]} tokens in {tokens!r} and a loss mask of {masks[0][1][at]} in {mask!r}: a mask "
+            "has one number for each token",
+            column=mask,
+            expected=int(lengths[at]),
+            got=int(masks[0][1][at]),
+        )
+    return inner, _Documents(addresses, masks[0][0], lengths, first)
 
 
 def _document_ranges(
-    inner: Blocks, block: NDArray[np.uint32], row: NDArray[np.uint32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first token and the number of tokens of documents in loaded blocks of one column, int64[n] each."""
-    source = inner.addresses[0]
+    inner: Blocks, column: int, block: NDArray[np.uint32], row: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the addresses, uint64[n], and lengths, int64[n], of documents in a column of loaded blocks."""
+    number = next(n for n, s in enumerate(inner.streams) if s.column == column and s.role == "values")
+    source, width = inner.addresses[number], np.uint64(inner.streams[number].width_bytes)
     offsets = np.zeros((len(source), 3), np.uint64)
     offsets[:, 0] = source[:, 1]
     starts = np.empty(len(row), np.int64)
@@ -474,7 +509,7 @@ def _document_ranges(
     n_elements = source[block, 2].astype(np.int64)
     if ((starts < 0) | (starts + lengths > n_elements)).any():
         raise CorruptShard("offsets decrease or exceed the chunk", url=inner.url)
-    return starts, lengths
+    return source[block, 0] + starts.astype(np.uint64) * width, lengths
 
 
 @contextmanager
@@ -619,6 +654,7 @@ def pack_sequences(
     eos: int | None = None,
     pad: int = 0,
     mask_borders: bool = False,
+    loss_mask: str | None = None,
 ) -> Dataset:
     """Return a data set whose records are rows of `length` tokens, made of the documents of a token column.
 
@@ -626,7 +662,7 @@ def pack_sequences(
 
     - `column`, int64[n, length]: the tokens.
     - `labels`, int64[n, length]: the next token of the same document, also across a cut at the end of a row. -100 in
-      padding and at the last position of a row whose document ends there.
+      padding, at the last position of a row whose document ends there, and where `loss_mask` says so.
     - `position_ids`, int64[n, length]: 0, 1, 2, ... in each piece of a document, and in the padding.
     - `document_ids`, int32[n, length]: number of the piece in its row, from 0; -1 in padding.
     - `cu_seqlens`, int32[m + 1], and `max_seqlen`, int: bounds of the m pieces (and paddings) of the flattened batch, 0
@@ -642,7 +678,7 @@ def pack_sequences(
     is compressed. A pickle of the result contains the result of this reading.
 
     Args:
-        dataset: Documents: a data set or a view, without a transform. Only `column` is read.
+        dataset: Documents: a data set or a view, without a transform. Only `column` and `loss_mask` are read.
         column: Name of the column of tokens: `Ragged` of integers with one dimension. Nulls are empty documents.
         length: Tokens of a row, 2 to 2**24.
         mode: "concatenate": documents follow each other without gaps, and are cut where rows end. "best_fit": documents
@@ -655,9 +691,13 @@ def pack_sequences(
         pad: Token that fills a row behind its last piece.
         mask_borders: Whether the label of a document's last token is -100 also if another document follows in the row.
             Otherwise it is the first token of that document.
+        loss_mask: Name of a column with a mask for each token, as long as the tokens: `Ragged` of integers or bool with
+            one dimension. A label is -100 if the mask of the token that it is (not of the token before) is 0. An end
+            token has the mask of the last token of its document. None: all tokens are labels.
 
     Raises:
-        SchemaError: The column does not exist or has another type.
+        SchemaError: A column does not exist or has another type. While reading: a document's mask has another length
+            than its tokens; the message names the record.
         ValueError: An argument is invalid; or a document is too long; or the data set is a mixture, has a transform, or
             is packed already.
         TypeError: An argument is of another type.
@@ -672,6 +712,6 @@ def pack_sequences(
         )
     if access.source.is_packed:
         raise ValueError("the data set is packed already")
-    options = SequenceOptions(column, length, mode, long_documents, eos, pad, mask_borders)
+    options = SequenceOptions(column, length, mode, long_documents, eos, pad, mask_borders, loss_mask)
     rows = pack_records(access.source, options)
     return dataset._derive(rows, OutputSpec({CU_SEQLENS: BOUNDARIES}))  # noqa: SLF001 -- of this package

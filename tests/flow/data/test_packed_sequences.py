@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.packing import SequenceOptions
 
 LENGTH = 8  # a unit is then 512 positions
 MODES = ("concatenate", "best_fit", "separate")
@@ -408,3 +409,66 @@ def test_a_file_that_is_damaged_or_truncated_while_rows_are_served_is_an_error(t
         rows[700]
     join_loading()
     dataset.close()
+
+
+def write_masked(path: Path, lengths, dtype: str, n_masks=None) -> dict[int, bool]:
+    """Write documents of numbered tokens with a mask; return which tokens are labels."""
+    random, n_masks = np.random.default_rng(5), dict(enumerate(lengths)) | (n_masks or {})
+    documents = [list(range(a, b)) for a, b in itertools.pairwise(np.append(0, np.cumsum(lengths)).tolist())]
+    masks = [random.integers(0, 2, n_masks[i]).astype(dtype) for i in range(len(lengths))]
+    schema = {"tokens": tc.Ragged("int32", (None,)), "text": "str", "mask": tc.Ragged(dtype, (None,))}
+    with tc.Writer(path, schema=schema, shard_size="12KiB", block_size="512B") as writer:
+        for document, mask in zip(documents, masks, strict=True):
+            writer.write({"tokens": np.array(document, "int32"), "text": "words", "mask": mask})
+    pairs = zip(documents, masks, strict=True)
+    return {t: bool(m) for document, mask in pairs for t, m in zip(document, mask, strict=False)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["bool", "int32"])
+def test_labels_whose_own_token_has_the_mask_0_are_ignored_in_every_way_of_reading(tmp_path, mode, dtype):
+    is_label = write_masked(tmp_path / "data", np.random.default_rng(1).integers(0, 25, 600), dtype)
+    dataset = tc.Dataset(tmp_path / "data").select(np.flatnonzero(np.arange(600) % 5))  # a view, which cuts blocks
+    plain, rows = packed(dataset, mode=mode), packed(dataset, mode=mode, loss_mask="mask")
+    assert list(rows[0]) == OUTPUTS
+    for name in OUTPUTS[:-1]:
+        found, unmasked = joined(batches(rows), name), joined(batches(plain), name)
+        if name == "labels":
+            unmasked = [[i if is_label.get(i) else -100 for i in row] for row in unmasked]
+            assert found == [rows[i]["labels"].tolist() for i in range(len(rows))]
+        assert found == unmasked
+    assert len({i for row in joined(batches(rows), "labels") for i in row}) > 1000
+    again = pickle.loads(pickle.dumps(rows))
+    assert joined(batches(again), "labels") == joined(batches(rows), "labels")
+    first, second = (tc.DataLoader(one, batch_size=5, shuffle=True) for one in (plain, rows))
+    next(iter(first))
+    with pytest.raises(tc.ObjectChanged, match="packed in another way"):
+        second.load_state_dict(first.state_dict())
+    for one in (rows, again, dataset):
+        one.close()
+
+
+def test_a_mask_of_another_length_than_the_tokens_is_an_error_that_names_the_record(tmp_path):
+    write_masked(tmp_path / "data", [4] * 300, "uint8", {217: 3})
+    dataset = tc.Dataset(tmp_path / "data")
+    message = (
+        r"column 'mask': record 217 of '.*data', version 1 has 4 tokens in 'tokens' and a loss mask of 3 in 'mask'"
+    )
+    with pytest.raises(tc.SchemaError, match=message):
+        batches(packed(dataset, loss_mask="mask"))
+    with pytest.raises(tc.SchemaError, match=message):
+        packed(dataset.skip(100), loss_mask="mask")[:]
+    good = packed(dataset.select([i for i in range(300) if i != 217]), loss_mask="mask")
+    assert len(joined(batches(good))) == len(good)
+    with pytest.raises(tc.SchemaError, match="loss_mask names a column with a mask for each token, and this is str"):
+        packed(dataset, loss_mask="text")
+    with pytest.raises(tc.SchemaError, match="masks"):
+        packed(dataset, loss_mask="masks")
+    with pytest.raises(ValueError, match="loss_mask='tokens' is the column of the tokens"):
+        packed(dataset, loss_mask="tokens")
+    dataset.close()
+
+
+def test_rows_without_a_loss_mask_have_the_digest_that_states_know():
+    options = SequenceOptions("tokens", 8, "concatenate", "cut", None, 0, False)
+    assert options.digest == "b27d8f7b017997ff71a68a6954795444"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -74,6 +76,49 @@ def check(plain: Plain, units: list[list[list[int]]], dtype: str = "int64") -> i
     for name, values in got.items():
         assert values == [getattr(one[2], name) for one in chosen], name
     return len(expected)
+
+
+@settings(max_examples=100)
+@given(
+    lengths=st.lists(st.integers(0, 30), max_size=30),
+    length=st.integers(1, 40),
+    mode=st.sampled_from(list(MODES)),
+    end=st.sampled_from([None, 999_999]),
+    mask_borders=st.booleans(),
+    dtype=st.sampled_from(["bool", "uint8", "int32", "int64"]),
+    seed=st.integers(0, 9),
+)
+@example([700, 0, 1], 600, "concatenate", 999_999, False, "bool", 0)
+def test_a_label_is_ignored_if_the_token_that_it_is_has_the_mask_0(
+    lengths: list[int], length: int, mode: str, end: int | None, mask_borders: bool, dtype: str, seed: int
+) -> None:
+    """The tokens are their own numbers, so that the labels of the plain packer say which tokens they are."""
+    plain = Plain(length, mode, end, 0, mask_borders)
+    bounds = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    flat = np.arange(bounds[-1])
+    mask = np.random.default_rng(seed).integers(0, 2, len(flat)).astype(dtype)
+    starts = [(bounds[:-1] * values.itemsize + values.ctypes.data).astype(np.uint64) for values in (flat, mask)]
+    how = native(plain, mask_dtype=DTYPE_NUMBERS[dtype])
+    units = packing.PackedUnits(how, np.diff(bounds), starts[0], np.array([0, len(lengths)], np.int64), starts[1])
+    rows = plain.rows([list(range(a, b)) for a, b in pairwise(bounds.tolist())])
+
+    def expected(token: int, label: int) -> int:
+        if label == packing.IGNORED:
+            return label
+        # The end token of a document without tokens follows another end token.
+        decides = token if label == end else label
+        return label if decides != end and mask[decides] else packing.IGNORED
+
+    every = np.zeros(len(rows), np.uint32), np.arange(len(rows), dtype=np.uint32)
+    labels = rows_of(units, length, *every)["labels"]
+    assert labels == [[expected(*pair) for pair in zip(row.tokens, row.labels, strict=True)] for row in rows]
+
+
+def test_documents_without_the_masks_that_the_packing_needs_are_refused() -> None:
+    how = native(Plain(4), mask_dtype=DTYPE_NUMBERS["bool"])
+    lengths, first = np.array([3], np.int64), np.array([0, 1], np.int64)
+    with pytest.raises(ValueError, match="1 documents need as many masks"):
+        packing.PackedUnits(how, lengths, np.array([64], np.uint64), first)
 
 
 documents = st.lists(st.integers(0, 30), max_size=30).map(
