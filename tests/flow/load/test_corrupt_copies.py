@@ -196,7 +196,7 @@ def test_pages_that_are_read_from_disk_again_are_checked_again(tmp_path):
         os.fsync(file.fileno())
         windows._release_pages(blocks)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if windows.is_in_memory(blocks):
+    if windows.is_in_memory(blocks, blocks.pages):
         pytest.skip("the system keeps the file in memory")
     windows.renew_checks(blocks)
     assert blocks.pending_checks is not None
