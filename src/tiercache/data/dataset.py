@@ -648,7 +648,11 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
 
 
 def mix(
-    datasets: Iterable[Dataset] | Mapping[str, Dataset], weights: MixWeights, stop: MixStop = "first_exhausted"
+    datasets: Iterable[Dataset] | Mapping[str, Dataset],
+    weights: MixWeights,
+    stop: MixStop = "first_exhausted",
+    *,
+    source: str | None = None,
 ) -> Dataset:
     """Return data sets mixed by weight: every range of records holds each data set's share.
 
@@ -666,9 +670,11 @@ def mix(
             first weights.
         stop: End of an epoch: "first_exhausted": before any data set would repeat a record; "all_exhausted": when every
             data set has been served completely.
+        source: Name of an int32 column that is added to the records, as the last one: the number of the data set that
+            the record is from, in the order of `datasets`. None: there is none.
 
     Raises:
-        SchemaError, TypeError: See `concat`.
+        SchemaError, TypeError: See `concat`; or the data sets have a column of the name `source`.
         ValueError: See `concat`; or the weights are invalid, or a data set has no records.
     """
     names = tuple(datasets) if isinstance(datasets, Mapping) else None
@@ -677,7 +683,7 @@ def mix(
         raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
     sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
     short: Literal["first", "all"] = "first" if stop.startswith("first") else "all"
-    return _over_records(mixed_records(sources, _weights_in_order(weights, names), short), datasets[0])
+    return _over_records(mixed_records(sources, _weights_in_order(weights, names), short, source), datasets[0])
 
 
 def _weights_in_order(weights: Any, names: tuple[str, ...] | None) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +23,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.data.opened_version import Leaf, LeafSpec, Storage, distinct
-from tiercache.errors import ObjectChanged
+from tiercache.errors import ObjectChanged, SchemaError
 from tiercache.model import SourcePart
 from tiercache.order.epoch_order import derive_key
 from tiercache.order.explicit import PermutedOrder, ServedOrder
 from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
 from tiercache.order.window import BlockSizes
 from tiercache.shard.blocks import Blocks
-from tiercache.shard.schema import Schema, check_same_columns
+from tiercache.shard.schema import Column, Schema, check_same_columns
 from tiercache.shard.values import ColumnValues, join_values
 from tiercache.store.remote import call_threads
 
@@ -384,6 +385,7 @@ class JoinNode:
     below: tuple[Node, ...]
     weights: tuple[int, ...] | Schedule = ()
     stop: Stop = "first"
+    source: str | None = None  # name of the column that has the number of each record's source, if it is served
 
 
 # How records are derived from the versions, which are the leaves of the tree, in order. None: a whole version.
@@ -399,7 +401,8 @@ class RecordsSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.leaves[0].columns
+        source = self.node.source if isinstance(self.node, JoinNode) else None
+        return self.leaves[0].columns if source is None else (*self.leaves[0].columns, source)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -448,6 +451,10 @@ class Records:
 
     def _read(self, leaves: tuple[Leaf, ...]) -> None:
         self.leaves, self.schema, self.url = leaves, leaves[0].schema, leaves[0].stored.url
+        name = self.node.source if isinstance(self.node, JoinNode) else None
+        self._source_column = None if name is None else Column.of(name, "int32")
+        if self._source_column is not None:
+            self.schema = Schema([*self.schema.columns, self._source_column])
         self.storage = Storage(leaves, self._leaf_shards, self.shard_records)
 
     def _over(self, leaves: Iterator[Leaf]) -> Records:
@@ -524,12 +531,19 @@ class Records:
 
     def load_blocks(self, shard: int, blocks: Sequence[int]) -> Blocks:
         leaf, number = self.storage.locate(shard)
-        return leaf.load_blocks(number, blocks)
+        loaded = leaf.load_blocks(number, blocks)
+        return loaded if self._source_column is None else loaded.with_constant(self._part_of(shard))
+
+    def _part_of(self, shard: int) -> int:
+        return 0 if self.mixture is None else bisect_right(self.mixture.first_shards, shard) - 1
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """Return a whole stored block as Arrow arrays of the served columns, completely checked."""
         leaf, number = self.storage.locate(shard)
-        return leaf.stored.arrays(number, block)
+        arrays = leaf.stored.arrays(number, block)
+        if self._source_column is None:
+            return arrays
+        return [*arrays, pa.array(np.full(len(arrays[0]), self._part_of(shard), np.int32))]
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """Return the selected records and the raw bytes of the blocks of shards, from their footers."""
@@ -585,15 +599,25 @@ class Records:
         """Return a served record by column; None if it is not mapped: then call `values`. Raises IndexError."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
+        served = number
         if self.mixture is not None:
             number = int(self._unmixed_numbers(np.array([number]))[0])
         if self.selection is not None:
             number = self.selection.number(number)
         leaf = 0 if len(self.leaves) == 1 else int(self._leaf_records.searchsorted(number, side="right")) - 1
-        return self.leaves[leaf].record(number - int(self._leaf_records[leaf]))
+        record = self.leaves[leaf].record(number - int(self._leaf_records[leaf]))
+        if self._source_column is not None and record is not None:
+            record[self._source_column.name] = self._mixed.locate(np.array([served]))[0].astype(np.int32)[0]
+        return record
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
         """Return the values of served records, int64[n], by column. Raises as `load`, and IndexError."""
+        found = self._stored_values(records)
+        if self._source_column is None:
+            return found
+        return [*found, ColumnValues(self._source_column, self._mixed.locate(records)[0].astype(np.int32))]
+
+    def _stored_values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
         numbers = self._stored_numbers(records)
         if len(self.leaves) == 1 or not len(numbers):
             return self.leaves[0].values(numbers)
@@ -649,8 +673,19 @@ class Records:
         return build(self.node, iter(leaves), is_known=False)
 
     def with_columns(self, columns: Sequence[str]) -> Records:
-        """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column."""
-        return self._over(leaf.with_columns(columns) for leaf in self.leaves)
+        """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column.
+
+        The column of a mixture's source comes last.
+        """
+        own = None if self._source_column is None else self._source_column.name
+        stored = [name for name in columns if name != own]
+        if not stored:
+            raise SchemaError("a mixture serves this column beside others only: name another column too", column=own)
+        other = copy.copy(self)
+        if isinstance(self.node, JoinNode):
+            other.node = replace(self.node, source=own if own in columns else None)
+        other._read(tuple(leaf.with_columns(stored) for leaf in self.leaves))  # noqa: SLF001 -- of this class
+        return other
 
     def for_scan(self, columns: Sequence[str]) -> Records:
         """Return records for a single pass over columns: uncached shards bypass the cache, to evict no others."""
@@ -674,7 +709,7 @@ def build(node: Node, leaves: Iterator[Leaf], *, is_known: bool = True) -> Recor
         return Records((next(leaves),))
     if isinstance(node, JoinNode):
         below = [build(one, leaves, is_known=is_known) for one in node.below]
-        return mix(below, node.weights, node.stop) if node.weights else join(below)
+        return mix(below, node.weights, node.stop, node.source) if node.weights else join(below)
     records = build(node.below, leaves, is_known=is_known)
     if is_known and node.selection is not None:
         return _view(records, node.steps, node.selection)
@@ -734,12 +769,17 @@ def _joined_selection(parts: Sequence[Records]) -> Selection | None:
     return Selection(joined.starts, joined.first, np.concatenate(orders)) if is_listed else joined
 
 
-def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records:
-    """Return the parts mixed by weight: record i is the record at position i of an unshuffled epoch."""
+def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop, source: str | None = None) -> Records:
+    """Return the parts mixed by weight: record i is the record at position i of an unshuffled epoch.
+
+    source: name of an added column with the number of each record's part. Raises SchemaError: there is such a column.
+    """
+    if source is not None and source in parts[0].schema.names:
+        raise SchemaError("the data sets have a column of this name: give source= another name", column=source)
     # A mixture decides the order itself: explicit orders of the parts are dropped.
     parts = [part if part.record_order is None else part.with_step(StoredOrderStep()) for part in parts]
     joined = join(parts)
     n_shards = [len(part.shard_records) for part in parts]
     mixture = MixtureSpec(tuple(np.cumsum([0, *n_shards[:-1]]).tolist()), tuple(weights), stop)
-    node = JoinNode(tuple(part.node for part in parts), mixture.weights, stop)
+    node = JoinNode(tuple(part.node for part in parts), mixture.weights, stop, source)
     return Records(joined.leaves, node, joined.selection, mixture)

@@ -472,6 +472,8 @@ class Blocks:
         reports_residency: See LocalCopy.reports_residency; False without a local copy.
     """
 
+    _constant: npt.NDArray[np.int32] | None = None  # the memory of with_constant()
+
     def __init__(
         self, footer: Footer, url: str, blocks: tuple[int, ...], columns: tuple[int, ...], loaded: LoadedChunks
     ) -> None:
@@ -518,6 +520,15 @@ class Blocks:
     def stored_bytes(self) -> int:
         return int(self._footer.chunks["stored"][np.ix_(self.blocks, self.columns)].sum())
 
+    def with_constant(self, value: int) -> Blocks:
+        """Return the same blocks, over the same memory, with one more stream: an int32 column of one value, at last."""
+        found = copy.copy(self)
+        found._constant = values = np.full(int(self.n_rows.max(initial=0)), value, np.int32)  # noqa: SLF001 -- of this class
+        one = np.zeros((1, *self.addresses.shape[1:]), np.uint64)
+        one[:, :, 0] = values.ctypes.data
+        found.addresses = np.concatenate([self.addresses, one])
+        return found
+
     def select(self, blocks: Sequence[int]) -> Blocks:
         """Return some of the blocks over the same memory; this object must hold all blocks."""
         chosen = tuple(blocks)
@@ -554,8 +565,9 @@ class Blocks:
             return None
         position = {column: number for number, column in enumerate(self.columns)}
         numbers = [position[stream.column] for stream in self.streams]
-        by_column = rows.reshape(len(self.blocks), len(self.columns), 4).transpose(1, 0, 2)
-        return np.ascontiguousarray(by_column[numbers])
+        checks = np.zeros((len(self.addresses), len(self.blocks), 4), np.uint64)  # a constant needs no check
+        checks[: len(numbers)] = rows.reshape(len(self.blocks), len(self.columns), 4).transpose(1, 0, 2)[numbers]
+        return checks
 
     def reset_checks(self) -> None:
         """Mark all pages of the blocks as unchecked: they may have been damaged since they were checked."""
@@ -651,7 +663,7 @@ class Blocks:
     def _has_right_offsets(self, position: int, column: int) -> bool:
         return all(
             gather.offsets_ok(int(address[1]), int(self.n_rows[position]), int(address[2]))
-            for stream, address in zip(self.streams, self.addresses[:, position], strict=True)
+            for stream, address in zip(self.streams, self.addresses[: len(self.streams), position], strict=True)
             if stream.column == column and stream.kind == VAR
         )
 

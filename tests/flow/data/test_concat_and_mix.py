@@ -266,3 +266,66 @@ def test_invalid_mixtures_are_errors(parts):
     for select in (lambda mixed: mixed.take(3), lambda mixed: mixed.filter(pc.field("id") > 3)):
         with pytest.raises(ValueError, match="cannot select from a mixture"):
             select(tc.mix([a, b], [1, 1]))
+
+
+def part_numbers(ids) -> list[int]:
+    return [int(i) // 1000 for i in ids]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_mixture_serves_the_number_of_each_record_s_source_in_every_way_of_reading(parts, shuffle):
+    a, b, c = parts
+    sources = [a.select([i for i in range(60) if i % 3]), b, c + c.take(3)]  # a view, and joined data sets
+    mixed = tc.mix(sources, [5, 4, 1], "all_exhausted", source="from")
+    assert mixed.column_names[-1] == mixed.schema.names[-1] == "from"
+    assert str(mixed.schema.columns[-1]) == "int32"
+    for dataset in (mixed, pickle.loads(pickle.dumps(mixed)), mixed.select_columns(["from", "id"])):
+        batches = list(tc.DataLoader(dataset, batch_size=8, shuffle=shuffle))
+        for batch in batches:
+            assert batch["from"].dtype == batch["from"].new_zeros(1).int().dtype
+            assert batch["from"].tolist() == part_numbers(batch["id"])
+        assert {n for batch in batches for n in batch["from"].tolist()} == {0, 1, 2}
+        assert dataset[:]["from"].tolist() == part_numbers(dataset[:]["id"])
+        assert dataset[:0]["from"].tolist() == []
+        assert [int(dataset[i]["from"]) for i in range(20)] == part_numbers(dataset[:20]["id"])
+    (torchs,) = TorchLoader(mixed.select_columns(["id", "from"]), batch_size=len(mixed), collate_fn=tc.collate)
+    assert torchs["from"].tolist() == part_numbers(torchs["id"])
+    table = pa.Table.from_batches(mixed.to_arrow())
+    assert table["from"].to_pylist() == part_numbers(table["id"].to_pylist())
+    pairs = next(iter(tc.DataLoader(mixed.as_tuple("from", "id"), batch_size=8, shuffle=shuffle)))
+    assert pairs[0].tolist() == part_numbers(pairs[1])
+    plain = tc.mix(sources, [5, 4, 1], "all_exhausted")
+    assert mixed.select_columns(plain.column_names).column_names == plain.column_names
+    options = tc.LoaderOptions(seed=5)
+    one, other = (tc.DataLoader(d, batch_size=8, shuffle=shuffle, options=options) for d in (plain, mixed))
+    next(iter(one))
+    other.load_state_dict(one.state_dict())  # the column has no part in the order
+    assert native(plain, shuffle=shuffle, options=options)[8:] == [i for batch in other for i in batch["id"].tolist()]
+
+
+def test_mixed_packed_rows_have_the_number_of_their_source(tmp_path):
+    packed = []
+    for number in range(2):
+        with tc.Writer(tmp_path / str(number), schema={"tokens": tc.Ragged("int32", (None,))}) as writer:
+            for n in range(100):
+                writer.write({"tokens": np.full(n % 9, number + 1, "int32")})
+        packed.append(tc.pack_sequences(tc.Dataset(tmp_path / str(number)), "tokens", 8))
+    mixed = tc.mix(packed, [3, 1], source="source")
+    for batch in tc.DataLoader(mixed, batch_size=6, shuffle=True):
+        assert batch["source"].tolist() == (batch["tokens"][:, 0] - 1).tolist()
+        assert batch["max_seqlen"] <= 8
+    assert mixed[:]["source"].tolist() == (mixed[:]["tokens"][:, 0] - 1).tolist()
+    join_loading()
+    for one in packed:
+        one.close()
+
+
+def test_a_column_of_sources_that_is_taken_or_alone_is_an_error(parts):
+    a, b, _ = parts
+    with pytest.raises(tc.SchemaError, match="column 'id': the data sets have a column of this name"):
+        tc.mix([a, b], [1, 1], source="id")
+    mixed = tc.mix([a, b], [1, 1], source="from")
+    with pytest.raises(tc.SchemaError, match="name another column too"):
+        mixed.select_columns(["from"])
+    with pytest.raises(tc.SchemaError, match="no such column"):
+        mixed.select_columns(["id"]).select_columns(["from"])
