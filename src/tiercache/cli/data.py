@@ -35,9 +35,9 @@ from tiercache.cli.common import (
 )
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
+from tiercache.packer.export import Export
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
-from tiercache.packer.tables import Export
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Kind, UserType
 from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version
