@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.packer.files import InputSplit
-from tiercache.packer.pack import PackOptions, divide_splits, find_source, kind_of, plan_pack
+from tiercache.packer.pack import PackOptions, divide_splits, plan_pack
+from tiercache.packer.sources import find_source, kind_of
 
 
 def test_file_names_decide_the_kind(tmp_path):
