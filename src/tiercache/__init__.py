@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tiercache.data.dataset import Dataset, concat, mix
     from tiercache.data.output_spec import Padded
     from tiercache.data.packing import pack_sequences
+    from tiercache.data.versions import Versions
     from tiercache.images.decode_image import DecodeImage
     from tiercache.keep import Keep
     from tiercache.load.collate import CutMix, MixUp, collate
@@ -63,6 +64,7 @@ __all__ = [
     "StoreError",
     "Tensor",
     "TierCacheError",
+    "Versions",
     "Writer",
     "__version__",
     "collate",
@@ -90,6 +92,7 @@ _HOMES = {
     "Padded": "tiercache.data.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
+    "Versions": "tiercache.data.versions",
     "Writer": "tiercache.shard.writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",

@@ -19,9 +19,11 @@ _NAME = "tiercache"
 # The module of each verb below tiercache, and the first line of the docstring of its function.
 VERBS = {
     "pack": ("cli.data", "Convert images, Parquet files or JSON lines into a data set."),
-    "info": ("cli.data", "Show a data set's version, size and columns, or list its shards or versions."),
+    "info": ("cli.data", "Show a data set's version, size and columns, or list its shards."),
     "head": ("cli.data", "Show some records of a data set."),
     "export": ("cli.data", "Write a data set as Parquet files with standard Arrow types."),
+    "versions": ("cli.versions", "List the versions of a data set, with their tags."),
+    "tag": ("cli.versions", "Give a version of a data set a name, or remove a name."),
     "verify": ("cli.cache", "Check every byte of a data set, or of copies in the cache."),
     "warm": ("cli.warm", "Copy a data set, or a part of it, from its store into the cache."),
     "evict": ("cli.cache", "Delete cached copies, least recently used first."),

@@ -311,7 +311,7 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
         raise typer.Exit(CORRUPT)
 
 
-def _verify_data_set(output: Output, store: Store, at: int | None, scope: Scope, sample: str | None, jobs: int) -> None:
+def _verify_data_set(output: Output, store: Store, at: str | None, scope: Scope, sample: str | None, jobs: int) -> None:
     """Verify manifest, segments and a random fraction of the shards. Exits with CORRUPT or PARTIAL."""
     checks: list[ShardCheck] = []
     try:
@@ -319,7 +319,7 @@ def _verify_data_set(output: Output, store: Store, at: int | None, scope: Scope,
     except CorruptShard as error:
         _print_finding(output, finding_of(error))
         nothing = dict.fromkeys(("shards", "of", "bytes", "damaged", "unread"), 0)
-        facts = {"version": at, **nothing, "findings": 1}
+        facts = {"version": int(at) if at is not None and at.isdecimal() else at, **nothing, "findings": 1}
         output.summary(facts, "the data set cannot be opened: 1 finding")
         raise typer.Exit(CORRUPT) from None
     numbers = data_set.select(scope.include, scope.exclude)

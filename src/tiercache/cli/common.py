@@ -64,8 +64,8 @@ Include: TypeAlias = Annotated[
 ]
 Exclude: TypeAlias = Annotated[list[str] | None, option("--exclude", "GLOB", "Skip names that match. May be repeated.")]
 VersionNumber: TypeAlias = Annotated[
-    int | None,
-    option("--at", "VERSION", "Number of the data set version to use; default: the newest."),
+    str | None,
+    option("--at", "VERSION", "Number or tag of the data set version to use; default: the newest."),
 ]
 Columns: TypeAlias = Annotated[
     str | None,

@@ -40,7 +40,7 @@ from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Kind, UserType
-from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version
+from tiercache.shard.versions import ShardTable, Version, find_version, read_shards
 from tiercache.store import Store, open_store, redact, split_url
 from tiercache.store.placement import follow_placement
 
@@ -64,8 +64,8 @@ def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iter
         yield store
 
 
-def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:
-    version = latest(store) if number is None else read_version(store, number)
+def open_data_set(store: Store, at: str | None = None) -> OpenDataSet:
+    version = find_version(store, at)
     return OpenDataSet(store, version, read_shards(store, version))
 
 
@@ -144,7 +144,7 @@ def pack(
         return
     with output.byte_progress("packing") as advance:
         version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
-    facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
+    facts = {name: value for name, value in version_facts(version).items() if name not in ("kind", "created")}
     text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
     text += f", {format_bytes(version.n_bytes)}"
     output.summary({"url": target, **facts}, f"{target}: version {version.number} has {text}")
@@ -176,21 +176,16 @@ def info(
     output: Output,
     url: Url,
     shards: Annotated[bool, flag("--shards", "List the shards, in record order.")] = False,
-    versions: Annotated[bool, flag("--versions", "List the versions of the data set.")] = False,
     include: Include = None,
     exclude: Exclude = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
 ) -> None:
-    """Show a data set's version, size and columns, or list its shards or versions.
+    """Show a data set's version, size and columns, or list its shards.
 
     --include and --exclude select shards to list.
     """
     with open_data_set_store(url, storage_option) as store:
-        if versions:
-            numbers = list_versions(store) or [latest(store).number]
-            _list_versions(output, [read_version(store, number) for number in numbers])
-            return
         data_set = open_data_set(store, at)
     if shards or include or exclude:
         _list_shards(output, data_set, data_set.select(include, exclude))
@@ -213,23 +208,7 @@ def _list_shards(output: Output, data_set: OpenDataSet, numbers: Sequence[int]) 
     output.summary(facts, f"version {data_set.version.number}: {text}")
 
 
-def _list_versions(output: Output, versions: Sequence[Version]) -> None:
-    texts = [
-        {
-            "version": str(v.number),
-            "kind": v.kind,
-            "created": v.created,
-            "records": f"{v.n_records:,}",
-            "shards": f"{v.n_shards:,}",
-            "size": format_bytes(v.n_bytes),
-        }
-        for v in versions
-    ]
-    output.table("version", [_version_facts(v) for v in versions], texts)
-    output.summary({"versions": len(versions)}, count(len(versions), "version"))
-
-
-def _version_facts(version: Version) -> dict[str, Any]:
+def version_facts(version: Version) -> dict[str, Any]:
     return {
         "version": version.number,
         "kind": version.kind,
@@ -247,7 +226,7 @@ def _show_info(output: Output, data_set: OpenDataSet) -> None:
         {"name": column.name, "type": str(column)} | ({"classes": list(column.classes)} if column.classes else {})
         for column in version.schema.columns
     ]
-    facts: dict[str, Any] = {"url": data_set.store.url, "dataset_id": version.dataset_id} | _version_facts(version)
+    facts: dict[str, Any] = {"url": data_set.store.url, "dataset_id": version.dataset_id} | version_facts(version)
     if output.as_json:
         output.event("data_set", facts | {"columns": columns})
         return

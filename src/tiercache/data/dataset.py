@@ -49,7 +49,6 @@ from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
 from tiercache.shard.blocks import Verify, check_verify
 from tiercache.shard.values import ColumnValues, as_records, parse_casts
-from tiercache.shard.versions import list_versions
 from tiercache.transform_rng import use_fresh_key
 
 if TYPE_CHECKING:
@@ -99,8 +98,8 @@ class Dataset:
         cache: Cache through which the data set is read. None: local folders are read in place and `memory://` directly;
             everything else is read through `Cache.default()`. False: no cache.
         columns: Names of the columns to serve, in order. None: all columns.
-        version: Number of the version to read. None: the newest version at the time of opening; later commits do not
-            change it.
+        version: Number or tag of the version to read. None: the newest version at the time of opening; later commits do
+            not change it. A pickled data set and the state of a loader keep the number.
         transform: Function that takes a record and returns what `dataset[i]` is. It must be picklable if worker
             processes are used (docs/guide/transforms.md).
         batch_transform: Function that takes a batch, as the loader would serve it, and returns what the loader serves
@@ -135,7 +134,7 @@ class Dataset:
         *,
         cache: Cache | Literal[False] | None = None,
         columns: Sequence[str] | None = None,
-        version: int | None = None,
+        version: int | str | None = None,
         transform: Callable[[Record], Any] | None = None,
         batch_transform: Callable[[Any], Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
@@ -253,13 +252,6 @@ class Dataset:
             if column.classes:
                 return column
         raise AttributeError("no column of this data set has class names; class_counts(column) counts any column")
-
-    def versions(self) -> list[int]:
-        """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
-        versions = self._source.storage.versions
-        if len(versions) > 1:
-            raise ValueError(f"this data set joins {len(versions)} data sets: call versions() of each of them")
-        return list_versions(versions[0].inner)
 
     def select_columns(self, columns: Sequence[str]) -> Self:
         """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.

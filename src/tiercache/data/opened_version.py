@@ -41,7 +41,7 @@ from tiercache.shard.reader import MAX_RECENT, FooterCache, MappedRecords, Recen
 from tiercache.shard.schema import Schema
 from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.values import Casts, ColumnValues, empty_values, join_values, served_columns
-from tiercache.shard.versions import ShardTable, Version, as_arrow, open_latest, read_shards, read_version
+from tiercache.shard.versions import ShardTable, Version, as_arrow, find_version, open_latest, read_shards
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 from tiercache.store.placement import check_readable, follow_placement
 from tiercache.store.remote import call_threads
@@ -284,14 +284,14 @@ class OpenedVersion:
 
     fill_ratio: float | None = None  # see Leaf
 
-    def __init__(self, location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> None:
+    def __init__(self, location: DatasetLocation, version: int | str | None, columns: Sequence[str] | None) -> None:
         self.location = location
         self.stores = stores = VersionStores(location)
         self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
         if version is None:
             self.manifest, self.table = _open_newest(stores)
         else:
-            self.manifest = read_version(stores.store, version)
+            self.manifest = find_version(stores.store, version)
             self.table = read_shards(stores.store, self.manifest)
         self._dataset_id = self.manifest.dataset_id
         self.stored_schema: Schema = self.manifest.schema

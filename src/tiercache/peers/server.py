@@ -143,7 +143,10 @@ class ServedDataSet:
                 self._newest, self._fingerprint = newest.number, newest.fingerprint
             found = self.find_known(name)
             while found is None and self._parent is not None and self._newest - self._parent <= MOST_VERSIONS:
-                self._add(read_version(self._versions, self._parent))
+                try:
+                    self._add(read_version(self._versions, self._parent))
+                except NotFound:  # deleted: its own parent is unknown, so each older number may be a version
+                    self._parent = self._parent - 1 if self._parent > 1 else None
                 found = self.find_known(name)
         finally:  # also after an error: names that nobody knows must not be many questions to a store that fails
             self._refresh_at_s = self._clock.monotonic() + REFRESH_EVERY_S

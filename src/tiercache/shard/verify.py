@@ -19,7 +19,7 @@ from tiercache.shard.footer import HEAD_BYTES, PAGE_BYTES, Footer, n_pages, pars
 from tiercache.shard.schema import Kind
 from tiercache.shard.source import ByteSource, check_identity, read_footer
 from tiercache.shard.values import gather_values
-from tiercache.shard.versions import ShardTable, Version, latest, read_shards, read_version
+from tiercache.shard.versions import ShardTable, Version, find_version, read_shards
 from tiercache.store.contract import Store
 from tiercache.store.remote import call_threads
 
@@ -192,10 +192,10 @@ class ShardCheck:
     error: StoreError | UnsupportedFormat | None = None
 
 
-def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) -> Iterator[Finding]:
+def verify_dataset(store: Store, at: int | str | None = None, *, jobs: int = 4) -> Iterator[Finding]:
     """Yield all damage of a version (None: the newest), `jobs` shards in parallel. Raises as verify_shard()."""
     try:
-        version, shards = open_whole(store, number)
+        version, shards = open_whole(store, at)
     except CorruptShard as error:
         yield finding_of(error)
         return
@@ -205,9 +205,9 @@ def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) ->
         yield from check.findings
 
 
-def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
-    """Return a version (None: the newest) and its shards. A missing segment is CorruptShard."""
-    version = latest(store) if number is None else read_version(store, number)
+def open_whole(store: Store, at: int | str | None) -> tuple[Version, ShardTable]:
+    """Return a version, by number or tag (None: the newest), and its shards. A missing segment is CorruptShard."""
+    version = find_version(store, at)
     try:
         return version, read_shards(store, version)
     except NotFound as error:

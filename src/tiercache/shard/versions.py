@@ -8,6 +8,11 @@ hint. The hint is a copy of a recent version, normally of the newest one, so a d
 
 No reader trusts the hint: the version itself decides, and other segments are read if it names others.
 
+A deleted version is an empty object, so its number stays taken: a slow writer cannot commit under it, and a reader that
+searches upward meets no gap. The newest version is never deleted.
+
+A tag is a name for a version. The version that it names is not deleted.
+
 A segment is an immutable list of shards, which versions share: an uncompressed Arrow IPC file with one row per shard
 and a random name. Its size and CRC-32C are first compared with those that the version states; then the values are
 checked: names stay inside the data set, and numbers are consistent. ShardTable has all shards of a version.
@@ -24,7 +29,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cached_property
@@ -371,6 +376,7 @@ class Version:
     software: str = SOFTWARE  # that wrote the version
     release: str = RELEASE_TEXT  # first release that reads the version
     needs_to_write: tuple[str, ...] = ()  # features that appending and overwriting need
+    tags: tuple[str, ...] = field(default=(), compare=False)  # names of its tags, where they were read
 
     @cached_property
     def schema(self) -> Schema:
@@ -422,19 +428,19 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
 
-def _checked_body(data: bytes, url: str) -> dict[str, Any]:
+def _checked_body(data: bytes, url: str, part: str = "version") -> dict[str, Any]:
     """Return the JSON object without its CRC, if the CRC matches and the text is canonical."""
     try:
         body = json.loads(data)
         if not isinstance(body, dict):
-            raise TypeError(f"a version is a JSON object, got {type(body).__name__}")
+            raise TypeError(f"a {part} is a JSON object, got {type(body).__name__}")
         canonical = _canonical(body) + b"\n"
         stated = body.pop("crc32c", None)
         whole = canonical == data and type(stated) is int and crc32c(_canonical(body)) == stated
     except (ValueError, TypeError, RecursionError) as error:
-        raise CorruptShard(f"cannot be read: {error}", url=url, part="version") from error
+        raise CorruptShard(f"cannot be read: {error}", url=url, part=part) from error
     if not whole:
-        raise CorruptShard("the text does not match its CRC-32C", url=url, part="version")
+        raise CorruptShard("the text does not match its CRC-32C", url=url, part=part)
     return body
 
 
@@ -525,6 +531,13 @@ def latest(store: Store) -> Version:
     return found
 
 
+def find_version(store: Store, at: int | str | None) -> Version:
+    """Return a version by its number or tag; None: the newest. Raises NotFound, and errors as read_version()."""
+    if at is None:
+        return latest(store)
+    return read_version(store, int(at) if isinstance(at, int) or at.isdecimal() else read_tag(store, at).number)
+
+
 def find_latest(store: Store) -> Version | None:
     """Return the newest version; None if there is no data set."""
     return _find_from(store, _read_hint(store)[0])
@@ -585,13 +598,138 @@ def read_version(store: Store, number: int) -> Version:
         newest = find_latest(store)
         if newest is None:
             raise no_version_error(store)
-        message = f"no version {number}; the newest is {newest.number} (`tiercache info --versions` lists all)"
+        message = f"no version {number}; the newest is {newest.number} (`tiercache versions` lists all)"
+        raise NotFound(message, url=store.url, number=number)
+    if not data:
+        message = f"version {number} was deleted (`tiercache versions` lists the others)"
         raise NotFound(message, url=store.url, number=number)
     return _parsed(store, data, number)
 
 
 def list_versions(store: Store) -> list[int]:
-    return version_log(store).numbers()
+    """Return the numbers of the versions that are not deleted, in rising order."""
+    return [number for number, info in version_log(store).listed().items() if info.n_bytes]
+
+
+def read_versions(store: Store) -> list[Version]:
+    """Return all versions, oldest first, with their tags. Raises as read_version() and read_tag()."""
+    numbers = list_versions(store)
+    if not numbers:
+        numbers = [latest(store).number]
+    with call_threads(min(_FETCH_THREADS, len(numbers)), "tiercache-versions") as pool:
+        versions = list(pool.map(lambda number: read_version(store, number), numbers))
+    tags = read_tags(store)
+    return [replace(v, tags=tuple(tag.name for tag in tags if tag.number == v.number)) for v in versions]
+
+
+TAGS_FOLDER = "_tiercache/tags/"
+_TAG = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    name: str
+    number: int  # of the version
+    dataset_id: str
+    created: str  # UTC in ISO 8601
+
+    def encode(self) -> bytes:
+        body = {
+            "created": self.created,
+            "dataset_id": self.dataset_id,
+            "format": FORMAT_VERSION,
+            "version": self.number,
+        }
+        return _canonical(body | {"crc32c": crc32c(_canonical(body))}) + b"\n"
+
+
+def tag_key(name: str) -> str:
+    """Return the key of a tag. Raises ValueError if no tag can have this name."""
+    if not _TAG.fullmatch(name):
+        raise ValueError(
+            f"a tag is named by up to 100 letters, digits, '.', '_' and '-', is not a number, and begins with a letter "
+            f"or digit; got {name!r}"
+        )
+    return f"{TAGS_FOLDER}{name}.json"
+
+
+def read_tag(store: Store, name: str) -> Tag:
+    """Return a tag. Raises ValueError, NotFound, CorruptShard and UnsupportedFormat."""
+    key = tag_key(name)
+    try:
+        data = store.get(key)
+    except NotFound:
+        near: list[str] = []
+        with suppress(StoreError):
+            near = get_close_matches(name, tag_names(store), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else " (`tiercache versions` lists all)"
+        raise NotFound(f"no tag {name!r}{hint}", url=store.url) from None
+    body = _checked_body(data, store.url_of(key), part="tag")
+    try:
+        check_format(_int(body, "format"), "", what="tag", url=store.url_of(key))
+        dataset_id, created = _text(body, "dataset_id", _HEX32), _text(body, "created", _TEXT)
+        return Tag(name, _int(body, "version"), dataset_id, created)
+    except (ValueError, KeyError) as error:
+        raise CorruptShard(f"cannot be read: {error}", url=store.url_of(key), part="tag") from error
+
+
+def tag_names(store: Store) -> list[str]:
+    matches = (re.fullmatch(rf"{TAGS_FOLDER}({_TAG.pattern})\.json", info.key) for info in store.list(TAGS_FOLDER))
+    return sorted(match[1] for match in matches if match)
+
+
+def read_tags(store: Store) -> list[Tag]:
+    """Return all tags, by name. Raises as read_tag()."""
+
+    def read(name: str) -> Tag | None:
+        with suppress(NotFound):  # deleted since it was listed
+            return read_tag(store, name)
+        return None
+
+    names = tag_names(store)
+    with call_threads(min(_FETCH_THREADS, max(len(names), 1)), "tiercache-tags") as pool:
+        return [tag for tag in pool.map(read, names) if tag is not None]
+
+
+def put_tag(store: Store, name: str, at: int | str | None, *, replace: bool = False) -> Tag:
+    """Give a version a tag. at: See find_version(). replace: A tag of this name is moved from its version.
+
+    Raises CommitConflict if the tag names another version, ValueError, NotFound and StoreError.
+    """
+    version = find_version(store, at)
+    tag = Tag(name, version.number, version.dataset_id, datetime.now(UTC).isoformat(timespec="seconds"))
+    key = tag_key(name)
+    if replace:
+        store.put(key, tag.encode())
+    else:
+        store.require_conditional_put()
+        try:
+            is_new = store.put_if_absent(key, tag.encode())
+        except StoreError as error:
+            if not error.maybe_done:
+                raise
+            is_new = False
+        if not is_new and (found := read_tag(store, name)).number != version.number:
+            raise CommitConflict(
+                f"the tag {name!r} names version {found.number} already; move it with replace=True",
+                url=store.url,
+                number=found.number,
+            )
+    # 1. here: the version exists; 2. gc deletes it, and has not seen the tag; 3. here: the tag is put. Then gc, which
+    # reads the tags again after it has deleted, puts the version back, or this second look finds it missing.
+    try:
+        read_version(store, version.number)
+    except NotFound:
+        store.delete([key])
+        raise
+    return tag
+
+
+def delete_tag(store: Store, name: str) -> Tag:
+    """Delete a tag, and return it. Its version stays. Raises as read_tag()."""
+    tag = read_tag(store, name)
+    store.delete([tag_key(name)])
+    return tag
 
 
 def read_shards(store: Store, version: Version) -> ShardTable:
@@ -865,7 +1003,10 @@ class Commit:
         try:
             if version_log(self._store).put(version.number, encode_version(version)):
                 return version
-            return read_version(self._store, version.number)
+            try:
+                return read_version(self._store, version.number)
+            except NotFound:  # committed by another writer, and deleted since; there are newer ones
+                return latest(self._store)
         except StoreError as error:
             if error.maybe_done:
                 raise self._lost(version) from error

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from tiercache.errors import NotFound, StoreError
+from tiercache.model import ObjectInfo
 from tiercache.store.contract import Store, unwrapped
 from tiercache.store.remote import RemoteStore, call_threads
 
@@ -67,9 +68,13 @@ class NumberedLog:
             raise
 
     def numbers(self) -> list[int]:
+        return list(self.listed())
+
+    def listed(self) -> dict[int, ObjectInfo]:
+        """Return the objects by their numbers, in rising order."""
         name = re.compile(f"{re.escape(self.prefix)}([0-9]{{{_DIGITS}}}){re.escape(self.suffix)}")
-        matches = (name.fullmatch(info.key) for info in self.store.list(self.prefix))
-        return sorted(int(match[1]) for match in matches if match and int(match[1]))
+        matches = ((name.fullmatch(info.key), info) for info in self.store.list(self.prefix))
+        return dict(sorted((int(match[1]), info) for match, info in matches if match and int(match[1])))
 
     def highest(self) -> int | None:
         """Return the highest listed number, 0 if there is none; None if the store cannot list."""

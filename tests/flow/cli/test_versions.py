@@ -1,0 +1,30 @@
+"""versions and tag."""
+
+
+class TestVersions:
+    def test_versions_are_listed_with_their_tags(self, tiercache, photos, data_set):
+        tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
+        tiercache("tag", data_set, "first", "--at", "1")
+        *versions, summary = tiercache("versions", data_set, "--json").events
+        assert [(v["version"], v["kind"], v["records"], v["tags"]) for v in versions] == [
+            (1, "create", 20, ["first"]),
+            (2, "overwrite", 10, []),
+        ]
+        assert summary == {"event": "summary", "versions": 2}
+        assert tiercache("versions", data_set).out.splitlines()[1].endswith(" KiB  first")
+
+    def test_a_tag_is_accepted_wherever_a_version_is(self, tiercache, photos, data_set):
+        tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
+        assert tiercache("tag", data_set, "all", "--at", "1").out == "all is version 1\n"
+        assert tiercache("info", data_set, "--at", "all", "--json").events[0]["records"] == 20
+        assert tiercache("head", data_set, "--at", "all").out.endswith("of 20 records\n")
+        assert tiercache("verify", data_set, "--at", "all", "--json").events[-1]["findings"] == 0
+        assert "no tag 'al'; did you mean 'all'?" in tiercache("info", data_set, "--at", "al", code=1).err
+
+    def test_a_tag_is_moved_with_replace_and_deleted_with_delete(self, tiercache, photos, data_set):
+        tiercache("pack", photos, data_set, "--mode", "append")
+        tiercache("tag", data_set, "best", "--at", "1")
+        assert "move it with --replace" in tiercache("tag", data_set, "best", code=1).err
+        assert tiercache("tag", data_set, "best", "--replace").out == "best is version 2\n"
+        assert tiercache("tag", data_set, "best", "--delete").out == "deleted the tag best of version 2\n"
+        assert "no tag 'best'" in tiercache("tag", data_set, "best", "--delete", code=1).err
