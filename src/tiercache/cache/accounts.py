@@ -1,7 +1,8 @@
 """The owners of a cache (its open sessions), and its accounts: bytes of copies, reservations, and uses of copies.
 
 The accounts are a SQLite file, because several processes must keep one limit exactly, and because eviction must not
-scan the folder. They can be rebuilt from the files of the folder, and are if they are lost.
+scan the folder. They can be rebuilt from the files of the folder, and are if they are lost. On a full disk they are
+kept in memory.
 """
 
 from __future__ import annotations
@@ -237,7 +238,9 @@ class Accounts:
         self._own_limit_bytes: int | None = None
         # Our reservations, in case the file is lost. Changed only inside run(), which holds its lock.
         self._held: dict[str, int] = {}
-        self._database = Database(path, wal=True, make_folder=owners.ensure, prepare=self._prepare)
+        self._database = Database(
+            path, wal=True, make_folder=owners.ensure, prepare=self._prepare, catch_up=self._catch_up
+        )
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # A trigger contains ";", but a statement ends only at a ";" at the end of a line: a trigger ends with "END;".
@@ -247,6 +250,10 @@ class Accounts:
         db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (boot_id(), secrets.token_hex(8)))
         self._come_back(db)
         self._take_in(db, is_new=True)
+
+    def _catch_up(self, db: sqlite3.Connection) -> None:
+        self._come_back(db)
+        self._take_in(db, is_new=False)
 
     def close(self) -> None:
         self._database.close()

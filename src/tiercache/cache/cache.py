@@ -442,8 +442,8 @@ class Cache:
 
     @property
     def limit_bytes(self) -> int:
-        """Size limit in bytes with which this object was opened; stats() has that of all processes."""
-        return self._open().limit_bytes
+        """Size limit in bytes of this object; stats() has that of all processes."""
+        return self._options.limit_bytes
 
     def status(self) -> dict[str, Any]:
         """Return stats() of this process, and further details for the command line and for monitoring.

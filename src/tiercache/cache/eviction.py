@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.cache.accounts import FIGURES, Accounts
-from tiercache.cache.folder import DiskSpace, Folder, NameLock, disk_space, is_disk_full, try_exclusive
+from tiercache.cache.folder import DiskSpace, Folder, NameLock, disk_space, try_exclusive
 from tiercache.cache.names import CopySpec, NameTable
 from tiercache.cache.reading_plans import UNPLANNED, ReadingPlans, Uses
 from tiercache.crash_points import crash_point
@@ -312,20 +312,16 @@ class Evictor:
             return len(self._uses)
 
     def flush_uses(self) -> None:
-        """Write the recorded uses and counters to the accounts; on a full disk they are lost."""
+        """Write the recorded uses and counters to the accounts."""
         with self._uses_lock:
             uses, self._uses = self._uses, {}
             counts, before = self.counters.snapshot(), self._reported
             self._reported = counts
         figures = {name: int(counts.get(name, 0) - before.get(name, 0)) for name in FIGURES}
-        try:
-            if uses:
-                self.accounts.add_uses(uses)
-            if any(figures.values()):
-                self.accounts.add_figures(figures)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
+        if uses:
+            self.accounts.add_uses(uses)
+        if any(figures.values()):
+            self.accounts.add_figures(figures)
 
     # -- space ---------------------------------------------------------------------------------------------------------
 
@@ -528,11 +524,7 @@ class Evictor:
     def _remove_rows(self, gone: Sequence[str]) -> None:
         if gone:
             crash_point("evict.deleted")
-            try:
-                self.accounts.remove(gone)
-            except OSError as error:  # the accounts stay too high until such a copy is a victim again
-                if not is_disk_full(error):
-                    raise
+            self.accounts.remove(gone)
             self.counters.add("evicted", len(gone))
             crash_point("evict.booked")
 

@@ -40,6 +40,7 @@ from typing import ClassVar
 from tiercache.cache.names import NAME, CopySpec
 from tiercache.crash_points import crash_point
 from tiercache.store.shared_files import (
+    DISK_FULL,
     NO_LINK,
     PRIVATE,
     is_folder,
@@ -175,7 +176,7 @@ def disk_space(path: Path) -> DiskSpace:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 # Types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be told apart.

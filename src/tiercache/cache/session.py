@@ -102,6 +102,12 @@ class CacheOptions:
     min_free: int | str = "5%"
     peers: PeerOptions | None = None
 
+    @property
+    def limit_bytes(self) -> int:
+        # A new folder on a full disk may not exist.
+        existing = next(path for path in (self.path, *self.path.parents) if path.exists())
+        return parse_bytes(self.size, whole_bytes=disk_space(existing).total_bytes)
+
     def __post_init__(self) -> None:
         parse_bytes(self.size, whole_bytes=1)
         parse_bytes(self.min_free, whole_bytes=1)
@@ -139,7 +145,7 @@ class CacheSession:
         self._keep, self._notices, self.counters = keep, notices, counters
         self.breaker = Breaker()
         self.folder = Folder(options.path)
-        self.limit_bytes = parse_bytes(options.size, whole_bytes=disk_space(options.path).total_bytes)
+        self.limit_bytes = options.limit_bytes
         self.peers = None if options.peers is None else Peers(options.peers, self.folder.id)
         network = network_file_system(options.path)
         if network is not None:
@@ -390,6 +396,8 @@ class CacheSession:
         try:
             return self.plans.publish(names, plan)
         except OSError as error:
+            if is_disk_full(error):  # data without space is warned about
+                return None
             self._notices.warn("plan", f"cache {self.folder.root}: a reading plan cannot be published ({error})")
             return None
 

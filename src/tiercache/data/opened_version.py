@@ -428,7 +428,6 @@ class OpenedVersion:
         """See Storage.publish_plan. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
-        # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
         published = self.store.publish_plan(*self._names.planned(plan))
         return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)

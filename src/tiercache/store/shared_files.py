@@ -30,6 +30,7 @@ from tiercache.waiting import SYSTEM_CLOCK, wait_for
 SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 PRIVATE = 0o600
 NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHTS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _LONGEST_TEXT_BYTES = 1 << 20
 
@@ -255,6 +256,8 @@ _LOST = (
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_ERROR,
 )
+# Space that SQLite may need to open a file and to change it: its index of the log (32 KiB), and some pages.
+_SPACE_BYTES = 128 << 10
 # Where flock is not enforced, a process that saw a new file empty may replace it, and its successor too.
 _N_FILES = 4
 _SUFFIXES = ("", "-wal", "-shm", "-journal")
@@ -276,7 +279,9 @@ class Database:
     Its files have mode 0600 and are never opened through a link. run() holds the lock for one transaction. No
     connection is open while the process forks: SQLite keeps file locks per process, and a child would believe that it
     holds its parent's. wal: Write-ahead logging; otherwise a rollback journal. prepare: Makes and fills the tables of a
-    new file, inside one transaction. durable: Committed data survives a power failure.
+    new file, inside one transaction. durable: Committed data survives a power failure. catch_up: Makes existing tables
+    agree with what they describe. While the disk is full, work runs on tables in memory that prepare has filled. When
+    the disk has space again, catch_up corrects the file; the tables in memory are lost. None: a full disk is an error.
     """
 
     def __init__(
@@ -287,12 +292,14 @@ class Database:
         make_folder: Callable[[], object],
         prepare: Callable[[sqlite3.Connection], object],
         durable: bool = False,
+        catch_up: Callable[[sqlite3.Connection], object] | None = None,
     ) -> None:
         self.path = path
         self._wal, self._durable = wal, durable
-        self._make_folder, self._prepare = make_folder, prepare
+        self._make_folder, self._prepare, self._catch_up = make_folder, prepare, catch_up
         self._lock = RLock()
         self._connection: sqlite3.Connection | None = None
+        self._memory: sqlite3.Connection | None = None
         self._inode = 0
         self._gave_up: tuple[float, sqlite3.DatabaseError] | None = None
         _databases.add(self)
@@ -300,37 +307,61 @@ class Database:
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Return work(connection), run in one immediate transaction; again on a new file if this one is gone.
 
-        Raises OSError if the file is busy for too long (EBUSY), the disk is full (ENOSPC), or the file cannot be used.
+        Raises OSError if the file is busy for too long (EBUSY), the disk is full (ENOSPC, EDQUOT), or the file cannot
+        be used.
         """
+        came_s = SYSTEM_CLOCK.monotonic()
+        with self._lock:
+            try:
+                return self._run_on_file(work, came_s)
+            except OSError as error:
+                if self._catch_up is None or error.errno not in DISK_FULL:
+                    raise
+            if self._memory is None:
+                self._memory = self._open(":memory:")
+            return self._attempt(work, self._memory)
+
+    def _run_on_file(self, work: Callable[[sqlite3.Connection], T], came_s: float) -> T:
         try:
-            return self._run(work)
+            if self._memory is not None and self._catch_up is not None:
+                self._check_space()
+                self._run(self._catch_up, came_s)
+                self._forget_memory()
+            return self._run(work, came_s)
         except sqlite3.DatabaseError as error:
             number = _ERRNO.get(error.sqlite_errorcode & 0xFF) if hasattr(error, "sqlite_errorcode") else None
             if number is None:
                 raise
             raise OSError(number, f"SQLite: {error}", str(self.path)) from error
 
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        came_s = SYSTEM_CLOCK.monotonic()
-        with self._lock:
-            # A thread that has waited here while another thread waited for the file in vain gives up at once. Otherwise
-            # thirty threads would give up one after the other, BUSY_S apart.
-            if self._gave_up is not None and came_s < self._gave_up[0]:
-                raise self._gave_up[1]
-            for _ in range(_N_FILES - 1):
-                try:
-                    return self._attempt(work)
-                except sqlite3.DatabaseError as error:
-                    code = error.sqlite_errorcode & 0xFF
-                    if code == sqlite3.SQLITE_BUSY:
-                        self._gave_up = SYSTEM_CLOCK.monotonic(), error
-                    if code not in _LOST:
-                        raise
-                self.replace()
-            return self._attempt(work)
+    def _run(self, work: Callable[[sqlite3.Connection], T], came_s: float) -> T:
+        # A thread that has waited here while another thread waited for the file in vain gives up at once. Otherwise
+        # thirty threads would give up one after the other, BUSY_S apart.
+        if self._gave_up is not None and came_s < self._gave_up[0]:
+            raise self._gave_up[1]
+        for _ in range(_N_FILES - 1):
+            try:
+                return self._attempt(work, self._connected())
+            except sqlite3.DatabaseError as error:
+                code = error.sqlite_errorcode & 0xFF
+                if code == sqlite3.SQLITE_BUSY:
+                    self._gave_up = SYSTEM_CLOCK.monotonic(), error
+                if code not in _LOST:
+                    raise
+            self._check_space()  # many errors of SQLite may mean a full disk, which does not allow a new file either
+            self.replace()
+        return self._attempt(work, self._connected())
 
-    def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        connection = self._connected()
+    def _check_space(self) -> None:
+        """Raise OSError (ENOSPC, EDQUOT) if the disk has no space for SQLite's files."""
+        self._make_folder()
+        with self._door() as fd:
+            try:
+                os.posix_fallocate(fd, 0, _SPACE_BYTES)
+            finally:
+                os.ftruncate(fd, 0)
+
+    def _attempt(self, work: Callable[[sqlite3.Connection], T], connection: sqlite3.Connection) -> T:
         connection.execute("BEGIN IMMEDIATE")
         try:
             answer = work(connection)
@@ -346,7 +377,7 @@ class Database:
     def _connected(self) -> sqlite3.Connection:
         if self._connection is not None and self._inode == _inode(self.path):
             return self._connection
-        self.close()
+        self._disconnect()
         self._make_folder()
         with self._door():
             self._guard_files()
@@ -354,13 +385,16 @@ class Database:
             # Before it is opened: if the file is replaced meanwhile (where flock is not enforced), the connection
             # counts as stale.
             self._inode = _inode(self.path)
-            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
-                self._set_up(connection)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
+            self._connection = self._open(self.path)
+        return self._connection
+
+    def _open(self, path: Path | str) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._set_up(connection)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _guard_files(self) -> None:
@@ -396,12 +430,12 @@ class Database:
         connection.execute("COMMIT")
 
     @contextmanager
-    def _door(self) -> Iterator[None]:
+    def _door(self) -> Iterator[int]:
         """Hold the lock file: one process at a time opens or replaces the file, so no database meets an old log."""
         fd = open_file(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         try:
             wait_for(lambda: try_lock(fd), BUSY_S)
-            yield
+            yield fd
         finally:
             os.close(fd)
 
@@ -421,11 +455,20 @@ class Database:
             if not suffix:
                 crash_point("catalog.removed")
 
+    def _disconnect(self) -> None:
+        connection, self._connection, self._inode = self._connection, None, 0
+        if connection is not None:
+            connection.close()
+
     def close(self) -> None:
         with self._lock:
-            connection, self._connection, self._inode = self._connection, None, 0
-            if connection is not None:
-                connection.close()
+            self._disconnect()
+            self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
 
 def _set_journal(connection: sqlite3.Connection, mode: str) -> None:

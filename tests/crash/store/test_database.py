@@ -197,9 +197,9 @@ def test_threads_that_wait_for_a_busy_file_give_up_together(database, monkeypatc
     tries, errors = [], []
     really_attempt = database._attempt
 
-    def attempt(work):
+    def attempt(work, connection):
         tries.append(work)
-        return really_attempt(work)
+        return really_attempt(work, connection)
 
     monkeypatch.setattr(database, "_attempt", attempt)
 

@@ -8,11 +8,13 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tiercache import DataLoader, Dataset, Writer
 from tiercache.cache import Cache
 from tiercache.cache import folder as folder_module
-from tiercache.cache.folder import MARKER, Folder
+from tiercache.cache.folder import MARKER, Folder, charge_bytes
 
 is_root = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not is_root, reason="only root can become somebody else")
@@ -217,7 +219,7 @@ def small_disk(world):
 
 
 def fill(path):
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         with suppress(OSError):
             while True:
@@ -244,3 +246,58 @@ def test_a_really_full_disk_is_bypassed_and_used_again_once_there_is_space(world
     world.fetch(store, "large")
     world.fetch(store, "small")
     cache.close()
+
+
+@needs_root
+def test_a_cache_on_a_full_disk_is_opened_serves_its_copies_and_can_be_emptied(world, small_disk):
+    filler = small_disk / "filler"
+    for key in "abcd":
+        world.put(key, 100_000)
+    with world.cache() as cache:
+        for key in "abc":
+            world.fetch(world.store(cache), key)
+        figures, names = cache.status()["figures"], {entry.name for entry in cache.entries()}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fill(filler)
+        with world.cache() as cache:
+            assert cache.status()["n_copies"] == 3
+            for key in "abc":
+                world.fetch(world.store(cache), key)
+            assert cache.verify().is_right
+            assert {entry.name for entry in cache.entries()} == names
+            assert cache.evict([min(names)]) > 100_000
+            filler.unlink()
+            world.fetch(world.store(cache), "d")
+            assert (
+                sum(entry.n_bytes for entry in cache.entries())
+                == cache.stats()["bytes_used"]
+                == 3 * charge_bytes(100_000)
+            )
+            fill(filler)
+            assert cache.evict() == 3 * charge_bytes(100_000)
+            assert cache.stats()["bytes_used"] == 0
+        filler.unlink()
+        with world.cache() as cache:
+            assert cache.stats()["bytes_used"] == 0
+            assert cache.status()["figures"]["bytes_fetched"] == figures["bytes_fetched"] + 100_000
+    assert not told, [str(one.message) for one in told]
+
+
+@needs_root
+@pytest.mark.parametrize("size", ["10MB", "80%"])
+def test_a_data_set_is_read_with_one_warning_if_its_new_cache_is_on_a_full_disk(small_disk, size):
+    url = f"memory://full-disk-{len(size)}/numbers"
+    with Writer(url) as writer:
+        writer.write_batch({"id": np.arange(1000)})
+    fill(small_disk / "filler")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        cache = Cache(small_disk / "new", size=size)
+        dataset = Dataset(url, cache=cache)
+        for _ in range(2):
+            ids = [batch["id"].numpy() for batch in DataLoader(dataset, batch_size=100)]
+            assert np.array_equal(np.concatenate(ids), np.arange(1000))
+        dataset.close()
+    assert len(told) == 1, [str(one.message) for one in told]
+    assert "bypassing the cache" in str(told[0].message)

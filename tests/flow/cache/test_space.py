@@ -7,7 +7,6 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.cache import eviction as evictor_module
-from tiercache.cache.accounts import Accounts
 from tiercache.cache.eviction import POLICIES
 from tiercache.cache.folder import DiskSpace, NameLock
 from tiercache.errors import StoreError
@@ -179,22 +178,3 @@ def test_a_process_stopped_during_eviction_is_waited_for_once(world, monkeypatch
     stopped.release()
     expected = [evictor_module.SPACE_WAIT_S, 0.0, 0.0]
     assert waits == expected
-
-
-def test_eviction_works_if_the_disk_is_too_full_for_the_accounts(world, monkeypatch):
-    store = world.store()
-    for key in "abc":
-        world.put(key, 100_000)
-        world.fetch(store, key)
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "no space left on device")
-
-    monkeypatch.setattr(Accounts, "add_uses", full)
-    with monkeypatch.context() as patch:
-        patch.setattr(Accounts, "remove", full)
-        assert store.cache.evict(lambda entry: entry.source.endswith("a")) == CHARGE
-    assert len(world.copies()) == 2
-    assert store.cache.evict() == 2 * CHARGE
-    world.fetch(store, "a")
-    assert store.cache.stats()["bytes_used"] == CHARGE, "victims that are gone are booked"
