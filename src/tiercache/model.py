@@ -125,12 +125,17 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardIdentity:
-    """Identity of a shard, independent of its location; the key of every copy of the shard. Ids are lower-case hex."""
+    """Identity of a shard, independent of its location; the key of every copy of the shard. Ids are lower-case hex.
+
+    A file of another library's layout has an identity made of its URL, size and ETag, and no known CRC-32C. etag: Its
+    ETag, or another text that begins with "W/"; None for a shard, which has checksums inside.
+    """
 
     dataset_id: str
     shard_id: str
     n_bytes: int
-    crc32c: int
+    crc32c: int | None
+    etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

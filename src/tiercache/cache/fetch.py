@@ -396,14 +396,14 @@ class Fetch:
         crash_point("complete.recorded")
         folder.give_name(part.fd, spec.name)
         crash_point("complete.named")
-        # An object without identity has no checksums inside: its map has those of its units.
-        folder.unlink_part(spec.name, part.fd, keep_map=spec.identity is None)
+        # If the object has no checksums inside, its map has those of its units.
+        folder.unlink_part(spec.name, part.fd, keep_map=not spec.has_checksums)
         crash_point("complete.unparted")
         # A file that was written in pieces may take some blocks beyond its size (see Folder). They are charged only up
         # to the space that was reserved for the map, if the map is not kept.
         least = charge_bytes(spec.n_bytes)
         most = least + charge_bytes(map_bytes(spec.n_bytes)) - BLOCK_BYTES
-        charge = most if spec.identity is None else min(max(folder.charge_of(spec.name) or 0, least), most)
+        charge = min(max(folder.charge_of(spec.name) or 0, least), most) if spec.has_checksums else most
         self._accounts.set_charge(spec.name, charge)
         crash_point("complete.booked")
         return True
@@ -606,7 +606,7 @@ class Fetch:
         try:
             self.store.read_pieces(spec.key, ranges, receive, if_match=spec.if_match, cancel=self.cancel)
         except ObjectChanged:
-            if spec.identity is None:
+            if not spec.has_checksums:
                 raise
             # The checksums of the shard tell whether the bytes are right.
             spans = [(span, memoryview(bytearray(span.n_bytes))) for span in ranges]

@@ -31,7 +31,7 @@ class CopySpec:
         source: URL of the object without credentials.
         crc32c: CRC-32C of the whole object; None if unknown.
         key: Key of the object in its store; "" in a specification that was read from a record.
-        identity: Identity of a shard or segment; None for an object of no data set, which may have an etag.
+        identity: Identity of a shard, a segment or a file of a layout; None for an object of no data set.
     """
 
     name: str
@@ -46,6 +46,11 @@ class CopySpec:
     def if_match(self) -> str | None:
         """ETag that guards reads; None for a weak ETag, which promises nothing about the bytes."""
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the object has checksums inside, which its reader compares; otherwise its unit map has them."""
+        return self.identity is not None and self.etag is None
 
     def to_json(self, crc32c: int | None) -> str:
         facts = {"source": self.source, "n_bytes": self.n_bytes, "crc32c": crc32c, "etag": self.etag}
@@ -63,7 +68,9 @@ class CopySpec:
                 return None
             identity = None
             if "shard_id" in facts:
-                identity = ShardIdentity(facts["dataset_id"], facts["shard_id"], n_bytes, crc32c)
+                etag = facts.get("etag")
+                known = crc32c if etag is None else None
+                identity = ShardIdentity(facts["dataset_id"], facts["shard_id"], n_bytes, known, etag)
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
         return cls(name, source, n_bytes, crc32c, identity=identity, etag=facts.get("etag"))
@@ -97,14 +104,15 @@ def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> 
     check_key(key)
     source = f"{redact(store.url)}/{key}"
     if identity is not None:
-        return CopySpec(name_of_identity(identity), source, identity.n_bytes, identity.crc32c, key, identity)
+        of_identity = name_of_identity(identity)
+        return CopySpec(of_identity, source, identity.n_bytes, identity.crc32c, key, identity, identity.etag)
     info = store.head(key)
     name = name_of_object(source, info)
     return None if name is None else CopySpec(name, source, info.n_bytes, info.crc32c, key, etag=info.etag)
 
 
 def names_of(
-    dataset_id: str, shard_ids: Sequence[str], n_bytes: Sequence[int], sums: Sequence[int]
+    dataset_id: str, shard_ids: Sequence[str], n_bytes: Sequence[int], sums: Sequence[int | None]
 ) -> NDArray[np.uint8]:
     # The text that json.dumps writes: ids are hexadecimal, so nothing needs escaping. With ShardIdentity, a name takes
     # 7 us.

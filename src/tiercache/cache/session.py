@@ -209,7 +209,7 @@ class CacheSession:
             is_whole = self.folder.size_of(name) is not None
             if is_whole or not (self.folder.has_file(f"{name}.part") and self.folder.has_file(f"{name}.map")):
                 record = self.folder.read_record(name)
-                self.folder.remove_part(name, keep_map=is_whole and record is not None and record.identity is None)
+                self.folder.remove_part(name, keep_map=is_whole and record is not None and not record.has_checksums)
             if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
                 self.folder.remove_record(name)
                 self.accounts.remove([name])  # a partial copy without a map was in the accounts
@@ -314,7 +314,7 @@ class CacheSession:
         with lease:
             if not lease.present([span for span, _ in spans]):
                 return False
-            if spec.identity is not None:
+            if spec.has_checksums:
                 return all(read_all(lease.fd, buffer, span.start) for span, buffer in spans)
             is_partial = lease.n_descriptors == 2
             checked = self._with_map(spec, lease)
@@ -455,7 +455,7 @@ class CacheSession:
                     self._urgent.append(fetch)
                     self._have_thread()
                 return fetch
-            if self.peers is not None and spec.identity is not None:
+            if self.peers is not None and spec.has_checksums:
                 store = self.peers.store_for(spec.name, spec.key, spec.n_bytes, store)
             note_fetched = partial(self._note_fetched, spec.name)
             fetch = Fetch(spec, store, self.evictor, self._is_crowded, self._is_first, note_fetched)

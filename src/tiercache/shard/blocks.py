@@ -484,6 +484,7 @@ class Blocks:
         self.private_bytes = loaded.private_bytes
         self.is_cached = loaded.copy is not None
         self.reports_residency = loaded.copy is not None and loaded.copy.reports_residency
+        self._rows = blocks  # of the footer's tables
         self.n_rows: npt.NDArray[np.int64] = footer.block_records[list(blocks)].astype(np.int64)
         self.streams: tuple[Stream, ...] = tuple(s for c in columns for s in footer.schema.columns[c].streams(c))
         self._footer = footer
@@ -501,7 +502,7 @@ class Blocks:
         position = {column: number for number, column in enumerate(self.columns)}
         for number, stream in enumerate(self.streams):
             bases = self._bases[:, position[stream.column]]
-            first = self._footer.chunks["first_buffer"][list(self.blocks), stream.column]
+            first = self._footer.chunks["first_buffer"][list(self._rows), stream.column]
             values = self._footer.buffers[first + np.uint64(stream.values_buffer)]
             addresses[number, :, 0] = bases + values[:, 0]
             if stream.role == "valid":
@@ -511,6 +512,12 @@ class Blocks:
                 addresses[number, :, 2] = values[:, 1] // np.uint64(stream.width_bytes)
         return addresses
 
+    def numbered(self, blocks: Sequence[int]) -> Blocks:
+        """Return these blocks with other numbers, for a footer that describes only them."""
+        found = copy.copy(self)
+        found.blocks = tuple(blocks)
+        return found
+
     @property
     def stored(self) -> Blocks:
         """The stored blocks: this object, unless it is made from others."""
@@ -518,7 +525,7 @@ class Blocks:
 
     @property
     def stored_bytes(self) -> int:
-        return int(self._footer.chunks["stored"][np.ix_(self.blocks, self.columns)].sum())
+        return int(self._footer.chunks["stored"][np.ix_(self._rows, self.columns)].sum())
 
     def with_constant(self, value: int) -> Blocks:
         """Return the same blocks, over the same memory, with one more stream: an int32 column of one value, at last."""
@@ -541,7 +548,8 @@ class Blocks:
     def _choose(self, chosen: tuple[int, ...]) -> None:
         """Restrict this object to the chosen blocks. Only the caller holds a reference to it yet."""
         places = np.array(chosen, np.int64)
-        self.blocks, self.n_rows = tuple(map(int, chosen)), self.n_rows[places]
+        self.blocks = self._rows = tuple(map(int, chosen))
+        self.n_rows = self.n_rows[places]
         self.addresses = np.ascontiguousarray(self.addresses[:, places])
         self._bases, self._mapped_bytes = self._bases[places], self._mapped_bytes[places]
         self._unchecked = None if self._unchecked is None else self._unchecked.select(places, len(self.columns))
@@ -602,7 +610,7 @@ class Blocks:
     def _build(self, position: int, column: int) -> pa.Array:
         block, kind = self.blocks[position], self.schema.columns[column]
         n_nodes, n_buffers = kind.layout()
-        row = self._footer.chunks[block, column]
+        row = self._footer.chunks[self._rows[position], column]
         nodes = self._footer.nodes[int(row["first_node"]) :][:n_nodes].tolist()
         self.check_whole([position], column)
         base = int(self._bases[position, self.columns.index(column)])

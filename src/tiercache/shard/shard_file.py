@@ -110,15 +110,15 @@ class EncodedChunk:
 
     def __init__(self, nodes: Sequence[tuple[int, int]], buffers: Sequence[Any]) -> None:
         self.nodes = nodes
-        self._buffers = [np.zeros(0, np.uint8) if one is None else np.ascontiguousarray(one) for one in buffers]
-        self.lengths = [buffer.nbytes for buffer in self._buffers]
+        self.buffers = [np.zeros(0, np.uint8) if one is None else np.ascontiguousarray(one) for one in buffers]
+        self.lengths = [buffer.nbytes for buffer in self.buffers]
         self.ends = list(accumulate(map(align, self.lengths), initial=0))
         self.n_bytes = self.ends[-1]
 
     def lay_out(self, raw: Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
         """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
         sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
-        addresses = np.array([address_of(buffer) for buffer in self._buffers], np.uint64)
+        addresses = np.array([address_of(buffer) for buffer in self.buffers], np.uint64)
         return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
 
 

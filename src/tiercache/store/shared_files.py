@@ -128,7 +128,7 @@ def link_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
             temp.unlink()
 
 
-def replace_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
+def replace_whole(path: Path, text: str | bytes, mode: int = PRIVATE) -> None:
     """Write a complete file, replacing the old one; a link of that name is replaced, not followed."""
     temp = _temp_beside(path, text, mode)
     try:
@@ -175,12 +175,12 @@ def maker_of(file: str) -> tuple[int, int] | None:
     return match and (int(match[1]), int(match[2]))
 
 
-def _temp_beside(path: Path, text: str, mode: int) -> Path:
+def _temp_beside(path: Path, text: str | bytes, mode: int) -> Path:
     temp = path.with_name(f".{path.name}.{pid_namespace()}-{os.getpid()}-{secrets.token_hex(4)}")
     fd = open_file(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(text.encode())
+            file.write(text.encode() if isinstance(text, str) else text)
     except BaseException:
         with suppress(FileNotFoundError):
             temp.unlink()
