@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache._native.record_finder import normalize_indices
-from tiercache.data.opened_version import DatasetLocation, OpenedVersion
+from tiercache.data.opened_layout import open_leaf
+from tiercache.data.opened_version import DatasetLocation
 from tiercache.data.output_spec import (
     Layouts,
     NativeAccess,
@@ -149,7 +150,7 @@ class Dataset:
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
         location = DatasetLocation(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
-        opened = Records((OpenedVersion(location, version, columns),))
+        opened = Records((open_leaf(location, version, columns),))
         spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
         self.__setstate__(((opened.spec, transform, spec, batch_transform), {}))
         self._opened = opened

@@ -37,7 +37,7 @@ from tiercache.order.window import BlockSizes
 from tiercache.shard import reader as shard_reader
 from tiercache.shard.blocks import Blocks, Verify
 from tiercache.shard.footer import Footer
-from tiercache.shard.reader import MAX_RECENT, FooterCache, MappedRecords, RecentBlocks, ShardReader
+from tiercache.shard.reader import MAX_RECENT, FooterCache, MappedRecords, OpenShard, RecentBlocks, ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.values import Casts, ColumnValues, empty_values, join_values, served_columns
@@ -285,14 +285,24 @@ class OpenedVersion:
     fill_ratio: float | None = None  # see Leaf
 
     def __init__(self, location: DatasetLocation, version: int | str | None, columns: Sequence[str] | None) -> None:
-        self.location = location
-        self.stores = stores = VersionStores(location)
-        self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
+        stores = VersionStores(location)
         if version is None:
-            self.manifest, self.table = _open_newest(stores)
+            manifest, table = _open_newest(stores)
         else:
-            self.manifest = find_version(stores.store, version)
-            self.table = read_shards(stores.store, self.manifest)
+            manifest = find_version(stores.store, version)
+            table = read_shards(stores.store, manifest)
+        self._begin(location, stores, manifest, table, columns)
+
+    def _begin(
+        self,
+        location: DatasetLocation,
+        stores: VersionStores,
+        manifest: Version,
+        table: ShardTable,
+        columns: Sequence[str] | None,
+    ) -> None:
+        self.location, self.stores, self.manifest, self.table = location, stores, manifest, table
+        self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
         self._dataset_id = self.manifest.dataset_id
         self.stored_schema: Schema = self.manifest.schema
         self.n_records = int(self.table.first_record[-1])
@@ -309,18 +319,26 @@ class OpenedVersion:
         self._block_sizes: dict[int, BlockSizes] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self.schema.names)
-        self.spec = VersionSpec(self.location, self.manifest.number, self.schema.names)
+        self.spec = self._make_spec()
         self._served = served_columns(self.schema, self.location.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         self._footers = FooterCache()
         self._recent: RecentBlocks = deque(maxlen=MAX_RECENT)
+        self._readers = shard_reader.ReaderPool(self._opener(past_cache), self._mapped)
+
+    def _opener(self, past_cache: bool) -> Callable[[int], OpenShard]:
+        """Return a function that opens a shard by its number.
+
+        It is not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
+        """
         opened = (self.stores, self.table, self._dataset_id, self._footers, past_cache)
-        # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         how: dict[str, Any] = {"verify": self.location.verify, "served": self._served, "recent": self._recent}
-        open_shard = partial(_open_shard, *opened, **how)
-        self._readers = shard_reader.ReaderPool(open_shard, self._mapped)
+        return partial(_open_shard, *opened, **how)
+
+    def _make_spec(self) -> LeafSpec:
+        return VersionSpec(self.location, self.manifest.number, self.schema.names)
 
     @property
     def url(self) -> str:
@@ -389,7 +407,7 @@ class OpenedVersion:
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """Return a block as Arrow arrays of the served columns, completely checked. Raises as `load`."""
 
-        def read(reader: ShardReader) -> list[pa.Array]:
+        def read(reader: OpenShard) -> list[pa.Array]:
             loaded = reader.load_blocks([block], self.stored_columns)
             return [loaded.array(0, column) for column in self.stored_columns]
 
@@ -567,7 +585,7 @@ class OpenedVersion:
     def _object(self, shard: int) -> tuple[str, ShardIdentity]:
         return self.table.objects(self._dataset_id, np.array([shard], np.int64))[0]
 
-    def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
+    def _read(self, shard: int, read: Callable[[OpenShard], T]) -> T:
         """Return the result of read(reader); after CorruptShard, again: from a new copy, then from the store."""
         for _ in range(SHARD_READS_AGAIN):
             reads_store = False

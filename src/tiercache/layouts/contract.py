@@ -15,11 +15,13 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.shard.schema import Schema
+from tiercache.shard.source import merge_ranges
 
 Numbers: TypeAlias = NDArray[np.int64]
 
@@ -58,6 +60,10 @@ class FileBytes(ABC):
         """Return a seekable file for a library that wants one. These ranges are read now, at once; others on demand."""
         return io.BufferedReader(_OpenFile(self, ranges), 1 << 16)
 
+    def open_for_arrow(self, ranges: Sequence[ByteRange] = ()) -> pa.PythonFile:
+        """Return the same for Arrow, which uses the bytes of these ranges without a copy."""
+        return pa.PythonFile(_OpenFile(self, ranges), mode="r")
+
     def damaged(self, message: str, block: int | None = None) -> CorruptShard:
         """Return the error of a file whose bytes are not what its layout promises."""
         return CorruptShard(message, url=self.url, block=block, part="" if block is not None else "file")
@@ -82,21 +88,23 @@ class _OpenFile(io.RawIOBase):
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.n_bytes}[whence]
         return self._position
 
+    def read(self, size: int = -1) -> Any:
+        """Return the next bytes, without a copy if one of the ranges has them all. Arrow calls this."""
+        start = self._position
+        end = self._file.n_bytes if size < 0 else min(start + size, self._file.n_bytes)
+        if start >= end:
+            return b""
+        self._position = end
+        for ready, data in self._ready:
+            if ready.start <= start and end <= ready.end:
+                return data[start - ready.start : end - ready.start]
+        return self._file.read_one(start, end)
+
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        start = self._position
-        end = min(start + view.nbytes, self._file.n_bytes)
-        if start >= end:
-            return 0
-        for ready, data in self._ready:
-            if ready.start <= start < ready.end:
-                end = min(end, ready.end)
-                view[: end - start] = data[start - ready.start : end - ready.start]
-                break
-        else:
-            view[: end - start] = self._file.read_one(start, end)
-        self._position = end
-        return end - start
+        data = self.read(view.nbytes)
+        view[: len(data)] = data
+        return len(data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,3 +222,14 @@ def cut_blocks(record_bytes: Numbers | int, n_records: int, target_bytes: int = 
         end = int(np.searchsorted(ends, before + target_bytes, side="right"))
         bounds.append(min(max(end, bounds[-1] + 1), n_records))
     return np.array(bounds, np.int64)
+
+
+# Ranges with a smaller gap are read as one: the bytes between cost less than another request.
+_GAP_BYTES = 16 << 10
+
+
+def merged(ranges: Sequence[ByteRange]) -> list[ByteRange]:
+    """Return ranges in order, those merged that overlap or have a small gap between them."""
+    starts = np.array([one.start for one in ranges], np.int64)
+    ends = np.array([one.end for one in ranges], np.int64)
+    return merge_ranges(starts, ends, _GAP_BYTES)

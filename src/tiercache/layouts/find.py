@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -62,10 +63,13 @@ def open_bytes(store: Store, dataset_id: str, info: ObjectInfo) -> SourceBytes:
 
 
 class StoreFolder:
-    """The files below a store's URL. See `Folder`. indexes: Folder of the kept indexes; None: none are kept."""
+    """The files below a store's URL. See `Folder`.
 
-    def __init__(self, store: Store, indexes: Path | None) -> None:
-        self._store, self._indexes = store, indexes
+    indexes: Folder of the kept indexes; None: none are kept. only: Key of the only file to read; None: all of them.
+    """
+
+    def __init__(self, store: Store, indexes: Path | None, *, only: str | None = None) -> None:
+        self._store, self._indexes, self._only = store, indexes, only
         self._dataset_id = dataset_id_of(store.url)
 
     @property
@@ -74,6 +78,8 @@ class StoreFolder:
 
     @cached_property
     def objects(self) -> Sequence[ObjectInfo]:
+        if self._only is not None:
+            return [self._store.head(self._only)]
         found = []
         for info in self._store.list():
             if not any(part.startswith((".", "_")) for part in info.key.split("/")):
@@ -121,12 +127,8 @@ def _read_index(path: Path) -> FileIndex | None:
 def _write_index(path: Path, index: FileIndex) -> None:
     """Keep an index. On a full disk or in a read-only folder it is not kept, and the next process makes it again."""
     memory = io.BytesIO()
-    np.savez(
-        memory,
-        n_records=index.n_records,
-        raw_bytes=index.raw_bytes,
-        **{_OWN + name: array for name, array in index.parts.items()},
-    )
+    arrays: dict[str, Any] = {_OWN + name: array for name, array in index.parts.items()}
+    np.savez(memory, n_records=index.n_records, raw_bytes=index.raw_bytes, **arrays)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         replace_whole(path, memory.getvalue())

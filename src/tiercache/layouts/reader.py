@@ -1,16 +1,16 @@
-"""LayoutReader: an open file of another library's layout, with the interface of an open shard; its blocks as `Blocks`."""
+"""An open file of another library's layout, with the interface of an open shard; its blocks as `Blocks`."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tiercache.errors import CorruptShard, SchemaError, TierCacheError
+from tiercache.errors import SchemaError, TierCacheError
 from tiercache.layouts.contract import FileBytes, Layout, LayoutFile
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.blocks import Blocks, LoadedChunks
@@ -20,12 +20,9 @@ from tiercache.shard.footer import CHUNK_ROW, Footer
 from tiercache.shard.reader import MAX_RECENT, MAX_RECENT_BYTES, RecentBlocks
 from tiercache.shard.schema import Schema
 from tiercache.shard.shard_file import BlockData, ColumnData, encode
-from tiercache.shard.source import ByteSource, LocalCopy, merge_ranges
+from tiercache.shard.source import ByteSource, LocalCopy
 from tiercache.shard.values import ColumnValues, ServedColumns, block_values
 from tiercache.store.contract import Store
-
-# Ranges with a smaller gap are read as one: the bytes between cost less than another request.
-_GAP_BYTES = 16 << 10
 
 
 class SourceBytes(FileBytes):
@@ -50,11 +47,8 @@ class SourceBytes(FileBytes):
         memory = [np.empty(one.n_bytes, np.uint8).data for one in ranges]
         spans = [(one, view) for one, view in zip(ranges, memory, strict=True) if one.n_bytes]
         if spans:
-            copy = self._source.ensure_cached([one for one, _ in spans])
-            if copy is None:
-                self._source.read(spans)
-            else:
-                copy.read(spans)
+            self._source.ensure_cached([one for one, _ in spans])
+            self._source.read(spans)  # a cache compares its copy with the checksums of its unit map
         return [view.toreadonly() for view in memory]
 
     def close(self) -> None:
@@ -118,9 +112,7 @@ class LayoutReader:
         if copy is None:
             return 0
         names = [self._layout.schema.columns[column].name for column in loaded.columns]
-        return copy.lease.note_read(
-            loaded.stored_bytes, lambda: self._layout.ranges(self._file, loaded.blocks, names)
-        )
+        return copy.lease.note_read(loaded.stored_bytes, lambda: self._layout.ranges(self._file, loaded.blocks, names))
 
     def prefetch_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         copy = self.local_copy
@@ -128,8 +120,15 @@ class LayoutReader:
             names = [self._layout.schema.columns[column].name for column in columns]
             self._data.prefetch(self._layout.ranges(self._file, blocks, names))
 
-    def is_mapped(self, columns: Sequence[int]) -> bool:  # noqa: ARG002 -- of ShardReader
+    def is_mapped(self, _columns: Sequence[int]) -> bool:
         return False
+
+    def mapped_blocks(self, _columns: Sequence[int]) -> None:
+        """Return None: nothing is mapped."""
+
+    @property
+    def footer(self) -> NoReturn:
+        raise TypeError("a file of a layout has an index, and no footer")
 
     def take(self, rows: npt.ArrayLike, columns: Sequence[int]) -> list[ColumnValues]:
         numbers = np.asarray(rows, np.int64).reshape(-1)
@@ -224,10 +223,3 @@ def blocks_of(
 
 def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array if array.flags.aligned else array.copy()
-
-
-def merged(ranges: Sequence[ByteRange]) -> list[ByteRange]:
-    """Return ranges in order, those merged that overlap or have a small gap between them."""
-    starts = np.array([one.start for one in ranges], np.int64)
-    ends = np.array([one.end for one in ranges], np.int64)
-    return merge_ranges(starts, ends, _GAP_BYTES)

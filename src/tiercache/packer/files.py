@@ -14,12 +14,11 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
-from urllib.parse import unquote
 
 import pyarrow as pa
 
 from tiercache.errors import NotFound, SchemaError
-from tiercache.shard.schema import FLOATS, INTEGERS, Column, Kind, Schema, UserType
+from tiercache.shard.schema import Schema
 from tiercache.store import Store, StoreFile, open_store, split_url
 from tiercache.store.access import ParsedUrl
 from tiercache.store.remote import call_threads

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from tiercache.errors import NotFound, SchemaError
+from tiercache.layouts.hive import find_partitions
 from tiercache.packer import images, tables
 from tiercache.packer.files import (
     Files,
@@ -17,7 +18,6 @@ from tiercache.packer.files import (
     SkippedFile,
     SourceFile,
     find_files,
-    find_partitions,
     refuse_foreign_files,
     refuse_foreign_index,
     selected,
@@ -114,7 +114,12 @@ def _find_table(
         whole = tables.find_parquet(files, found, {})
         whole.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
         return replace(whole, schema=Schema.of(given))
-    return tables.JsonLines(files, Schema.of(given), tables.split_files(found), find_partitions(files, found))
+    return tables.JsonLines(
+        files,
+        Schema.of(given),
+        tables.split_files(found),
+        find_partitions([file.path for file in found], files.location),
+    )
 
 
 def with_schema_of(

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from tiercache.errors import SchemaError
-from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
+from tiercache.layouts.hive import find_partitions, partition_values
+from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile
 from tiercache.shard.schema import Schema, UserType
 from tiercache.store.remote import call_threads
 
@@ -134,7 +135,7 @@ def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, Us
     records = [{n: v for n, v in line.record.items() if n not in given} for _, line in sample]
     inferred = infer_types(records, lambda i: _location(files, sample[i][0], sample[i][1].start))
     stored = dict.fromkeys(name for _, line in sample for name in line.record)
-    partitions = find_partitions(files, found, list(stored))
+    partitions = find_partitions([file.path for file in found], files.location, list(stored))
     types = {**inferred, **partitions, **given}
     order = dict.fromkeys([*stored, *partitions, *given])
     return JsonLines(files, Schema.of({name: types[name] for name in order}), splits, partitions)
@@ -261,7 +262,7 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
         _check_same(files.location(file.path), footer.schema, files.location(found[0].path), footers[0].schema)
     with_nulls = set().union(*(footer.with_nulls for footer in footers))
     types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in footers[0].schema}
-    partitions = find_partitions(files, found, footers[0].schema.names)
+    partitions = find_partitions([file.path for file in found], files.location, footers[0].schema.names)
     types |= partitions
     if new := [name for name in given if name not in types]:
         raise SchemaError(

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -31,6 +31,33 @@ if TYPE_CHECKING:
 # Blocks that single records of a store were read from, by shard, block and columns: so many, each of at most this size.
 MAX_RECENT, MAX_RECENT_BYTES = 8, 8 << 20
 RecentBlocks: TypeAlias = "deque[tuple[tuple[bytes, tuple[int, ...], tuple[int, ...]], Blocks]]"
+
+
+class OpenShard(Protocol):
+    """An open shard as a `ReaderPool` keeps it: a `ShardReader`, or a file of another library's layout."""
+
+    @property
+    def local_copy(self) -> LocalCopy | None: ...
+
+    @property
+    def n_descriptors(self) -> int: ...
+
+    @property
+    def footer(self) -> Footer: ...
+
+    def load_blocks(self, blocks: Sequence[int], columns: Sequence[int], /) -> Blocks: ...
+
+    def load_shapes(self, blocks: Sequence[int], column: int, /) -> Blocks: ...
+
+    def count_read(self, loaded: Blocks, /) -> int: ...
+
+    def prefetch_blocks(self, blocks: Sequence[int], columns: Sequence[int], /) -> None: ...
+
+    def is_mapped(self, columns: Sequence[int], /) -> bool: ...
+
+    def mapped_blocks(self, columns: Sequence[int], /) -> Blocks | None: ...
+
+    def take(self, rows: npt.ArrayLike, columns: Sequence[int], /) -> list[ColumnValues]: ...
 
 
 class ShardReader:
@@ -304,7 +331,7 @@ class MappedRecords:
     def __contains__(self, shard: int) -> bool:
         return shard in self._finder
 
-    def table(self, reader: ShardReader) -> BlockTable | None:
+    def table(self, reader: OpenShard) -> BlockTable | None:
         """Return the table of a shard for put(); None if the shard cannot be read through a mapping (yet)."""
         blocks, copy = None if self._has_arrow else reader.mapped_blocks(self._columns), reader.local_copy
         if blocks is None or copy is None:
@@ -460,7 +487,7 @@ class ReaderPool:
     when it is reached, the pool that holds most of them drops shards.
     """
 
-    def __init__(self, opener: Callable[[int], ShardReader], mapped: MappedRecords) -> None:
+    def __init__(self, opener: Callable[[int], OpenShard], mapped: MappedRecords) -> None:
         self._opener = opener
         self._mapped = mapped
         self._begin()
@@ -468,7 +495,7 @@ class ReaderPool:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, tuple[ShardReader, int]] = OrderedDict()  # reader and its number of descriptors
+        self._open: OrderedDict[int, tuple[OpenShard, int]] = OrderedDict()  # reader and its number of descriptors
         self.n_descriptors = 0
         self._gates: dict[int, threading.Lock] = {}
         self._mapped.clear()
@@ -481,7 +508,7 @@ class ReaderPool:
     def capacity(self) -> int:
         return min(MAX_READERS, max_shard_descriptors())
 
-    def get(self, shard: int) -> ShardReader:
+    def get(self, shard: int) -> OpenShard:
         """Return the reader of a shard, and open the shard if necessary. Raises as ShardReader."""
         # In a forked child process the leases belong to the parent, and the copied lock may be locked forever.
         if self._pid != os.getpid():
@@ -501,7 +528,7 @@ class ReaderPool:
             self._keep(shard, reader)
         return reader
 
-    def _open_shard(self, shard: int) -> ShardReader:
+    def _open_shard(self, shard: int) -> OpenShard:
         try:
             return self._opener(shard)
         except StoreError as error:
@@ -555,7 +582,7 @@ class ReaderPool:
         self.n_descriptors -= n_descriptors
         self._mapped.forget(shard)
 
-    def _keep(self, shard: int, reader: ShardReader) -> None:
+    def _keep(self, shard: int, reader: OpenShard) -> None:
         with self._lock:
             self._gates.pop(shard, None)
             self._open[shard] = reader, reader.n_descriptors

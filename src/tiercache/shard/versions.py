@@ -126,7 +126,7 @@ class ShardTable:
             footer_bytes=int(self.footer_bytes[i]),
         )
 
-    def objects(self, dataset_id: str, shards: NDArray[np.int64]) -> list[tuple[str, ShardIdentity]]:
+    def objects(self, dataset_id: str, shards: NDArray[np.int64]) -> Sequence[tuple[str, ShardIdentity]]:
         """Return keys and identities of these shards, int64[m], in their order: 2 us each, where info() takes 20 us."""
         rows = as_arrow(shards)
         keys, ids = self.names.take(rows).to_pylist(), self.shard_ids.take(rows).to_pylist()
@@ -136,7 +136,7 @@ class ShardTable:
             for key, shard_id, n_bytes, crc in zip(keys, ids, sizes, sums, strict=True)
         ]
 
-    def identities(self, shards: NDArray[np.int64]) -> tuple[list[str], list[int], list[int]]:
+    def identities(self, shards: NDArray[np.int64]) -> tuple[list[str], list[int], Sequence[int | None]]:
         """Return ids, sizes and checksums of the shards with these numbers, int64[m], in order: 0.3 us each."""
         ids = self.shard_ids.take(as_arrow(shards)).to_pylist()
         return [i.hex() for i in ids], self.n_bytes[shards].tolist(), self.crc32c[shards].tolist()
@@ -152,13 +152,18 @@ def as_arrow(numbers: NDArray[np.int64]) -> pa.Int64Array:
 
 def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
     """Return entry and file of a new segment with these shards, in this order. Raises ValueError."""
+    return pack_segment(table_of(infos))
+
+
+def table_of(infos: Iterable[ShardInfo]) -> pa.Table:
+    """Return shards in the form of ShardTable.arrow."""
     rows = [
         (i.name, bytes.fromhex(i.shard_id), i.n_records, i.n_bytes, i.crc32c, i.footer_offset, i.footer_bytes, "{}")
         for i in infos
     ]
     columns = zip(*rows, strict=True) if rows else [()] * len(_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-    return pack_segment(pa.Table.from_arrays(arrays, schema=_SCHEMA))
+    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
 
 
 def pack_segment(table: pa.Table) -> tuple[SegmentRef, bytes]:
