@@ -523,10 +523,15 @@ class Dataset:
         names = [*map(repr, urls[:2]), *([f"{len(urls) - 2} more"] if len(urls) > 2 else [])]
         is_concat = source.n_joined > 1 and source.mixture is None
         url = (f"concat of {source.n_joined} data sets, " if is_concat else "") + " and ".join(names)
-        version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+        foreign = list(
+            dict.fromkeys(one.manifest.kind for one in self._source.storage.versions if not one.spec.version)
+        )
+        known = [number for number in numbers if number]
+        versions = [f"version {', '.join(map(str, known[:4]))}{', ...' if len(known) > 4 else ''}"] if known else []
+        version = " and ".join([*foreign, *versions])
         steps = source.steps if source.mixture is None else (f"mix(weights={list(source.mixture.weights)})",)
         view = f" by {'.'.join(steps)}" if steps else ""
-        records = f"{url}, version {version}, {len(self):,} record{'' if len(self) == 1 else 's'}{view}"
+        records = f"{url}, {version}, {len(self):,} record{'' if len(self) == 1 else 's'}{view}"
         served = "".join(f", {name}={text}" for name, text in self._served())
         return f"{type(self).__name__}({records}: {self.schema!r}{served})"
 

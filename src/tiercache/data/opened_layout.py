@@ -18,7 +18,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.layouts.contract import Layout
 from tiercache.layouts.find import StoreFolder, dataset_id_of, find_layout, identity_of, open_bytes
 from tiercache.layouts.reader import LayoutReader
-from tiercache.model import ByteRange, ShardIdentity, ShardInfo
+from tiercache.model import ByteRange, ShardIdentity, ShardInfo, SourcePart
 from tiercache.order.window import BlockSizes
 from tiercache.shard.reader import OpenShard
 from tiercache.shard.versions import ShardTable, Version, table_of
@@ -28,7 +28,7 @@ from tiercache.store.access import split_url
 _MOST, _OF = 15, 16
 
 
-def open_leaf(location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> OpenedVersion:
+def open_leaf(location: DatasetLocation, version: int | str | None, columns: Sequence[str] | None) -> OpenedVersion:
     """Return a version of the data set at a URL; or the data set of another library there, if it has no version.
 
     Raises as `Dataset`.
@@ -138,6 +138,11 @@ class OpenedLayout(OpenedVersion):
             segments=(),
         )
         self._begin(location, stores, manifest, table, columns)
+
+    @property
+    def part(self) -> SourcePart:
+        """See OpenedVersion.part. A copy of the files elsewhere is the same data set: names and sizes identify it."""
+        return SourcePart(self.layout.fingerprint, 0, self.layout.fingerprint)
 
     def _make_spec(self) -> LeafSpec:
         return LayoutSpec(self.location, self.layout, self.schema.names)

@@ -118,7 +118,10 @@ _OWN = "own."
 
 def _read_index(path: Path) -> FileIndex | None:
     """Return a kept index; None if there is none, or if it cannot be read: then it is made again."""
-    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path, allow_pickle=False) as found:
+    with (
+        suppress(OSError, ValueError, KeyError, EOFError, BadZipFile),
+        np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found,
+    ):
         parts = {name.removeprefix(_OWN): found[name] for name in found.files if name.startswith(_OWN)}
         return FileIndex(found["n_records"], found["raw_bytes"], parts)
     return None

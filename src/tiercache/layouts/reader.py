@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,6 +24,9 @@ from tiercache.shard.shard_file import BlockData, ColumnData, encode
 from tiercache.shard.source import ByteSource, LocalCopy
 from tiercache.shard.values import ColumnValues, ServedColumns, block_values
 from tiercache.store.contract import Store
+
+# What a layout, and the library that it uses, may raise for damaged bytes.
+_UNREADABLE = (pa.ArrowException, ArithmeticError, EOFError, LookupError, OSError, ValueError, struct.error)
 
 
 class SourceBytes(FileBytes):
@@ -100,7 +104,7 @@ class LayoutReader:
     def _read(self, block: int, names: Sequence[str]) -> BlockData:
         try:
             found = self._layout.read(self._file, self._data, block, names)
-        except (pa.ArrowException, ValueError, EOFError) as error:
+        except _UNREADABLE as error:
             if isinstance(error, TierCacheError):
                 raise
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
