@@ -27,7 +27,7 @@ WITHOUT_WITNESS = ("new_folder", "lost_catalog")
 
 def points_here() -> dict[str, str]:
     """Every point of the source and where it stands, but those of tiers and checkpoints, which other tests strike."""
-    return points_where(lambda name: not name.startswith(("tier_", "checkpoint_", "dcp.", "retention.")))
+    return points_where(lambda name: not name.startswith(("tier_", "checkpoint_", "dcp.", "retention.", "packing.")))
 
 
 @dataclass

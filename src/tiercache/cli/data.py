@@ -69,7 +69,7 @@ def open_data_set(store: Store, at: str | None = None) -> OpenDataSet:
     return OpenDataSet(store, version, read_shards(store, version))
 
 
-@verb(after_ctrl_c="nothing was committed and nothing needs to be cleaned up; run the same command again")
+@verb(after_ctrl_c="the same command continues, and keeps what is finished")
 def pack(
     output: Output,
     source: Annotated[str, argument("SOURCE", "Input: a file, a folder or a glob, as a path or a URL.")],
@@ -102,7 +102,9 @@ def pack(
     compression: Annotated[
         str, option("--compression", "CODEC", "Compression: auto, none, zstd or zstd:LEVEL.")
     ] = "auto",
-    jobs: Annotated[int, option("--jobs -j", None, "Number of processes; 0: one per CPU.", min=0)] = 1,
+    workers: Annotated[
+        int, option("--workers -w", "N", "Number of processes; 0: one per CPU. The result is the same.", min=0)
+    ] = 1,
     include: Include = None,
     exclude: Exclude = None,
     storage_option: StorageOptions = None,
@@ -116,8 +118,8 @@ def pack(
 ) -> None:
     """Convert images, Parquet files or JSON lines into a data set.
 
-    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
-    commits nothing.
+    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. After Ctrl-C or a
+    kill, the same command continues.
     """
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
@@ -126,7 +128,7 @@ def pack(
         shard_size=parse_size("--shard-size", shard_size),
         block_size=parse_size("--block-size", block_size),
         compression=compression,
-        jobs=jobs,
+        workers=workers,
         include=include or (),
         exclude=exclude or (),
         storage_options=parse_storage_options(storage_option),
@@ -138,10 +140,13 @@ def pack(
     if dry_run:
         for one in plan.source.schema.columns:
             output.event("column", {"name": one.name, "type": str(one)}, f"{one.name}: {one}")
-        facts = {"url": target, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes, "dry_run": True}
-        processes = count(plan.n_processes, "process", "processes")
+        facts = {"url": target, "mode": mode, "bytes": plan.total_bytes, "workers": plan.n_workers, "dry_run": True}
+        processes = count(plan.n_workers, "process", "processes")
         output.summary(facts, f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, in {processes}")
         return
+    if plan.finished and not output.quiet:
+        facts = {"finished": len(plan.finished), "tasks": len(plan.tasks)}
+        output.event("continued", facts, f"continues: {len(plan.finished)} of {len(plan.tasks)} tasks are finished")
     with output.byte_progress("packing") as advance:
         version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
     facts = {name: value for name, value in version_facts(version).items() if name not in ("kind", "created")}

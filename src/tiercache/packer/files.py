@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,11 @@ class InputBatch:
 
 
 class RecordSource(Protocol):
-    """Source that has been inspected and can be read. Picklable."""
+    """Source that has been inspected and can be read. Picklable.
+
+    Its repr says what is packed, as that of a dataclass does: by it, the same command recognises a packing that was not
+    finished.
+    """
 
     @property
     def schema(self) -> Schema:
@@ -129,7 +133,7 @@ class StoreFiles:
     """Files below a store's URL, with the methods of LocalFiles. Each process opens the store on first use."""
 
     root: str
-    storage_options: Mapping[str, Any]
+    storage_options: Mapping[str, Any] = field(repr=False)  # may hold credentials
 
     @cached_property
     def store(self) -> Store:

@@ -1,44 +1,54 @@
-"""Packing of a source: tasks of its splits; their records as shards, in one process or several; one commit."""
+"""Packing of a source: its kind, splits and tasks; their records as shards, in one process or several; one commit.
+
+The tasks follow from the source and the options alone, so any number of processes writes the same shards. A finished
+task is recorded in the target (`shard/packings.py`): after a kill, the same command goes on with the other tasks.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import os
-import signal
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from secrets import token_hex
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 
 from tiercache import config
-from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.model import ShardInfo, parse_bytes
+from tiercache.crash_points import crash_point
+from tiercache.errors import SchemaError, StoreError
+from tiercache.model import parse_bytes
 from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
+from tiercache.packer.workers import Report, run_in_processes
+from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
 from tiercache.shard.schema import Schema, UserType
 from tiercache.shard.versions import (
+    Commit,
     Version,
     VersionKind,
     check_mode,
+    check_writable,
     data_set_exists_error,
     find_latest,
     no_data_set_error,
 )
-from tiercache.shard.writer import ShardOptions, ShardWriter, Writer, shard_key
-from tiercache.store import MemoryStore, open_store, redact
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store import MemoryStore, Store, open_store, redact
 
-# More tasks than processes balance the load. Each task ends with a partly filled shard, so there are more tasks than
-# processes only if each has at least four shards' worth of data.
-_TASKS_PER_JOB = 4
-_SHARDS_PER_TASK = 4
+logger = logging.getLogger("tiercache")
+
+# A source has this many tasks for the processes to share, unless one would have less than a shard's worth of data; the
+# upper limit is what a kill may lose of the work of a process.
+_TASKS = 64
+_MOST_SHARDS_PER_TASK = 8
+# Shards of a task may exceed the target size by this part, rather than that the last one is nearly empty.
+_SHARD_EXCESS = 0.25
+_SHARD_OVERHEAD = 0.02  # of footers, and of columns that are not in the source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +59,20 @@ class PackOptions(SourceOptions):
     shard_size: int | str = "128MiB"
     block_size: int | str = "1MiB"
     compression: str | Mapping[str, str] = "auto"
-    jobs: int = 1
+    workers: int = 1
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mode(self.mode)
-        if type(self.jobs) is not int or self.jobs < 0:
-            raise ValueError(f"jobs must be a number of processes, or 0 for one per CPU, got {self.jobs!r}")
+        if type(self.workers) is not int or self.workers < 0:
+            raise ValueError(f"workers must be a number of processes, or 0 for one per CPU, got {self.workers!r}")
         _ = self.shard_options
 
     @property
-    def n_jobs(self) -> int:
+    def n_workers(self) -> int:
         """Number of processes that may be used."""
-        return self.jobs or config.available_cpus()
+        return self.workers or config.available_cpus()
 
     @property
     def shard_options(self) -> ShardOptions:
@@ -72,14 +82,24 @@ class PackOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Plan of a packing. Nothing has been written."""
+    """Plan of a packing. Nothing has been written.
+
+    key: Hash of the source and of the options that decide what is written. finished: Tasks that an earlier run of this
+    packing has finished.
+    """
 
     source: RecordSource
     url: str
     options: PackOptions
     tasks: tuple[tuple[InputSplit, ...], ...]  # splits by task; each task writes its own shards
-    n_processes: int
+    key: str
+    finished: frozenset[int] = frozenset()
     skipped: tuple[SkippedFile, ...] = ()  # although neither include nor exclude says so
+
+    @property
+    def n_workers(self) -> int:
+        """Number of processes to use."""
+        return min(self.options.n_workers, max(len(self.tasks) - len(self.finished), 1))
 
     @property
     def total_bytes(self) -> int:
@@ -92,37 +112,54 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
 
     Raises NotFound, CommitConflict, SchemaError, ValueError, as `pack`.
     """
-    parent = _check_target(url, options)
-    chosen, skipped = find_source(source, options, parent)
-    tasks = divide_splits(chosen.splits, options.n_jobs, parse_bytes(options.shard_size))
-    n_processes = min(options.n_jobs, max(len(tasks), 1))
-    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), n_processes, tuple(skipped))
-
-
-def _check_target(url: str | os.PathLike[str], options: PackOptions) -> Version | None:
-    """Check the data set's URL, and return the version that is appended to, if any."""
     with closing(open_store(url, **options.storage_options)) as store:
-        store.require_conditional_put()  # here, because the commit comes hours later
-        parent = find_latest(store)
-        if options.mode == "create" and parent is not None:
+        parent = _check_target(store, options)
+        chosen, skipped = find_source(source, options, parent if options.mode == "append" else None)
+        tasks = divide_splits(chosen.splits, options.shard_options.shard_bytes)
+        key = _key_of(chosen, tasks, options)
+        packing = find_packing(store, key)
+        if options.mode == "create" and parent is not None and (packing is None or not packing.committed(store, "")):
             raise data_set_exists_error(store, parent)
-        if options.mode == "append" and parent is None:
-            raise no_data_set_error(store)
-        if options.n_jobs > 1 and isinstance(store, MemoryStore):
-            raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with jobs=1")
-    return parent if options.mode == "append" else None
+        finished = frozenset() if packing is None else frozenset(packing.finished())
+        if n_others := sum(records.key != key for records in list_packings(store)):
+            logger.warning(
+                "%s: packings of other sources, or with other options, were not finished, and are left alone: %d",
+                store.url,
+                n_others,
+            )
+    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), key, finished, tuple(skipped))
 
 
-def divide_splits(splits: Sequence[InputSplit], jobs: int, shard_bytes: int) -> list[tuple[InputSplit, ...]]:
-    """Return the splits divided into tasks of neighbouring splits with about equal bytes, in order.
+def _check_target(store: Store, options: PackOptions) -> Version | None:
+    """Check a data set's store, and return the newest version, if any."""
+    store.require_conditional_put()  # here, because the commit comes hours later
+    parent = find_latest(store)
+    if options.mode == "create" and parent is not None and next(list_packings(store), None) is None:
+        raise data_set_exists_error(store, parent)
+    if options.mode == "append" and parent is None:
+        raise no_data_set_error(store)
+    if parent is not None:
+        check_writable(parent, store.url)
+    if options.n_workers > 1 and isinstance(store, MemoryStore):
+        raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with workers=1")
+    return parent
 
-    One job has one task; several jobs have one to four tasks each.
-    """
+
+def _key_of(source: RecordSource, tasks: Sequence[Sequence[InputSplit]], options: PackOptions) -> str:
+    """Return a hash of what decides the shards that are written."""
+    how = (options.mode, options.shard_options, [len(task) for task in tasks])
+    facts = (repr(source), source.schema.to_bytes(), source.splits, how)
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(f"{fact!r}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def divide_splits(splits: Sequence[InputSplit], shard_bytes: int) -> list[tuple[InputSplit, ...]]:
+    """Return the splits divided into tasks of neighbouring splits with about equal bytes, in order."""
     total = sum(split.n_bytes for split in splits)
-    n_tasks = 1
-    if jobs > 1:
-        n_tasks = max(jobs, min(_TASKS_PER_JOB * jobs, total // (_SHARDS_PER_TASK * shard_bytes)))
-    tasks: list[list[InputSplit]] = [[] for _ in range(min(n_tasks, max(len(splits), 1)))]
+    task_bytes = min(max(total // _TASKS, shard_bytes), _MOST_SHARDS_PER_TASK * shard_bytes)
+    tasks: list[list[InputSplit]] = [[] for _ in range(max(total // task_bytes, 1))]
     before = 0
     for split in splits:
         middle = before + split.n_bytes / 2
@@ -131,11 +168,15 @@ def divide_splits(splits: Sequence[InputSplit], jobs: int, shard_bytes: int) -> 
     return [tuple(task) for task in tasks if task]
 
 
-# Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
-# an abort does.
-_STOP_S = 10.0
+def _even_shard_bytes(task_bytes: int, options: ShardOptions) -> int:
+    """Return the size at which the shards of a task are about equal, if the data is stored as large as it is."""
+    n_shards = math.ceil(task_bytes / options.shard_bytes - _SHARD_EXCESS)
+    even = int(task_bytes / max(n_shards, 1) * (1 + _SHARD_OVERHEAD)) + 2 * options.block_bytes
+    least = options.shard_bytes if n_shards <= 1 else 0  # the sizes of a source may be those of compressed files
+    return min(max(even, least), int(options.shard_bytes * (1 + _SHARD_EXCESS)))
+
+
 _SHOWN_SKIPPED = 5
-_COMMITTING = "during the commit: check whether the version exists before you run the command again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,96 +188,114 @@ class PackProgress:
     total_bytes: int
 
 
-_Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records and bytes
-
-
 def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None = None) -> Version:
     """Write the shards, then commit them and return the version.
 
-    Until the commit no reader sees anything. After an exception, Ctrl-C included, this deletes the shards that it has
-    finished. A killed process leaves them behind: no version names them, and nothing needs to be cleaned up before
-    packing again. Ctrl-C during the commit leaves the shards, because they may already belong to a version: the message
-    of the KeyboardInterrupt says so.
+    Until the commit no reader sees anything. After an exception, Ctrl-C or a kill, the tasks that are finished stay,
+    and another call with the same source and options continues with the others. A packing that was killed after its
+    commit commits nothing again: its version is returned.
     Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
-    done, is_committing = [0, 0], False
+    with closing(open_store(plan.url, **plan.options.storage_options)) as store:
+        parent = _check_target(store, plan.options)
+        packing = begin_packing(store, plan.key, {"": parent.number if parent else 0})
+        if (version := packing.committed(store, "")) is None:
+            try:
+                _run_tasks(plan, packing, on_progress)
+            except BaseException:
+                with suppress(StoreError):  # the first error must stay visible
+                    if not packing.finished():
+                        packing.remove()
+                raise
+            crash_point("packing.tasks_finished")
+            version = _commit(plan, packing, parent)
+            crash_point("packing.committed")
+        packing.remove()
+        return version
+
+
+def _run_tasks(plan: PackPlan, packing: Packing, on_progress: Callable[[PackProgress], None] | None) -> None:
+    """Run the tasks that are not finished."""
+    finished, total_bytes = _usable(packing), plan.total_bytes
+    done = [0, sum(split.n_bytes for number in finished for split in plan.tasks[number])]
 
     def report(n_records: int, n_bytes: int) -> None:
-        done[:] = done[0] + n_records, min(done[1] + n_bytes, plan.total_bytes)
+        done[:] = done[0] + n_records, min(done[1] + n_bytes, total_bytes)
         if on_progress is not None:
-            on_progress(PackProgress(done[0], done[1], plan.total_bytes))
+            on_progress(PackProgress(done[0], done[1], total_bytes))
 
-    options = plan.options
-    try:
-        with Writer(
-            plan.url,
-            schema=plan.source.schema,
-            mode=options.mode,
-            shard_size=options.shard_size,
-            block_size=options.block_size,
-            compression=options.compression,
-            storage_options=options.storage_options,
-        ) as writer:
-            if plan.n_processes > 1:
-                writer.add_shards(_write_in_processes(plan, report))
-            else:
-                for number in range(len(plan.tasks)):
-                    _write_splits(writer, plan, number, report)
-            is_committing = True
-            writer.close()
-        return cast("Version", writer.version)
-    except KeyboardInterrupt as error:
-        if is_committing:
-            raise KeyboardInterrupt(_COMMITTING) from error
-        raise
+    job = _Job(plan.source, plan.url, plan.options, packing.id, plan.key, packing.bases)
+    left = [(number, splits) for number, splits in enumerate(plan.tasks) if number not in finished]
+    if plan.n_workers > 1:
+        run_in_processes(job.run, left, plan.n_workers, report)
+    else:
+        for task in left:
+            job.run(task, report)
 
 
-def _write_in_processes(plan: PackPlan, report: _Report) -> list[ShardInfo]:
-    """Have processes write all shards, and return them in the order of the source."""
-    writer_ids = [token_hex(8) for _ in plan.tasks]
-    try:
-        shards = _run_in_processes(partial(_write_shards, plan), list(enumerate(writer_ids)), plan.n_processes, report)
-        return [info for infos in shards for info in infos]
-    except BaseException:
-        _delete_shards(plan, writer_ids)
-        raise
+def _commit(plan: PackPlan, packing: Packing, parent: Version | None) -> Version:
+    """Commit the shards of all tasks, unless another process that runs the same packing has committed them."""
+    shards = packing.finished()  # all of them; or another process has removed some, after its commit
+    if (version := packing.committed(packing.store, "")) is not None:
+        return version
+    infos = [info for number in range(len(plan.tasks)) for info in shards[number][""]]
+    return Commit(
+        packing.store,
+        infos,
+        schema=plan.source.schema,
+        mode=plan.options.mode,
+        parent=parent,
+        writer_id=packing.id[:16],
+        nonce=packing.id,
+    ).run()
 
 
-def _delete_shards(plan: PackPlan, writer_ids: Iterable[str]) -> None:
-    """Delete the finished shards of all tasks, also those of processes that were killed or did not report."""
-    with (
-        suppress(StoreError),  # an unnamed shard is harmless; the first error must stay visible
-        closing(open_store(plan.url, **plan.options.storage_options)) as store,
-    ):
-        for writer_id in writer_ids:
-            for key in (shard_key(writer_id, number) for number in count()):
-                try:
-                    store.head(key)
-                except NotFound:
-                    break
-                store.delete([key])
+def _usable(packing: Packing) -> set[int]:
+    """Return the finished tasks. The record of one whose shards have been deleted is removed: it runs again."""
+    finished = packing.finished()
+    there = {info.key: info.n_bytes for info in packing.store.list("shards/")} if finished else {}
+    for number, parts in list(finished.items()):
+        if any(there.get(info.name) != info.n_bytes for infos in parts.values() for info in infos):
+            packing.forget(number)
+            del finished[number]
+    return set(finished)
 
 
-def _write_shards(plan: PackPlan, task: tuple[int, str], report: _Report) -> list[ShardInfo]:
-    """Write the records of a task (its number, and the id of its writer) as shards. After an error none is left."""
-    number, writer_id = task
-    options = plan.options
-    with (
-        closing(open_store(plan.url, **options.storage_options)) as store,
-        ShardWriter(store, plan.source.schema, options.shard_options, writer_id=writer_id) as writer,
-    ):
-        _write_splits(writer, plan, number, report)
-        return writer.finish()
+@dataclass(frozen=True)
+class _Job:
+    """What a process needs to run tasks of a packing. Picklable."""
+
+    source: RecordSource
+    url: str
+    options: PackOptions
+    packing_id: str
+    key: str
+    bases: Mapping[str, int]
+
+    def run(self, task: tuple[int, Sequence[InputSplit]], report: Report) -> None:
+        """Write the records of a task, its number and its splits, and record its shards. After an error none is left.
+
+        If another process has recorded the task meanwhile, that process's shards count, and these are deleted.
+        """
+        number, splits = task
+        options = self.options.shard_options
+        n_bytes = sum(split.n_bytes for split in splits)
+        even = replace(options, shard_bytes=_even_shard_bytes(n_bytes, options))
+        with closing(open_store(self.url, **self.options.storage_options)) as store:
+            packing = Packing(store, self.key, self.packing_id, self.bases)
+            with ShardWriter(store, self.source.schema, even) as writer:
+                for split in splits:
+                    for batch in self.source.read(split, options.block_bytes):
+                        _write(writer, batch)
+                        report(batch.n_records, batch.n_bytes)
+                infos = writer.finish()
+            crash_point("packing.shards_written")
+            if not packing.finish(number, {"": infos}):
+                store.delete([info.name for info in infos])
+            crash_point("packing.task_recorded")
 
 
-def _write_splits(writer: Writer | ShardWriter, plan: PackPlan, number: int, report: _Report) -> None:
-    for split in plan.tasks[number]:
-        for batch in plan.source.read(split, plan.options.shard_options.block_bytes):
-            _write(writer, batch)
-            report(batch.n_records, batch.n_bytes)
-
-
-def _write(writer: Writer | ShardWriter, batch: InputBatch) -> None:
+def _write(writer: ShardWriter, batch: InputBatch) -> None:
     """Write a batch; if a record does not fit, the error names its location in the source."""
     first_record = writer.n_records
     try:
@@ -247,82 +306,6 @@ def _write(writer: Writer | ShardWriter, batch: InputBatch) -> None:
         text = error.message.removeprefix(f"column {error.column!r}, ").removeprefix(f"record {error.record}: ")
         where = batch.location(error.record - first_record)
         raise SchemaError(f"{where}: {text}", column=error.column, expected=error.expected, got=error.got) from error
-
-
-def _run_in_processes(
-    work: Callable[[Any, _Report], Any], tasks: Sequence[Any], n_processes: int, report: _Report
-) -> list[Any]:
-    """Return the results of work(task, report) for all tasks, run in n_processes processes.
-
-    Processes are spawned: forked ones would inherit the threads and clients of stores, which do not survive a fork.
-    An exception of work, and TierCacheError for a process that died, is raised after the others have been stopped.
-    """
-    context = get_context("spawn")
-    workers: dict[Connection, SpawnProcess] = {}
-    results: dict[int, Any] = {}
-    pending = iter(enumerate(tasks))
-
-    def send_next(connection: Connection) -> None:
-        if (task := next(pending, None)) is not None:
-            connection.send(task)
-
-    try:
-        for _ in range(min(n_processes, len(tasks))):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            workers[ours].start()
-            theirs.close()
-            send_next(ours)
-        while len(results) < len(tasks):
-            for connection in wait(list(workers)):
-                kind, value = _receive(cast("Connection", connection), workers)
-                if kind == "report":
-                    report(*value)
-                elif kind == "failed":
-                    raise value
-                else:
-                    results[value[0]] = value[1]
-                    send_next(cast("Connection", connection))
-    finally:
-        _stop(workers)
-    return [results[number] for number in range(len(tasks))]
-
-
-def _receive(connection: Connection, workers: Mapping[Connection, SpawnProcess]) -> tuple[str, Any]:
-    try:
-        return cast("tuple[str, Any]", connection.recv())
-    except (EOFError, OSError) as error:
-        process = workers[connection]
-        process.join(_STOP_S)
-        hint = "; the system may have killed it for lack of memory" if process.exitcode == -signal.SIGKILL else ""
-        message = f"a worker process died (exit code {process.exitcode}){hint}; nothing was committed"
-        raise TierCacheError(message) from error
-
-
-def _stop(workers: Mapping[Connection, SpawnProcess]) -> None:
-    for connection in workers:
-        connection.close()
-    for process in workers.values():
-        if process.pid is not None:
-            process.join(_STOP_S)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            process.close()
-
-
-def _serve(connection: Connection, work: Callable[[Any, _Report], Any]) -> None:
-    """Run a worker process: receive tasks, send reports and one result each, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the workers
-    with connection, suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            number, task = connection.recv()
-            try:
-                result = work(task, lambda *done: connection.send(("report", done)))
-                answer: tuple[str, Any] = ("done", (number, result))
-            except Exception as error:  # noqa: BLE001 - top-level function of a process: the error goes to the parent
-                answer = ("failed", error)
-            connection.send(answer)
 
 
 def pack(
@@ -336,7 +319,7 @@ def pack(
     shard_size: int | str = "128MiB",
     block_size: int | str = "1MiB",
     compression: str | Mapping[str, str] = "auto",
-    jobs: int = 1,
+    workers: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
@@ -345,9 +328,12 @@ def pack(
 ) -> Version:
     """Pack a folder of images, Parquet files or JSON lines into a data set, in the order of the source.
 
+    After Ctrl-C, a kill or an error, the same call continues: parts that are finished are kept, below the data set's
+    URL, and no record is lost or written twice.
+
     ::
 
-        tiercache.pack("photos/", "s3://bucket/photos", jobs=4)
+        tiercache.pack("photos/", "s3://bucket/photos", workers=4)
         tiercache.pack("part-*.parquet", "s3://bucket/table", schema={"image": tiercache.Image("jpeg")})
 
     Args:
@@ -363,7 +349,7 @@ def pack(
         shard_size: Target size of a shard in bytes, or a text such as "128MiB".
         block_size: Target size of a block in bytes, or a text such as "1MiB".
         compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping from columns to these.
-        jobs: Number of processes; 0: one per CPU.
+        workers: Number of processes; 0: one per CPU. The shards are the same for any number.
         include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
         exclude: Globs of files that are not packed.
         storage_options: Options of the data set's store.
@@ -384,7 +370,7 @@ def pack(
         shard_size=shard_size,
         block_size=block_size,
         compression=compression,
-        jobs=jobs,
+        workers=workers,
         include=include,
         exclude=exclude,
         storage_options=storage_options or {},

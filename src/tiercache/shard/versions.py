@@ -329,6 +329,7 @@ def _is_whole(data: pa.Buffer, ref: SegmentRef) -> bool:
 
 
 VERSIONS_FOLDER = "_tiercache/versions/"
+PACKINGS_FOLDER = "_tiercache/packing/"
 VersionKind: TypeAlias = Literal["create", "append", "overwrite"]
 _KIND = re.compile("[a-z][a-z-]{0,31}")
 MAX_NUMBER = 2**63 - 1
@@ -797,6 +798,8 @@ def _found_instead(store: Store) -> str:
         return f"it is a part of the data set {whole}"
     if inside := _data_sets(keys):
         return f"the data sets are in folders below it, {_listed(inside)}: open {store.url_of(inside[0])}"
+    if any(key.startswith(PACKINGS_FOLDER) for key in keys):
+        return "a packing into it has begun, and is not finished: the same `tiercache pack` continues"
     if any(key.startswith("_tiercache/") or key.endswith(".tcs") for key in keys):
         return "there are shards, but no version: the writer that wrote them has not committed them by close()"
     if keys:
@@ -870,7 +873,8 @@ class Commit:
     """A commit of finished shards, from the first attempt until its result is known. For one thread at a time.
 
     parent: Version that an overwrite replaces, and from which an append looks for the newest. The commit recognises its
-    own version by writer_id and a nonce.
+    own version by writer_id and a nonce. nonce: 32 hex digits that several processes share that make one commit; None:
+    random.
     """
 
     def __init__(
@@ -882,10 +886,11 @@ class Commit:
         mode: VersionKind,
         parent: Version | None = None,
         writer_id: str | None = None,
+        nonce: str | None = None,
     ) -> None:
         check_mode(mode)
         self._store, self._infos, self._schema, self._mode, self._parent = store, tuple(infos), schema, mode, parent
-        self._writer_id, self._nonce = writer_id or secrets.token_hex(16), secrets.token_hex(16)
+        self._writer_id, self._nonce = writer_id or secrets.token_hex(16), nonce or secrets.token_hex(16)
         self._own: tuple[SegmentRef, ...] | None = None
         self._unsettled: Version | None = None
         self._landed: Version | None = None

@@ -267,7 +267,6 @@ class ShardWriter:
         # KeyboardInterrupt in that time leaves the writer broken.
         self._ended = _NEW
         self.n_records = 0
-        self.n_added_records = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """See Writer.write."""
@@ -377,34 +376,19 @@ class ShardWriter:
             self._infos.append(self._file.finish())
             self._file = None
 
-    def add_shards(self, infos: Iterable[ShardInfo]) -> None:
-        """Add finished shards after those of the records so far. See Writer.add_shards."""
-        self._check_open()
-        self._ended = _BROKEN
-        self._end_shard()
-        self._rows.set_room(self._cutter.room_bytes)
-        added = list(infos)
-        self._infos += added
-        self.n_added_records += sum(info.n_records for info in added)
-        self._ended = ""
-
     def finish(self) -> list[ShardInfo]:
         """Write the pending records and close the last shard. Returns all shards in the order of their records."""
         if self._ended != "finished":
             self._check_open()
             self._uploads.claim_process()
             self._ended = _BROKEN
-            self._end_shard()
+            self._add_rows()
+            last = self._cutter.flush()
+            self._write_blocks([] if last is None else [last])
+            self._finish_file()
             self._uploads.wait()
             self._ended = "finished"
         return list(self._infos)
-
-    def _end_shard(self) -> None:
-        """Write the pending records, and close the shard."""
-        self._add_rows()
-        last = self._cutter.flush()
-        self._write_blocks([] if last is None else [last])
-        self._finish_file()
 
     def abort(self) -> None:
         """Discard the unfinished shard and delete the finished ones; do nothing after the end or in a forked child."""
@@ -515,7 +499,7 @@ class Writer:
 
     def _begin(self, shards: ShardWriter) -> None:
         self._shards = shards
-        self._watch(lambda: shards.n_records + shards.n_added_records)
+        self._watch(lambda: shards.n_records)
 
     def _watch(self, count_records: Callable[[], int]) -> None:
         """Report the records that are lost if this writer is dropped. The function must not refer to the writer."""
@@ -590,21 +574,6 @@ class Writer:
                 shards.write_batch(columns)
         else:
             self._shards.write_batch(columns)
-
-    def add_shards(self, infos: Iterable[ShardInfo]) -> None:
-        """Add finished shards that other processes have written with this writer's schema, in this order.
-
-        The writer owns them from now on: it commits them, or deletes them in abort().
-
-        Args:
-            infos: Descriptions of the shards, from the processes that wrote them.
-
-        Raises:
-            ValueError: The writer has no schema yet, or is closed.
-        """
-        if self._shards is None:
-            raise ValueError("shards can be added only to a writer with a schema")
-        self._shards.add_shards(infos)
 
     def close(self) -> None:
         """Finish the last shard and commit. A repeated call is safe. An error before the commit aborts the writer.

@@ -19,7 +19,7 @@ def photos(tmp_path):
 @pytest.fixture
 def data_set(photos, tmp_path):
     """The pictures, packed into some shards."""
-    pack(photos, tmp_path / "set", shard_size=8000, block_size=3000)
+    pack(photos, tmp_path / "set", shard_size=6000, block_size=3000)
     return tmp_path / "set"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -31,20 +32,37 @@ def test_results_go_to_standard_output_and_errors_to_standard_error(data_set, tm
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path, jobs):
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"x": {i}}}\n' for i in range(400_000)))
-    command = [*COMMAND, "pack", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "-j", jobs, "--shard-size", "10KB"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((tmp_path / "out").glob("shards/*.tcs")):
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path, workers):
+    for part in range(20):
+        lines = (f'{{"x": {i}}}\n' for i in range(part * 20_000, (part + 1) * 20_000))
+        (tmp_path / f"{part:02}.jsonl").write_text("".join(lines))
+    command = ["pack", f"{tmp_path}/*.jsonl", tmp_path / "out", "--workers", workers, "--shard-size", "100KB"]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (finished := list((tmp_path / "out").glob("_tiercache/packing/*/*/*.json"))):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == (
-        "tiercache: interrupted: nothing was committed and nothing needs to be cleaned up; run the same command again\n"
-    )
-    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+    assert errors == ("tiercache: interrupted: the same command continues, and keeps what is finished\n")
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shards/*.tcs")}
+    assert len(kept) >= len(finished)
+    assert "a packing into it has begun, and is not finished" in run("info", tmp_path / "out").stderr
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"continues: \d+ of \d+ tasks are finished\n", done.stdout)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shards/*.tcs") if p in kept} == kept
+    dataset = tc.Dataset(tmp_path / "out")
+    assert dataset[:]["x"].tolist() == list(range(400_000))
+    dataset.close()
+    assert {p.parent.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {
+        "_tiercache",
+        "segments",
+        "shards",
+        "versions",
+    }
 
 
 def test_an_interrupted_warm_says_how_to_go_on_and_continues_from_there(data_set, tmp_path):

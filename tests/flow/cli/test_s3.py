@@ -10,7 +10,7 @@ import pytest
 def test_pack_verify_warm_head_and_export_through_s3(tiercache, photos, s3_server, tmp_path):
     url = f"{s3_server.url}/cli/photos"
     options = [f for key, value in s3_server.storage_options.items() for f in ("--storage-option", f"{key}={value}")]
-    command = [sys.executable, "-m", "tiercache.cli.app", "pack", photos, url, "-j", "2", *options]
+    command = [sys.executable, "-m", "tiercache.cli.app", "pack", photos, url, "-w", "2", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert tiercache("verify", url, *options, "--json").events[-1]["damaged"] == 0

@@ -25,7 +25,7 @@ class TestPack:
         assert (summary["event"], summary["version"], summary["records"], summary["shards"]) == ("summary", 2, 30, 2)
 
     def test_a_dry_run_prints_the_columns_and_writes_nothing(self, tiercache, photos, tmp_path):
-        done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-j2")
+        done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-w2")
         assert done.out.splitlines()[:3] == ["image: image<png>", "label: int64", "path: str"]
         assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
@@ -62,7 +62,7 @@ class TestPack:
         assert "specify its type, as in --column 'x=str?'" in said(tmp_path / "a.jsonl", target)
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
 
-    def test_ctrl_c_while_it_commits_does_not_say_that_nothing_was_committed(
+    def test_ctrl_c_while_it_commits_says_that_the_same_command_continues(
         self, tiercache, photos, tmp_path, monkeypatch
     ):
         def struck(*_given, **_named):
@@ -70,8 +70,7 @@ class TestPack:
 
         monkeypatch.setattr(Commit, "run", struck)
         said = tiercache("pack", photos, tmp_path / "out", code=130).err
-        assert said.startswith("tiercache: interrupted: during the commit: check whether the version exists")
-        assert said.count("\n") == 1
+        assert said == "tiercache: interrupted: the same command continues, and keeps what is finished\n"
 
 
 class TestListing:

@@ -15,12 +15,12 @@ from tests.support.image_files import jpeg, png
 
 from tiercache.data.dataset import Dataset
 from tiercache.data.packing import pack_sequences
-from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
+from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import tables
 from tiercache.packer.pack import PackOptions, pack, plan_pack, run_pack
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
-from tiercache.shard.versions import Commit, latest, read_shards
+from tiercache.shard.versions import Commit, find_latest, latest, read_shards
 from tiercache.store import open_store
 
 NESTED_SCHEMA = pa.schema(
@@ -349,6 +349,50 @@ class TestModes:
             pack(tmp_path / "e.parquet", tmp_path / "out", mode="append")
 
 
+def shards_of(url):
+    """Numbers of records of each block, by shard, and all records."""
+    store, blocks = open_store(url), []
+    for info in read_shards(store, latest(store)).infos():
+        with ShardReader(store, info.name, info=info) as reader:
+            blocks.append(reader.footer.block_records.tolist())
+    return blocks, read(url)
+
+
+def remove_all(url):
+    store = open_store(url)
+    store.delete([info.key for info in store.list()])
+
+
+@given(
+    n_lines=st.lists(st.integers(0, 60), min_size=1, max_size=8),
+    shard_bytes=st.sampled_from([300, 1000, 5000]),
+    stops=st.lists(st.integers(1, 12), max_size=12),
+)
+def test_a_packing_that_is_stopped_anywhere_and_continued_writes_the_same_shards(n_lines, shard_bytes, stops):
+    source = open_store("memory://test-pack-stops/in")
+    remove_all("memory://test-pack-stops")
+    for i, n in enumerate(n_lines):
+        lines = (f'{{"x": {i * 100 + j}, "text": "{"y" * (j % 50)}"}}\n' for j in range(n))
+        source.put(f"{i}.jsonl", "".join(lines).encode())
+    options = {"schema": Schema.of({"x": "int64", "text": "str"}), "shard_size": shard_bytes, "block_size": 200}
+    pack(source.url, "memory://test-pack-stops/whole", **options)
+    for n_batches in [*stops, 0]:
+        calls = iter(range(n_batches - 1, -2, -1))
+
+        def stop(_progress, calls=calls):
+            if next(calls, -1) == 0:
+                raise KeyboardInterrupt
+
+        try:
+            pack(source.url, "memory://test-pack-stops/stopped", on_progress=stop, **options)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert shards_of("memory://test-pack-stops/stopped") == shards_of("memory://test-pack-stops/whole")
+    keys = {info.key for info in open_store("memory://test-pack-stops/stopped").list("_tiercache/packing/")}
+    assert keys == set()
+
+
 class TestProcesses:
     def lines(self, path, n=4000):
         path.write_text("".join(f'{{"x": {i}, "text": "{"y" * (i % 50)}"}}\n' for i in range(n)))
@@ -358,23 +402,41 @@ class TestProcesses:
         monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         progress = []
-        version = pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=2000, on_progress=progress.append)
+        version = pack(tmp_path / "a.jsonl", tmp_path / "out", workers=2, shard_size=2000, on_progress=progress.append)
         assert version.n_shards > 4
         assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
         assert progress[-1].n_records == 4000
 
-    def test_an_error_in_a_worker_process_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
-        with self.lines(tmp_path / "a.jsonl").open("a") as file:
-            file.write('{"x": "bad", "text": ""}\n')
-        with pytest.raises(SchemaError, match=r"column 'x': .*a\.jsonl, line 4001: expected int64, got a str"):
-            pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=20_000)
-        assert is_empty(tmp_path / "out")
-
-    def test_a_killed_worker_process_is_an_error_and_leaves_nothing(self, tmp_path, monkeypatch):
+    def test_any_number_of_processes_writes_the_same_shards(self, tmp_path, monkeypatch):
         monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
-        plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(jobs=2, shard_size=20_000))
+        for workers in (1, 2, 5):
+            version = pack(tmp_path / "a.jsonl", tmp_path / str(workers), workers=workers, shard_size=10_000)
+            assert version.n_shards > 4
+            assert shards_of(tmp_path / str(workers)) == shards_of(tmp_path / "1")
+
+    def test_after_an_error_what_is_finished_stays_and_a_changed_source_is_another_packing(
+        self, tmp_path, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
+        good = self.lines(tmp_path / "a.jsonl").read_text()
+        (tmp_path / "a.jsonl").write_text(good + '{"x": "bad", "text": ""}\n')
+        with pytest.raises(SchemaError, match=r"column 'x': .*a\.jsonl, line 4001: expected int64, got a str"):
+            pack(tmp_path / "a.jsonl", tmp_path / "out", workers=2, shard_size=20_000)
+        assert find_latest(open_store(tmp_path / "out")) is None
+        plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(shard_size=20_000))
+        assert set() != set(plan.finished) <= set(range(len(plan.tasks) - 1))
+        (tmp_path / "a.jsonl").write_text(good)
+        plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(shard_size=20_000))
+        assert plan.finished == frozenset()
+        assert "with other options, were not finished, and are left alone: 1" in caplog.text
+        run_pack(plan)
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
+
+    def test_a_killed_worker_process_is_an_error_after_which_the_packing_continues(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
+        self.lines(tmp_path / "a.jsonl")
+        options = PackOptions(workers=2, shard_size=20_000)
 
         def kill_the_children(_progress):
             for child in active_children():
@@ -383,12 +445,57 @@ class TestProcesses:
         with pytest.raises(
             TierCacheError, match=r"a worker process died \(exit code -9\); the system may have killed it"
         ):
-            run_pack(plan, kill_the_children)
-        assert is_empty(tmp_path / "out")
-        assert run_pack(plan).n_records == 4000
+            run_pack(plan_pack(tmp_path / "a.jsonl", tmp_path / "out", options), kill_the_children)
+        assert run_pack(plan_pack(tmp_path / "a.jsonl", tmp_path / "out", options)).n_records == 4000
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
 
 
-def test_ctrl_c_or_a_lost_answer_during_the_commit_deletes_nothing(photos, tmp_path, monkeypatch):
+def test_a_finished_task_whose_shards_were_deleted_or_whose_record_is_damaged_runs_again(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text("".join(f'{{"x": {i * 1000 + j}}}\n' for j in range(1000)))
+
+    def stop(progress):
+        if progress.n_records > 2000:
+            raise KeyboardInterrupt
+
+    def finished():
+        return sorted((tmp_path / "out").glob("_tiercache/packing/*/*/*.json"))
+
+    for damage in ("shard", "record", "start"):
+        with pytest.raises(KeyboardInterrupt):
+            pack(tmp_path / "*.jsonl", tmp_path / "out", mode="overwrite", shard_size=10_000, on_progress=stop)
+        assert len(finished()) == 2
+        if damage == "shard":
+            next((tmp_path / "out").glob("shards/*.tcs")).unlink()
+        else:
+            path = finished()[0] if damage == "record" else next(finished()[0].parent.parent.glob("start-*"))
+            path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+        pack(tmp_path / "*.jsonl", tmp_path / "out", mode="overwrite", shard_size=10_000)
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(3000))
+        for shard in (tmp_path / "out").glob("shards/*.tcs"):
+            shard.unlink()
+
+
+def test_two_processes_that_run_the_same_packing_commit_it_once(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text("".join(f'{{"x": {i * 1000 + j}}}\n' for j in range(1000)))
+    pack(tmp_path / "0.jsonl", tmp_path / "out")
+    other = []
+
+    def run_the_other(progress):
+        if not other and progress.n_records > 1000:  # when one of the tasks is finished, and the second has begun
+            other.append(None)
+            other[0] = pack(tmp_path / "*.jsonl", tmp_path / "out", mode="append", shard_size=10_000)
+
+    version = pack(tmp_path / "*.jsonl", tmp_path / "out", mode="append", shard_size=10_000, on_progress=run_the_other)
+    assert version == other[0]
+    assert version.number == 2
+    assert [r["x"] for r in read(tmp_path / "out")] == [*range(1000), *range(3000)]
+
+
+def test_ctrl_c_or_a_lost_answer_during_the_commit_deletes_nothing_and_the_same_command_continues(
+    photos, tmp_path, monkeypatch
+):
     run = Commit.run
 
     def struck(commit):
@@ -399,10 +506,16 @@ def test_ctrl_c_or_a_lost_answer_during_the_commit_deletes_nothing(photos, tmp_p
         raise StoreError("the answer was lost", url="x", maybe_done=True)
 
     monkeypatch.setattr(Commit, "run", struck)
-    with pytest.raises(KeyboardInterrupt, match="check whether the version exists"):
+    with pytest.raises(KeyboardInterrupt):
         pack(photos, tmp_path / "out")
-    assert len(read(tmp_path / "out")) == latest(open_store(tmp_path / "out")).n_records > 0
+    assert read(tmp_path / "out") == photo_records()
     monkeypatch.setattr(Commit, "run", lost)
+    assert pack(photos, tmp_path / "out").number == 1  # the version that is there
+    with pytest.raises(CommitConflict, match="a data set exists already"):
+        pack(photos, tmp_path / "out")
     with pytest.raises(StoreError, match="the answer was lost"):
         pack(photos, tmp_path / "other")
-    assert [i.key for i in open_store(tmp_path / "other").list("shards/")]
+    monkeypatch.setattr(Commit, "run", run)
+    kept = {info.key for info in open_store(tmp_path / "other").list("shards/")}
+    pack(photos, tmp_path / "other")
+    assert {info.key for info in open_store(tmp_path / "other").list("shards/")} == kept != set()

@@ -30,8 +30,8 @@ def test_options_are_checked(tmp_path):
     for fields, message in (
         ({"kind": "csv"}, "kind must be one of images, parquet, jsonl"),
         ({"mode": "replace"}, "replace"),
-        ({"jobs": -1}, "jobs must be a number"),
-        ({"jobs": True}, "jobs must be a number"),
+        ({"workers": -1}, "workers must be a number"),
+        ({"workers": True}, "workers must be a number"),
         ({"include": "*.jpg"}, "include must be a sequence of globs"),
         ({"block_size": 0}, "1 byte or more"),
         ({"shard_size": "big"}, "not a size"),
@@ -39,24 +39,24 @@ def test_options_are_checked(tmp_path):
         with pytest.raises((ValueError, TypeError), match=message):
             PackOptions(**fields)
     with pytest.raises(ValueError, match="exists in one process only"):
-        plan_pack(tmp_path, "memory://test-pack-jobs", PackOptions(jobs=2))
+        plan_pack(tmp_path, "memory://test-pack-jobs", PackOptions(workers=2))
 
 
 sizes = st.lists(st.integers(0, 1000), max_size=40)
 
 
-@given(sizes, st.integers(1, 9), st.integers(1, 500))
-def test_tasks_contain_all_splits_in_order(n_bytes, jobs, shard_bytes):
+@given(sizes, st.integers(1, 500))
+def test_tasks_contain_all_splits_in_order(n_bytes, shard_bytes):
     parts = [InputSplit("x", i, i + 1, n) for i, n in enumerate(n_bytes)]
-    shares = divide_splits(parts, jobs, shard_bytes)
-    assert [part for share in shares for part in share] == parts
-    assert all(shares)
-    if jobs == 1:
-        assert len(shares) <= 1
+    tasks = divide_splits(parts, shard_bytes)
+    assert [part for task in tasks for part in task] == parts
+    assert all(tasks)
+    assert len(tasks) <= max(sum(n_bytes) // shard_bytes, 1)
 
 
-def test_a_large_source_has_up_to_four_tasks_per_process_of_at_least_four_shards():
-    parts = [InputSplit("x", i, i + 1, 10) for i in range(100)]
-    assert len(divide_splits(parts, 2, 10)) == 8
-    assert len(divide_splits(parts, 2, 50)) == 5 - 0
-    assert len(divide_splits(parts, 2, 1000)) == 2
+def test_a_task_is_worth_one_to_eight_shards():
+    parts = [InputSplit("x", i, i + 1, 10) for i in range(1000)]
+    assert {len(divide_splits(parts, n)) for n in (10_000, 20_000)} == {1}
+    assert len(divide_splits(parts, 1000)) == 10
+    assert len(divide_splits(parts, 100)) == 64
+    assert len(divide_splits(parts, 10)) == 125

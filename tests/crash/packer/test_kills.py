@@ -1,0 +1,131 @@
+"""SIGKILL while a source is packed: the same command goes on, and each record is there once, in order."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.stress.kills import KillLoop, points_where
+from tests.stress.packing import OPTIONS, SCHEMA, write_source
+
+import tiercache as tc
+from tiercache.shard.packings import list_packings
+from tiercache.shard.verify import verify_dataset
+from tiercache.store import open_store
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
+
+
+class Target:
+    """A data set to which a source is appended again and again, and the records that it must have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.url = folder / "source", folder / "set"
+        self.records = write_source(self.source)
+        self.n_packings = 0
+        tc.Writer(self.url, schema=SCHEMA).close()
+
+    def check(self, *, finished: bool) -> None:
+        """Every version has whole packings; after a run that was not killed there is one more, and no record is left.
+
+        What a killed run has committed counts as the next run's, which must not append it again; except if the kill
+        came when all was done.
+        """
+        dataset, left = tc.Dataset(self.url), list(list_packings(open_store(self.url)))
+        n_found, rest = divmod(len(dataset), len(self.records))
+        assert rest == 0
+        if finished:
+            assert left == []
+        self.n_packings += finished or (not left and n_found == self.n_packings + 1)
+        assert n_found - self.n_packings in ({0, 1} if left else {0})
+        found = dataset[:]
+        assert found["x"].tolist() == [record["x"] for record in self.records] * n_found
+        assert found["text"] == [record["text"] for record in self.records] * n_found
+        dataset.close()
+        assert list(verify_dataset(open_store(self.url))) == []
+
+
+def shards(url: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in url.glob("shards/*.tcs")}
+
+
+def test_a_packing_killed_at_any_point_continues_and_keeps_what_is_finished(tmp_path, warm_python):
+    target = Target(tmp_path)
+    points = points_where(lambda name: name.startswith("packing."))
+    assert len(points) == 5
+    for point in points:
+        for nth in ("1", "2", "3") if point in ("packing.shards_written", "packing.task_recorded") else ("1",):
+            before = shards(target.url)
+            loop = KillLoop(
+                warm_python, "tests.stress.packing", tmp_path / "progress",
+                [str(target.source), str(target.url), point, nth], work_s=0, seed=0,
+            )  # fmt: skip
+            code, errors = loop._run(None)
+            assert code == -signal.SIGKILL, (point, errors)
+            target.check(finished=False)
+            (packing,) = list_packings(open_store(target.url))
+            kept = {Path(info.name).name for _, info in packing.shards}
+            assert len(kept) or point == "packing.tasks_removed" or nth == "1"
+            written = shards(target.url)
+            loop._command = loop._command[:-2]
+            loop.finish()
+            target.check(finished=True)
+            now = shards(target.url)
+            assert {name: now[name] for name in kept} == {name: written[name] for name in kept}
+            n_new, orphans = len(now.keys() - before.keys()), written.keys() - before.keys() - kept
+            if point not in ("packing.committed", "packing.tasks_removed"):
+                assert n_new - len(orphans) >= len(kept)
+
+
+def kill_group(command: list[str], url: Path, after_s: float) -> int:
+    """Run the command, and kill its process group so long after the packing has begun. Returns the exit code."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    assert wait_for(lambda: list(url.glob("_tiercache/packing/*/*")) or process.poll() is not None, 60)
+    SYSTEM_CLOCK.sleep(after_s)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    return process.returncode
+
+
+def kill_groups(target: Target, n_kills: int, seed: int, work_s: float) -> None:
+    """Kill the command and its worker processes, at once, at random moments; each time the next run continues."""
+    rng = random.Random(seed)
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    arguments += [f"--column={name}={kind}" for name, kind in SCHEMA.items()]
+    n_struck = 0
+    while n_struck < n_kills:
+        workers = rng.choice([1, 2])
+        command = [sys.executable, "-m", "tiercache.cli.app", "pack", target.source, target.url, "--workers", workers]
+        code = kill_group([*map(str, command), *arguments], target.url, rng.uniform(0, work_s * workers))
+        n_struck += code == -signal.SIGKILL
+        target.check(finished=code == 0)
+    done = subprocess.run([*map(str, command), *arguments], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    target.check(finished=True)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_group_of_processes_continues(tmp_path):
+    kill_groups(Target(tmp_path), 3, seed=5, work_s=0.6)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills_of_packings_lose_no_record_and_write_none_twice(tmp_path, warm_python):
+    target = Target(tmp_path)
+    loop = KillLoop(
+        warm_python, "tests.stress.packing", tmp_path / "progress", [str(target.source), str(target.url)],
+        work_s=0.15, seed=7,
+    )  # fmt: skip
+    while loop.n_struck < 60:
+        if loop.kill_once():
+            target.check(finished=False)
+        else:
+            target.check(finished=loop.lines()[-1:] == ["end"])
+    loop.finish()
+    target.check(finished=True)
+    kill_groups(target, 40, seed=8, work_s=0.6)
