@@ -112,6 +112,12 @@ class CachedStore(WrapperStore):
         spec, session = self.spec_of(key, identity), self._session()
         return spec is not None and session is not None and session.is_cached(spec, ranges)
 
+    def forget_unread(self, dataset_id: str) -> None:
+        """Let reads by a new reader of this data set count as from the cache, if the bytes were fetched before."""
+        session = self._session()
+        if session is not None:
+            session.forget_unread(lambda spec: spec.identity is not None and spec.identity.dataset_id == dataset_id)
+
     def publish_plan(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job, which advances and closes it, to all users of the cache's folder.
 

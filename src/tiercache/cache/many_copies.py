@@ -178,7 +178,7 @@ def warm_copies(
         for started in list(running):
             started.cancel.set()
         pool.shutdown()
-        opened.forget_unread(names)
+        opened.forget_unread(lambda spec: spec.name in names)
     wanted = ((one, None if one.is_whole else one.ranges) for one in copies.requested)
     lost = [one.spec.source for one, ranges in wanted if not opened.is_cached(one.spec, ranges)]
     if lost:

@@ -134,7 +134,8 @@ class CacheSession:
         self._uncached: set[str] = set()
         # Partial copies that a reader found corrupt although the disk holds what the source sent.
         self._suspected: set[str] = set()
-        self._unread: OrderedDict[str, list[ByteRange]] = OrderedDict()  # fetched for readers here, and not read since
+        # Ranges that were fetched for readers here, and not read since.
+        self._unread: OrderedDict[str, tuple[CopySpec, list[ByteRange]]] = OrderedDict()
         self._unread_lock = Lock()
         self._lock = Lock()
         self._fetches: dict[str, Fetch] = {}
@@ -366,9 +367,10 @@ class CacheSession:
                 return CopyLease(spec.n_bytes, part, start_fetch=partial(self.fetch, spec, store), note_read=note_read)
         return None
 
-    def _note_fetched(self, name: str, span: ByteRange) -> None:
+    def _note_fetched(self, spec: CopySpec, span: ByteRange) -> None:
         with self._unread_lock:
-            self._unread[name] = [*cut_out(self._unread.pop(name, []), [span])[0], span]
+            _, have = self._unread.pop(spec.name, (spec, []))
+            self._unread[spec.name] = spec, [*cut_out(have, [span])[0], span]
             if len(self._unread) > MOST_UNREAD:
                 self._unread.popitem(last=False)
 
@@ -378,19 +380,20 @@ class CacheSession:
         if name in self._unread:
             read = ranges()
             with self._unread_lock:
-                left, fetched_bytes = cut_out(self._unread.pop(name, []), read)
-                if left:
-                    self._unread[name] = left
+                spec, have = self._unread.pop(name, (None, []))
+                left, fetched_bytes = cut_out(have, read)
+                if spec is not None and left:
+                    self._unread[name] = spec, left
         fetched_bytes = min(fetched_bytes, n_bytes)
         self.counters.add("bytes_hit", n_bytes - fetched_bytes)
         self.counters.add("bytes_missed", fetched_bytes)
         return fetched_bytes
 
-    def forget_unread(self, names: Iterable[str]) -> None:
-        """Let reads of these copies, which were not fetched for a reader, count as reads from the cache."""
+    def forget_unread(self, is_meant: Callable[[CopySpec], bool]) -> None:
+        """Let later reads of these copies, which were not fetched for those reads, count as reads from the cache."""
         with self._unread_lock:
-            for name in names:
-                self._unread.pop(name, None)
+            for name in [name for name, (spec, _) in self._unread.items() if is_meant(spec)]:
+                del self._unread[name]
 
     def publish_plan(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
         try:
@@ -457,7 +460,7 @@ class CacheSession:
                 return fetch
             if self.peers is not None and spec.has_checksums:
                 store = self.peers.store_for(spec.name, spec.key, spec.n_bytes, store)
-            note_fetched = partial(self._note_fetched, spec.name)
+            note_fetched = partial(self._note_fetched, spec)
             fetch = Fetch(spec, store, self.evictor, self._is_crowded, self._is_first, note_fetched)
             fetch.request(ranges, urgent=is_urgent)
             if not self._is_closed:

@@ -500,6 +500,8 @@ class OpenedVersion:
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
         self.stores.prepare_reading(keys, lambda i: self._object(int(shards[i]))[1], reads_all=reads_all)
+        if isinstance(self.store, CachedStore):
+            self.store.forget_unread(self._dataset_id)
 
     def at_version(self, number: int) -> OpenedVersion:
         """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 from tests.support.faults import Fault, FaultKind, FaultStore
@@ -211,3 +212,17 @@ def test_status_sums_the_counters_of_all_processes(world):
     assert (figures, status["hit_ratio"]) == ([20_000, 10_000, 10_000], 2 / 3)
     assert (status["bytes_hit"], status["bytes_missed"]) == (20_000, 0), "of this process"
     assert world.cache(name="new").status()["hit_ratio"] is None
+
+
+def test_a_new_reader_of_a_data_set_changes_no_figures_of_other_data_sets(world):
+    store = world.store()
+    world.put("a")
+    mine = world.identity("a")
+    other = replace(mine, dataset_id="e" * 32)
+    everything = [ByteRange(0, mine.n_bytes)]
+    with store.open_local("a", mine) as lease, store.open_local("a", other) as other_lease:
+        assert lease.wait(everything)
+        assert other_lease.wait(everything)
+        store.forget_unread(mine.dataset_id)
+        assert lease.note_read(mine.n_bytes, lambda: everything) == 0
+        assert other_lease.note_read(mine.n_bytes, lambda: everything) == mine.n_bytes

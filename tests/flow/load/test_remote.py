@@ -103,6 +103,18 @@ def test_bytes_that_were_warmed_in_this_process_come_from_the_cache(server, tmp_
         dataset.close()
 
 
+def test_bytes_that_reads_by_index_fetched_before_the_loader_began_come_from_the_cache(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        for i in range(N):
+            dataset[i]
+        loader = tc.DataLoader(dataset, batch_size=32)
+        ids_of(loader)
+        assert loader.stats()["epoch"]["hit_ratio"] == 1
+        assert loader.stats()["epoch"]["bytes_from"]["store"] == 0
+        dataset.close()
+
+
 def test_bytes_that_a_full_cache_refuses_come_from_the_store_in_each_epoch(server, tmp_path):
     with tc.Cache(tmp_path / "cache", size="8KiB") as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore")
