@@ -1,10 +1,11 @@
-"""The verbs for the versions of a data set: versions and tag."""
+"""The verbs for the versions of a data set: versions, tag and gc."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from tiercache.cli.common import (
+    DryRun,
     Output,
     StorageOptions,
     Url,
@@ -12,10 +13,13 @@ from tiercache.cli.common import (
     argument,
     count,
     flag,
+    option,
+    parse_age,
     verb,
 )
 from tiercache.cli.data import open_data_set_store, version_facts
 from tiercache.model import format_bytes
+from tiercache.shard.gc import collect_garbage
 from tiercache.shard.versions import delete_tag, put_tag, read_versions
 
 
@@ -60,3 +64,79 @@ def tag(
         found = delete_tag(store, name) if delete else put_tag(store, name, at, replace=replace)
         text = f"deleted the tag {name} of version {found.number}" if delete else f"{name} is version {found.number}"
         output.summary({"url": store.url, "tag": name, "version": found.number, "deleted": delete}, text)
+
+
+_MOST_SHOWN = 5
+
+
+@verb(after_ctrl_c="what was removed was not needed; run the same command again")
+def gc(
+    output: Output,
+    url: Url,
+    older_than: Annotated[
+        str,
+        option(
+            "--older-than",
+            "AGE",
+            "Safety age, e.g. 12h: what is younger stays, and a writer that has written within it is live.",
+        ),
+    ] = "7d",
+    keep_versions: Annotated[
+        int | None,
+        option(
+            "--keep-versions",
+            "N",
+            "Also delete versions older than AGE, except the newest N and those with a tag.",
+            min=1,
+        ),
+    ] = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove what no version of a data set needs: leftovers of killed writers, old versions.
+
+    Leftovers are shards, lists of shards, temporary files and parts of uploads. No version is deleted without
+    --keep-versions. A writer must not pause for longer than AGE between two shards, or before its commit.
+    """
+    older_than_s = parse_age("--older-than", older_than)
+    with open_data_set_store(url, storage_option) as store:
+        report = collect_garbage(store, older_than_s=older_than_s, keep_versions=keep_versions, dry_run=dry_run)
+    for kind, names in (
+        ("version", report.versions),
+        ("shard", report.shards),
+        ("segment", report.segments),
+        ("upload", report.uploads),
+        ("packing", report.packings),
+    ):
+        for number, name in enumerate(names):
+            shown = None if number >= _MOST_SHOWN else f"{kind} {name}"
+            output.event("removed", {"kind": kind, "name": name}, shown)
+        if len(names) > _MOST_SHOWN and not output.as_json:
+            output.event("removed", {}, f"{count(len(names) - _MOST_SHOWN, 'more ' + kind)} (--json names all)")
+    if report.elsewhere:
+        text = (
+            f"{count(len(report.elsewhere), 'shard')} that no version needs were moved to other tiers, and stay there"
+        )
+        output.event("elsewhere", {"names": list(report.elsewhere)}, f"{text}, e.g. {report.elsewhere[0]}")
+    if report.uploads_unknown:
+        text = f"unfinished uploads were not looked for: {report.uploads_unknown}"
+        output.event("uploads_unknown", {"reason": report.uploads_unknown}, text)
+    facts = {
+        "url": store.url,
+        "versions": len(report.versions),
+        "shards": len(report.shards),
+        "segments": len(report.segments),
+        "uploads": len(report.uploads),
+        "packings": len(report.packings),
+        "bytes": report.n_bytes,
+        "young": report.n_young,
+    }
+    what = [
+        count(len(report.versions), "version"),
+        count(len(report.shards), "shard"),
+        count(len(report.segments), "segment"),
+        count(len(report.uploads), "unfinished upload"),
+    ]
+    young = f"; {count(report.n_young, 'object')} of writers that may be live stay" if report.n_young else ""
+    text = f"{'would remove' if dry_run else 'removed'} {', '.join(what)}, {format_bytes(report.n_bytes)}{young}"
+    output.summary(facts | ({"dry_run": True} if dry_run else {}), text)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from tiercache.model import parse_duration
+from tiercache.shard.gc import GcReport, collect_garbage
 from tiercache.shard.versions import Version, delete_tag, put_tag, read_versions
 from tiercache.store import Store, open_store
 
@@ -70,6 +72,35 @@ class Versions:
         """
         with self._opened() as store:
             delete_tag(store, name)
+
+    def gc(
+        self, *, older_than: str | float = "7d", keep_versions: int | None = None, dry_run: bool = False
+    ) -> GcReport:
+        """Remove what no version needs: shards and segments, temporary files, parts of uploads that were killed.
+
+        Nothing that a version or a reader of it needs is removed, and nothing of a writer that is live: one that has
+        written anything within the time `older_than`. A writer must not pause for longer between two shards, or before
+        its commit.
+
+        Args:
+            older_than: Safety age, by the clock of the store: seconds, or a text such as "7d" or "12h".
+            keep_versions: Number of the newest versions to keep. Of the others, those with a tag, and those younger
+                than `older_than`, are kept too; the rest is deleted, and their readers fail. None: no version is
+                deleted.
+            dry_run: Whether to remove nothing, and only return what would be removed.
+
+        Returns:
+            What was removed, or would be.
+
+        Raises:
+            NotFound: The URL holds no data set.
+            CorruptShard, UnsupportedFormat: A version cannot be read, so what it needs is unknown; nothing was removed.
+            StoreError: The store failed, or does not say when objects were written.
+            ValueError: An argument is invalid.
+        """
+        older_than_s = parse_duration(older_than)
+        with self._opened() as store:
+            return collect_garbage(store, older_than_s=older_than_s, keep_versions=keep_versions, dry_run=dry_run)
 
     def __repr__(self) -> str:
         return f"Versions({self.url!r})"

@@ -123,7 +123,7 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
         finished = frozenset() if packing is None else frozenset(packing.finished())
         if n_others := sum(records.key != key for records in list_packings(store)):
             logger.warning(
-                "%s: packings of other sources, or with other options, were not finished, and are left alone: %d",
+                "%s: packings of other sources, or with other options, were not finished, and are left to gc: %d",
                 store.url,
                 n_others,
             )

@@ -97,7 +97,8 @@ def begin_packing(store: Store, key: str, bases: Mapping[str, int]) -> Packing:
     start = _start_of(store, key)
     if start.get(1) is not None and find_packing(store, key) is None:
         start.delete([1])  # damaged: nothing is known of its tasks
-    start.put(1, _text({"id": secrets.token_hex(16), "bases": dict(bases)}))
+    if not start.put(1, _text({"id": secrets.token_hex(16), "bases": dict(bases)})) and (text := start.get(1)):
+        store.put(start.key(1), text)  # its age begins anew, so that gc knows that the packing goes on
     packing = find_packing(store, key)
     if packing is None:
         raise NotFound("the packing was finished by another process meanwhile: run the command again", url=store.url)

@@ -51,6 +51,7 @@ from tiercache.store.contract import LocalStore, Store, unwrapped
 from tiercache.store.numbered_log import NumberedLog
 from tiercache.store.remote import RemoteStore, call_threads
 
+SHARDS_FOLDER = "shards/"
 SEGMENTS_FOLDER = "_tiercache/segments/"
 _SCHEMA = pa.schema(
     [

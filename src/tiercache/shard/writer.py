@@ -45,6 +45,7 @@ from tiercache.shard.schema import (
 )
 from tiercache.shard.shard_file import BlockCutter, BlockData, ColumnData, ShardFile, UploadQueue
 from tiercache.shard.versions import (
+    SHARDS_FOLDER,
     Commit,
     Version,
     VersionKind,
@@ -231,7 +232,7 @@ class ShardOptions:
 
 def shard_key(writer_id: str, number: int) -> str:
     """Return the key of a writer's shard with this number."""
-    return f"shards/{writer_id}-{number:06d}.tcs"
+    return f"{SHARDS_FOLDER}{writer_id}-{number:06d}.tcs"
 
 
 class ShardWriter:
@@ -426,7 +427,7 @@ class Writer:
 
     For one process and one thread. A background thread uploads, so a later call raises the error of a store, at the
     latest close(). Used as a context manager, the writer commits at the end of the `with` block; if an exception leaves
-    the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up,
+    the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up (`tiercache gc` removes its shards later),
     because no version lists its shards. A writer with records that is dropped without close() or abort(), or is still
     open when the program ends, commits nothing: it prints an error line on standard error and gives a ResourceWarning.
 

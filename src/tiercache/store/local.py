@@ -199,11 +199,12 @@ class LocalFolder(Store):
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
+            _split(key)  # refuses the names of temporary files
             self.delete_unchanged(key, None)
 
     def delete_unchanged(self, key: str, etag: str | None) -> bool:
         """Unlink a file if it still has this ETag (None: any); return whether it is gone, also if it was before."""
-        folders, name = _split(key)
+        *folders, name = check_key(key).split("/")
         try:
             with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
                 if etag is not None:
@@ -230,7 +231,9 @@ class LocalFolder(Store):
             yield from found
             found.clear()
 
-    def _walk(self, doing: str, top: str, visit: Callable[[str, os.DirEntry[str]], None]) -> Iterator[None]:
+    def _walk(
+        self, doing: str, top: str, visit: Callable[[str, os.DirEntry[str]], None], *, with_temporary: bool = False
+    ) -> Iterator[None]:
         """Call visit for all entries below a folder that are not folders; yield after each folder, which is closed."""
         pending = [top]
         while pending:
@@ -243,7 +246,7 @@ class LocalFolder(Store):
                 os.scandir(folder_fd) as entries,
             ):
                 for entry in entries:
-                    if entry.name.startswith(TEMP_PREFIX) or "\\" in entry.name:
+                    if (entry.name.startswith(TEMP_PREFIX) and not with_temporary) or "\\" in entry.name:
                         continue
                     key = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir(follow_symlinks=False):
@@ -251,6 +254,24 @@ class LocalFolder(Store):
                     else:
                         visit(key, entry)
             yield
+
+    def temporary_files(self, folder: str) -> Iterator[ObjectInfo]:
+        """List the files of unfinished writes below a folder, of live writers and of killed ones."""
+        found: list[ObjectInfo] = []
+
+        def visit(key: str, entry: os.DirEntry[str]) -> None:
+            if entry.name.startswith(TEMP_PREFIX) and entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # it was given its name, or removed
+                    found.append(file_info(key, entry.stat(follow_symlinks=False)))
+
+        for _ in self._walk("list", check_key(folder.removesuffix("/")), visit, with_temporary=True):
+            yield from found
+            found.clear()
+
+    def remove_temporary(self, infos: Iterable[ObjectInfo]) -> None:
+        """Remove files of temporary_files(), unless they have changed since."""
+        for info in infos:
+            self.delete_unchanged(info.key, info.etag)
 
     def symlinks(self) -> Iterator[tuple[str, str]]:
         """List the symbolic links to something that exists, as (path below the root, target without links)."""

@@ -1336,7 +1336,7 @@ class _RemoteUpload(SequentialUpload):
         return info
 
     def discard(self) -> None:
-        """If this fails, the parts sent stay until a lifecycle rule of the bucket removes them."""
+        """If this fails, the parts sent stay until gc, or a lifecycle rule of the bucket, removes them."""
         self._held = []
         writer, self._writer = self._writer, None
         if writer is not None:

@@ -28,3 +28,31 @@ class TestVersions:
         assert tiercache("tag", data_set, "best", "--replace").out == "best is version 2\n"
         assert tiercache("tag", data_set, "best", "--delete").out == "deleted the tag best of version 2\n"
         assert "no tag 'best'" in tiercache("tag", data_set, "best", "--delete", code=1).err
+
+
+class TestGc:
+    def test_gc_removes_old_versions_and_what_only_they_need(self, tiercache, photos, data_set):
+        tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
+        shards = set(data_set.glob("shards/*"))
+        kept = tiercache("gc", data_set, "--keep-versions", "1", "--json").events[-1]
+        assert (kept["versions"], kept["shards"], set(data_set.glob("shards/*"))) == (0, 0, shards)
+        dry = tiercache("gc", data_set, "--keep-versions", "1", "--older-than", "0s", "--dry-run").out.splitlines()
+        assert dry[0] == "version 1"
+        assert dry[-1].startswith("would remove 1 version, 3 shards, 1 segment, 0 unfinished uploads, ")
+        assert set(data_set.glob("shards/*")) == shards
+        done = tiercache("gc", data_set, "--keep-versions", "1", "--older-than", "0s", "--json").events
+        assert [e["name"] for e in done if e.get("kind") == "version"] == [1]
+        assert (done[-1]["versions"], done[-1]["shards"], done[-1]["segments"]) == (1, 3, 1)
+        assert len(set(data_set.glob("shards/*"))) == len(shards) - 3
+        assert tiercache("verify", data_set, "--json").events[-1]["damaged"] == 0
+        assert "version 1 was deleted" in tiercache("info", data_set, "--at", "1", code=1).err
+
+    def test_a_tag_keeps_its_version(self, tiercache, photos, data_set):
+        tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
+        tiercache("tag", data_set, "all", "--at", "1")
+        done = tiercache("gc", data_set, "--keep-versions", "1", "--older-than", "0s", "--json").events[-1]
+        assert (done["versions"], done["shards"]) == (0, 0)
+
+    def test_wrong_values_name_their_flags(self, tiercache, data_set):
+        assert "--older-than: not a duration: 'soon'" in tiercache("gc", data_set, "--older-than", "soon", code=2).err
+        assert "no data set here" in tiercache("gc", data_set.parent, code=1).err
