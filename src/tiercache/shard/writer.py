@@ -427,9 +427,10 @@ class Writer:
 
     For one process and one thread. A background thread uploads, so a later call raises the error of a store, at the
     latest close(). Used as a context manager, the writer commits at the end of the `with` block; if an exception leaves
-    the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up (`tiercache gc` removes its shards later),
-    because no version lists its shards. A writer with records that is dropped without close() or abort(), or is still
-    open when the program ends, commits nothing: it prints an error line on standard error and gives a ResourceWarning.
+    the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up,
+    because no version lists its shards; `tiercache gc` removes them later. A writer with records that is dropped
+    without close() or abort(), or is still open when the program ends, commits nothing: it prints an error line on
+    standard error and gives a ResourceWarning.
 
     Attributes:
         version: The committed version; None before the commit.

@@ -473,7 +473,7 @@ class S3StorageClasses:
         return etag
 
     def abort(self, key: str, upload_id: str) -> None:
-        """Discard an upload. If this fails, the parts stay until gc, or a lifecycle rule of the bucket, removes them."""
+        """Discard an upload. If this fails, the parts stay until gc or a lifecycle rule of the bucket removes them."""
         with suppress(StoreError):
             self.call("abort_multipart_upload", key, UploadId=upload_id)
 
