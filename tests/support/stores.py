@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from threading import Event, Lock
 from typing import TypeVar
 
-from tiercache.store.contract import Store, WrapperStore
+from tiercache.store.contract import Span, Store, WrapperStore
 
 T = TypeVar("T")
 
@@ -75,11 +75,22 @@ class GateStore(WrapperStore):
 
 
 class CountingStore(WrapperStore):
-    """A store that records every call. calls: Verb and key of each, in order."""
+    """A store that records every call, and the bytes that it asks for. calls: Verb and key of each, in order."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
         self.calls: list[tuple[str, str]] = []
+        self._asked_bytes: list[int] = []
+
+    @property
+    def bytes_read(self) -> int:
+        return sum([*self._asked_bytes])
+
+    def read_into(
+        self, key: str, spans: Sequence[Span], *, if_match: str | None = None, cancel: Event | None = None
+    ) -> None:
+        self._asked_bytes.append(sum(span.n_bytes for span, _ in spans))
+        super().read_into(key, spans, if_match=if_match, cancel=cancel)
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
         self.calls.append((verb, key))  # appending is atomic

@@ -12,6 +12,10 @@ earlier boot is verified against its checksums before it is served.
 A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
 would kill the process if another process truncated the map.
 
+The record of a complete copy has the checksums of its sections, at most N_SECTIONS of equal size. If the copy is
+damaged, it becomes a partial copy again that has the units of its right sections, and only the others are fetched. They
+are overwritten in place: a reader that has the file mapped sees the damage, which its checksums reveal, or right bytes.
+
 A mask of units is bool[n_units], True for the selected units. An empty file has one unit of no bytes: it too must be
 fetched once before it counts as present.
 """
@@ -22,7 +26,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import TypeAlias
 
 import numpy as np
@@ -30,12 +34,13 @@ import numpy.typing as npt
 
 from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
 from tiercache.cache.folder import BLOCK_BYTES, Folder, charge_bytes, close_private, keep_private, try_shared
+from tiercache.cache.names import CopySpec
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
 from tiercache.store import Span
 from tiercache.store.contract import covering_ranges
 from tiercache.store.local import write_all
-from tiercache.store.shared_files import boot_id
+from tiercache.store.shared_files import PRIVATE, boot_id, set_mode
 
 # The block size of the disk. A smaller unit would take as much space; a larger one would fetch more bytes that no
 # reader needs when columns are selected, up to two units per chunk.
@@ -53,6 +58,7 @@ _UNIT_GAP_BYTES = 16 << 10
 # neighbours if the store would read it between them: otherwise it comes twice.
 _REQUESTED_GAP_BYTES = 250_000
 _ANY_BYTES = 1 << 62
+N_SECTIONS = 256  # so that the record takes one block of the disk
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
@@ -140,6 +146,16 @@ def to_fetch(present: Mask, requested: Mask, n_bytes: int) -> Mask:
     rest = ~present & ~missing
     left_bytes = bytes_of(rest, n_bytes)
     return missing | rest if left_bytes < LITTLE_BYTES or left_bytes * LITTLE_SHARE < n_bytes else missing
+
+
+def _sections(n_bytes: int) -> list[ByteRange]:
+    section_bytes = -(-n_units(n_bytes) // N_SECTIONS) * UNIT_BYTES
+    return [ByteRange(start, min(start + section_bytes, n_bytes)) for start in range(0, n_bytes, section_bytes)]
+
+
+def is_right_copy(fd: int, spec: CopySpec) -> bool:
+    crc, offset, _ = read_checksum(fd, spec.n_bytes)
+    return offset == spec.n_bytes == os.fstat(fd).st_size and crc == spec.crc32c
 
 
 def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
@@ -309,6 +325,9 @@ class CopyFile:
     def write(self, offset: int, data: memoryview) -> None:
         """Write bytes of units that are not present, and checksum them. A unit's bytes come in order."""
         write_all(self.fd, data, offset)
+        self._add_sums(offset, data)
+
+    def _add_sums(self, offset: int, data: memoryview) -> None:
         array, done = np.frombuffer(data, np.uint8), 0
         while done < len(array):
             unit, in_unit = divmod(offset + done, UNIT_BYTES)
@@ -335,13 +354,39 @@ class CopyFile:
 
     def checksum(self) -> int:
         """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
-        data = os.pread(self.map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
-        if len(data) == 4 * len(self.present) and self.n_bytes:  # an empty file has no pages
-            return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
+        sums = self._sums_of_map()
+        if len(sums) == len(self.present) and self.n_bytes:  # an empty file has no pages
+            return combine_pages(sums, UNIT_BYTES, self.n_bytes)
         crc, _, error = read_checksum(self.fd, self.n_bytes)
         if error is not None:
             raise error
         return crc
+
+    def section_sums(self) -> bytes:
+        """Return the CRC-32C of each section, uint32, combined from those of its units; b"": the map is cut."""
+        sums = self._sums_of_map()
+        if len(sums) != len(self.present):
+            return b""
+        spans = [(bounds(section, self.n_bytes), section.n_bytes) for section in _sections(self.n_bytes)]
+        found = [combine_pages(sums[first:last], UNIT_BYTES, n_bytes) for (first, last), n_bytes in spans]
+        return np.array(found, "<u4").tobytes()
+
+    def mark_right_sections(self, section_sums: bytes) -> None:
+        """Mark the sections of which the file has the right bytes as present."""
+        for section, expected in zip(_sections(self.n_bytes), np.frombuffer(section_sums, "<u4"), strict=True):
+            for start in range(section.start, section.end, _CHECK_BYTES):
+                data = memoryview(bytearray(min(_CHECK_BYTES, section.end - start)))
+                if not read_all(self.fd, data, start):
+                    break
+                self._add_sums(start, data)
+            else:
+                first, last = bounds(section, self.n_bytes)
+                if combine_pages(self._sums[first:last], UNIT_BYTES, section.n_bytes) == expected:
+                    self.mark_present(section)
+
+    def _sums_of_map(self) -> npt.NDArray[np.uint32]:
+        data = os.pread(self.map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
+        return np.frombuffer(data[: len(data) // 4 * 4], "<u4")
 
     def hold(self) -> CopyFile:
         """Return a reader's view of this file, even if another file has its name by now."""
@@ -433,7 +478,14 @@ def create_part(folder: Folder, name: str, n_bytes: int) -> CopyFile:
         on_error.callback(os.close, fd)
         crash_point("fetch.part")
         os.ftruncate(fd, n_bytes)
-        folder.remove_file("copies", f"{name}.map")
+        part = _with_new_map(folder, name, fd, n_bytes)
+        on_error.pop_all()
+    return part
+
+
+def _with_new_map(folder: Folder, name: str, fd: int, n_bytes: int) -> CopyFile:
+    folder.remove_file("copies", f"{name}.map")
+    with ExitStack() as on_error:
         map_fd = folder.new_file(f"{name}.map")
         on_error.callback(os.close, map_fd)
         crash_point("fetch.map")
@@ -443,6 +495,34 @@ def create_part(folder: Folder, name: str, n_bytes: int) -> CopyFile:
         crash_point("fetch.mapped")
         on_error.pop_all()
     return CopyFile(fd, n_bytes, map_fd).start_writing()
+
+
+def keep_right_sections(folder: Folder, record: CopySpec) -> Mask | None:
+    """Make a damaged complete copy a partial one of its right sections, and return its units; None: none is known.
+
+    Under the lock of the name. The map is complete before the copy loses its name, so a crash leaves one or the other.
+    """
+    name, n_bytes = record.name, record.n_bytes
+    fd = None if folder.size_of(name) == -1 else folder.open_copy(name)
+    if fd is None:
+        return None
+    if len(record.section_sums) != 4 * len(_sections(n_bytes)):
+        os.close(fd)
+        return None
+    with ExitStack() as on_error:
+        on_error.callback(os.close, fd)
+        part = _with_new_map(folder, name, fd, n_bytes)
+        on_error.pop_all()
+    with closing(part):
+        part.mark_right_sections(record.section_sums)
+        if part.present.all() or not part.present.any():
+            return None
+        crash_point("damaged.mapped")
+        folder.take_name(name)
+        crash_point("damaged.renamed")
+        set_mode(fd, PRIVATE)
+        os.truncate(f"/proc/self/fd/{fd}", n_bytes)
+    return part.present
 
 
 def continue_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:

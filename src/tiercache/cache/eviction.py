@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.cache.accounts import FIGURES, Accounts
+from tiercache.cache.copy_file import charge_of, keep_right_sections
 from tiercache.cache.folder import DiskSpace, Folder, NameLock, disk_space, try_exclusive
 from tiercache.cache.names import CopySpec, NameTable
 from tiercache.cache.reading_plans import UNPLANNED, ReadingPlans, Uses
@@ -501,6 +502,16 @@ class Evictor:
         self.folder.remove_copy(name)
         crash_point("corrupt.removed")
         self.accounts.remove([name])
+
+    def remove_damage(self, name: str) -> None:
+        """Make a damaged complete copy, whose lock is held, a partial one; or remove it if nothing of it is right."""
+        record = self.folder.read_record(name)
+        present = None if record is None else keep_right_sections(self.folder, record)
+        if record is None or present is None:
+            self.remove(name)
+        else:
+            self.accounts.set_charge(name, charge_of(present, record.n_bytes))
+        self.counters.add("quarantined")
 
     def evict(self, charges: Mapping[str, int], *, need_bytes: float = math.inf) -> int:
         gone, _ = self._delete_until(charges, need_bytes)

@@ -9,6 +9,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence, Set
 from contextlib import closing, suppress
+from dataclasses import replace
 from threading import Condition, Event, Lock, Thread
 
 import numpy as np
@@ -322,8 +323,7 @@ class Fetch:
             self._offer(whole)
             return self._close_if_done()
         if self._folder.size_of(spec.name) not in (None, spec.n_bytes):  # a power failure or a person truncated it
-            self._evictor.remove(spec.name)
-            self._evictor.counters.add("quarantined")
+            self._evictor.remove_damage(spec.name)
         for _ in range(2):
             crc = self._extend_part()
             if crc is None:
@@ -392,7 +392,7 @@ class Fetch:
         crash_point("complete.checked")
         set_mode(part.fd, COPY_MODE)  # from here on nobody can open the file for writing
         crash_point("complete.sealed")
-        folder.write_record(spec, crc)
+        folder.write_record(replace(spec, section_sums=part.section_sums()), crc)
         crash_point("complete.recorded")
         folder.give_name(part.fd, spec.name)
         crash_point("complete.named")

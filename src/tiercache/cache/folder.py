@@ -409,6 +409,11 @@ class Folder:
                 os.rename(f"{name}.part", name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         return True
 
+    def take_name(self, name: str) -> None:
+        """Make a complete copy a partial one again."""
+        with self._marked("copies") as folder_fd:
+            os.rename(name, f"{name}.part", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+
     def unlink_part(self, name: str, fd: int, *, keep_map: bool) -> None:
         """Remove the names of the partial copy that fd is open on, if they still belong to this file."""
         with suppress(FileNotFoundError):

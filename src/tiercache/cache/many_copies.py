@@ -291,10 +291,11 @@ def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | Non
         return _check_partial_copy(opened, name, repair=repair)
     try:
         try_shared(fd)  # prevents eviction during the check
-        checked = _check_copy(fd, name, opened.folder.read_record(name))
-        if not repair or checked.state in (CopyState.OK, CopyState.UNKNOWN):
+        record = opened.folder.read_record(name)
+        checked = _check_copy(fd, name, record)
+        if not repair or record is None or checked.state is not CopyState.DAMAGED:
             return checked
-        return replace(checked, removed=opened.remove_corrupt(name, fd))
+        return replace(checked, removed=opened.remove_damage(record, fd))
     except OSError as error:
         return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
     finally:

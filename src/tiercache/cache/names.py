@@ -32,6 +32,7 @@ class CopySpec:
         crc32c: CRC-32C of the whole object; None if unknown.
         key: Key of the object in its store; "" in a specification that was read from a record.
         identity: Identity of a shard, a segment or a file of a layout; None for an object of no data set.
+        section_sums: CRC-32C of each section of a complete copy, uint32; see copy_file.py. Only in a record.
     """
 
     name: str
@@ -41,6 +42,7 @@ class CopySpec:
     key: str = ""
     identity: ShardIdentity | None = None
     etag: str | None = None
+    section_sums: bytes = b""
 
     @property
     def if_match(self) -> str | None:
@@ -56,6 +58,8 @@ class CopySpec:
         facts = {"source": self.source, "n_bytes": self.n_bytes, "crc32c": crc32c, "etag": self.etag}
         if self.identity is not None:
             facts |= {"dataset_id": self.identity.dataset_id, "shard_id": self.identity.shard_id}
+        if self.section_sums:
+            facts["section_sums"] = self.section_sums.hex()
         return json.dumps({"format": 0} | {name: fact for name, fact in facts.items() if fact is not None}) + "\n"
 
     @classmethod
@@ -71,9 +75,10 @@ class CopySpec:
                 etag = facts.get("etag")
                 known = crc32c if etag is None else None
                 identity = ShardIdentity(facts["dataset_id"], facts["shard_id"], n_bytes, known, etag)
+            section_sums = bytes.fromhex(facts.get("section_sums", ""))
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
-        return cls(name, source, n_bytes, crc32c, identity=identity, etag=facts.get("etag"))
+        return cls(name, source, n_bytes, crc32c, identity=identity, etag=facts.get("etag"), section_sums=section_sums)
 
 
 def name_of_identity(identity: ShardIdentity) -> str:

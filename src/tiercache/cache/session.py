@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.cache.accounts import Accounts, Owners
-from tiercache.cache.copy_file import CopyFile, open_map, open_part, open_whole, read_all, read_checksum
+from tiercache.cache.copy_file import CopyFile, is_right_copy, open_map, open_part, open_whole, read_all
 from tiercache.cache.eviction import POLICIES, Evictor, Notices
 from tiercache.cache.fetch import CopyLease, Fetch
 from tiercache.cache.folder import Folder, NameLock, charge_bytes, disk_space, is_disk_full, network_file_system
@@ -550,9 +550,9 @@ class CacheSession:
     # -- corrupt copies ------------------------------------------------------------------------------------------------
 
     def remove_if_corrupt(self, spec: CopySpec) -> bool:
-        """Remove a copy that a reader found corrupt if it is; return False if it is what the source sent.
+        """Remove what is wrong of a copy that a reader found corrupt; return False if it is what the source sent.
 
-        If the disk does not allow the check, the copy is removed too, or at least not served by this process again.
+        If the disk does not allow the check, the copy is removed, or at least not served by this process again.
         """
         try:
             fd = self.folder.open_copy(spec.name)
@@ -560,35 +560,39 @@ class CacheSession:
                 return self._remove_partial_if_corrupt(spec)
             try:
                 record = self.folder.read_record(spec.name)
-                expected = spec.crc32c if spec.crc32c is not None or record is None else record.crc32c
-                crc, offset, _ = read_checksum(fd, spec.n_bytes)
-                if offset == spec.n_bytes == os.fstat(fd).st_size and crc == expected:
+                expected = spec if spec.crc32c is not None or record is None else record
+                if is_right_copy(fd, expected):
                     return False
-                self.remove_corrupt(spec.name, fd)
+                self.remove_damage(expected, fd)
             finally:
                 os.close(fd)
         except OSError:
             self._discard(spec.name)
         return True
 
-    def remove_corrupt(self, name: str, fd: int) -> bool:
-        """Remove the corrupt copy that fd is open on; return False if another process has done so. Raises OSError.
+    def remove_damage(self, spec: CopySpec, fd: int) -> bool:
+        """Remove the wrong sections of the corrupt copy that fd is open on, or all of it if they are not known.
 
-        The race: (1) two readers verify the file, (2) one removes it and a correct copy takes its name, (3) the other
-            removes the correct copy. Therefore the copy is removed only while it is the file that was verified.
+        Returns False if another process has done so. Raises OSError.
+
+        The race: (1) two readers verify the file, (2) one removes its wrong sections, and a fetch replaces them, or all
+            of it, and a correct copy takes its name, (3) the other removes the correct copy. Therefore the file is
+            compared and verified again under the lock.
         """
-        lock = NameLock(self.folder.locks / name)
+        lock = NameLock(self.folder.locks / spec.name)
         try:
-            # Without the lock the result is the same, except for a second download.
             wait_for(lock.try_acquire, REMOVE_WAIT_S)
             try:
-                is_same = os.path.samestat(os.lstat(self.folder.copy_path(name)), os.fstat(fd))
+                is_same = os.path.samestat(os.lstat(self.folder.copy_path(spec.name)), os.fstat(fd))
             except FileNotFoundError:
                 is_same = False
-            if is_same:
-                self.evictor.remove(name)
+            is_corrupt = is_same and not is_right_copy(fd, spec)
+            if is_corrupt and lock.is_held:
+                self.evictor.remove_damage(spec.name)
+            elif is_corrupt:  # a stopped process has the lock
+                self.evictor.remove(spec.name)
                 self.counters.add("quarantined")
-            return is_same
+            return is_corrupt
         finally:
             lock.release()
 

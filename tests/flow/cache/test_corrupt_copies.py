@@ -1,5 +1,7 @@
 """A corrupt copy, whole or partial, is never served again, is counted, and is fetched again; and verification."""
 
+import json
+import mmap
 import os
 
 import pytest
@@ -48,18 +50,91 @@ def test_a_correct_copy_that_a_reader_doubts_stays(world, store):
     assert (store.cache.stats()["quarantined"], world.n_reads()) == (0, 1)
 
 
-def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(world, store):
-    world.damage("a")
-    writing = store.cache._open()
-    fd = store.cache._open().folder.open_copy(world.copy("a").name)
+@pytest.mark.parametrize("n_bytes", [10_000, UNIT])
+def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(world, n_bytes):
+    """Which is the same file where some of the copy was right."""
+    identity = world.put("a", n_bytes)
+    store = world.store()
+    world.fetch(store, "a")
+    turn(world.copy("a"), 3000)
+    opened, spec = store.cache._open(), store.spec_of("a", identity)
+    fd = opened.folder.open_copy(spec.name)
     try:
-        assert store.remove_if_corrupt("a", world.identity("a")) is True
+        assert store.remove_if_corrupt("a", identity) is True
         world.fetch(store, "a")
-        name = world.copy("a").name
-        assert writing.remove_corrupt(name, fd) is False
+        assert opened.remove_damage(spec, fd) is False
     finally:
         os.close(fd)
     assert world.copy("a").read_bytes() == world.data["a"]
+
+
+# -- only what is wrong is fetched again --
+
+LARGE_BYTES = 8 * MIB + 1000
+SECTION_BYTES = 9 * UNIT  # a 256th of the object, in whole units
+
+
+def cut_to(path, n_bytes):
+    path.chmod(0o600)
+    os.truncate(path, n_bytes)
+    path.chmod(0o400)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found_by", "wrong_bytes"),
+    [
+        (lambda path: turn(path, 3 * MIB), "reader", SECTION_BYTES),
+        (lambda path: turn(path, 3 * MIB), "verification", SECTION_BYTES),
+        (lambda path: [turn(path, at) for at in (5, 6 * MIB)], "reader", 2 * SECTION_BYTES),
+        (lambda path: turn(path, LARGE_BYTES - 1), "verification", SECTION_BYTES),
+        (lambda path: cut_to(path, LARGE_BYTES - 70_000), "nobody", 70_000 + SECTION_BYTES),
+        (lambda path: cut_to(path, LARGE_BYTES - 70_000), "verification", 70_000 + SECTION_BYTES),
+    ],
+    ids=["a block", "a block, verified", "two blocks", "the footer", "cut off", "cut off, verified"],
+)
+@pytest.mark.parametrize("has_identity", [True, False])
+def test_warm_fetches_only_the_wrong_sections_of_a_corrupt_copy(world, damage, found_by, wrong_bytes, has_identity):
+    identity = world.put("a", LARGE_BYTES) if has_identity else world.put("a", LARGE_BYTES) and None
+    cache = world.cache("100MB")
+    store = world.store(cache)
+    cache.pin(store, [("a", identity)])
+    whole_bytes = world.inner.bytes_read
+    damage(world.copy("a"))
+    if found_by == "reader":
+        assert store.remove_if_corrupt("a", identity)
+    elif found_by == "verification":
+        assert cache.verify(repair=True).is_right
+    cache.warm(store, [("a", identity)])
+    assert 0 < world.inner.bytes_read - whole_bytes <= wrong_bytes
+    assert world.copy("a").read_bytes() == world.data["a"]
+    assert cache.verify().wrong == ()
+    assert [entry.pinned for entry in cache.entries()] == [True]
+    assert cache.stats()["quarantined"] == 1
+
+
+def test_a_reader_that_has_the_corrupt_copy_open_sees_the_right_bytes_when_they_have_come(world):
+    identity = world.put("a", LARGE_BYTES)
+    store = world.store(world.cache("100MB"))
+    world.fetch(store, "a")
+    with store.open_local("a", identity) as lease, mmap.mmap(lease.fd, LARGE_BYTES, prot=mmap.PROT_READ) as mapped:
+        turn(world.copy("a"), 3 * MIB)
+        assert store.remove_if_corrupt("a", identity)
+        world.fetch(store, "a")
+        assert mapped[:] == world.data["a"]
+
+
+def test_a_copy_whose_section_checksums_are_lost_is_fetched_whole(world):
+    identity = world.put("a", LARGE_BYTES)
+    store = world.store(world.cache("100MB"))
+    world.fetch(store, "a")
+    turn(world.copy("a"), 3 * MIB)
+    record = world.copy("a").with_suffix(".json")
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps(facts | {"section_sums": facts["section_sums"][8:]}))
+    assert store.remove_if_corrupt("a", identity)
+    assert (world.copies(), world.parts()) == ([], [])
+    world.fetch(store, "a")
+    assert world.inner.bytes_read == 2 * LARGE_BYTES
 
 
 # -- partial copies, and copies without checksums inside --
@@ -132,10 +207,10 @@ def test_a_copy_without_checksums_inside_is_verified_by_its_unit_map(world, whol
 
 def test_a_pin_outlives_a_corrupt_copy(world):
     """And holds what is fetched in its place, even after the folder was opened again."""
-    identity = world.put("a")
+    identity = world.put("a", UNIT)
     cache = world.cache()
     cache.pin(world.inner, [("a", identity)])
-    world.damage("a")
+    world.damage("a", at=0)
     assert world.store(cache).remove_if_corrupt("a", identity) is True
     cache.close()
     again = world.cache()
@@ -145,10 +220,10 @@ def test_a_pin_outlives_a_corrupt_copy(world):
 
 
 def test_unpinning_all_copies_removes_pins_of_missing_copies(world):
-    identity = world.put("a")
+    identity = world.put("a", UNIT)
     cache = world.cache()
     cache.pin(world.inner, [("a", identity)])
-    world.damage("a")
+    world.damage("a", at=0)
     assert world.store(cache).remove_if_corrupt("a", identity) is True
     assert cache.unpin() == 0
     world.fetch(world.store(cache), "a")

@@ -74,6 +74,36 @@ def test_a_corrupt_copy_is_fetched_again_and_the_run_continues(server, cache, ho
     dataset.close()
 
 
+@pytest.mark.parametrize("read", ["loader", "single records", "warm"])
+def test_of_a_shard_with_one_corrupt_block_only_that_block_is_fetched_again(tmp_path, cache, read):
+    path = tmp_path / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="64MiB", block_size="32KiB") as writer:
+        for _ in range(40):
+            writer.write_batch(make_columns(N))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    with HttpFaultServer({f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}) as server:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        dataset.warm()
+        (copy,) = shards_of(cache, dataset)
+        n_bytes = copy.stat().st_size
+        copy.chmod(0o600)
+        with copy.open("r+b") as file:
+            file.seek(n_bytes // 2)
+            file.write(bytes([file.read(1)[0] ^ 4]))
+        server.log.clear()
+        if read == "warm":
+            assert cache.verify(repair=True).is_right
+        elif read == "loader":
+            assert len(list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, 32, shuffle=True))))) == 40 * N
+        else:
+            assert [int(dataset[i]["id"]) for i in range(0, 40 * N, 7)] == [i % N for i in range(0, 40 * N, 7)]
+        dataset.warm()
+        assert 0 < server.n_bytes_sent < n_bytes // 50
+        assert cache.verify().wrong == ()
+        assert cache.stats()["quarantined"] == 1
+        dataset.close()
+
+
 def flip_bits(paths, how: str) -> None:
     """Flip a bit of each file: written, written with its times set back, or stored through a mapping."""
     for path in paths:
