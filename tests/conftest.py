@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from pyarrow import csv
 
 pytest_plugins = ["tests.support.fixtures", "tests.support.certificates"]
 
@@ -80,6 +82,12 @@ def hear_ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def open_pipe_of_arrow() -> None:
+    """The first CSV file that Arrow reads in the main thread opens a pipe for signals, which Arrow keeps."""
+    csv.read_csv(io.BytesIO(b"x\n1\n"))
 
 
 @pytest.fixture(autouse=True)

@@ -76,8 +76,21 @@ def pack(
     url: Url,
     kind: Annotated[
         str | None,
-        option("--kind", "KIND", "Kind of the input: images, parquet or jsonl; default: from the file names."),
+        option(
+            "--kind",
+            "KIND",
+            "Kind of the input, if the file names do not say it: images, files, parquet, csv, feather, orc, jsonl.",
+        ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        option("--labels", "FILE", "Table of the labels of images or files: CSV, JSON lines or Parquet."),
+    ] = None,
+    label_pattern: Annotated[
+        str | None,
+        option("--label-pattern", "REGEX", "The class in a file's path, e.g. '(?P<label>[a-z]+)_[0-9]+'."),
+    ] = None,
+    check_images: Annotated[bool, flag("--check-images", "Decode each image, to find those damaged inside.")] = False,
     column: Annotated[
         list[str] | None,
         option(
@@ -118,12 +131,15 @@ def pack(
 ) -> None:
     """Convert images, Parquet files or JSON lines into a data set.
 
-    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. After Ctrl-C or a
-    kill, the same command continues.
+    SOURCE is a folder of images, which may have one sub-folder per class, or names tables: Parquet, CSV, Feather, ORC
+    or JSON lines. After Ctrl-C or a kill, the same command continues.
     """
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
         schema=parse_types(column) or None,
+        labels=labels,
+        label_pattern=label_pattern,
+        check_images=check_images,
         mode=mode,  # type: ignore[arg-type]
         shard_size=parse_size("--shard-size", shard_size),
         block_size=parse_size("--block-size", block_size),

@@ -35,13 +35,27 @@ class InputSplit:
 
 
 @dataclass(frozen=True, slots=True)
+class BadRecord:
+    """Record of a source that cannot be packed. Whether that ends the packing is decided by the packer."""
+
+    location: str  # of the record, for people
+    reason: str
+    content: Any = None  # its bytes or its columns, as far as they can be read
+    column: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InputBatch:
-    """Some records of a split as columns. location(i) names the place of record i in the source, for messages."""
+    """Some records of a split as columns. location(i) names the place of record i in the source, for messages.
+
+    bad: Records between the previous batch and the end of this one that cannot be read, in order.
+    """
 
     columns: Mapping[str, Sequence[Any]] | pa.RecordBatch
     n_records: int
     n_bytes: int
     location: Callable[[int], str]
+    bad: Sequence[BadRecord] = ()
 
 
 class RecordSource(Protocol):
@@ -62,7 +76,7 @@ class RecordSource(Protocol):
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the records of a split in batches of about batch_bytes, a few of which are in memory at a time.
 
-        Raises SchemaError, which names the location of a record that cannot be read.
+        A record that cannot be read is in the `bad` of a batch. Raises StoreError and OSError.
         """
 
 
@@ -92,7 +106,7 @@ class LocalFiles:
     root: str
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
-        """Yield all files in any order, except hidden ones and those in hidden folders.
+        """Yield all files in any order, except ignored ones and those in ignored folders.
 
         Skipped: dangling links, links to a parent folder, and anything but files and folders.
         """
@@ -105,7 +119,7 @@ class LocalFiles:
                 continue
             with os.scandir(real) as entries:
                 for entry in entries:
-                    if is_hidden(entry.name):
+                    if is_ignored(entry.name):
                         continue
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir():
@@ -144,7 +158,7 @@ class StoreFiles:
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
         for info in self.store.list():
-            if not any(map(is_hidden, info.key.split("/"))):
+            if not any(map(is_ignored, info.key.split("/"))):
                 yield SourceFile(info.key, info.n_bytes)
 
     def open(self, path: str) -> BinaryIO:
@@ -164,9 +178,15 @@ class StoreFiles:
 Files: TypeAlias = LocalFiles | StoreFiles
 
 
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is never packed: ".x", and the objects of a data set that lies in the source."""
-    return name.startswith(".") or name == "_tiercache" or name.endswith(".tcs")
+# What operating systems, archivers and Spark leave beside the data.
+_JUNK = frozenset(
+    ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found", "@eadir", "_success")
+)
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a file or folder is never packed: ".x", junk, and a data set that lies in the source."""
+    return name.startswith(".") or name == "_tiercache" or name.endswith((".tcs", ".crc")) or name.lower() in _JUNK
 
 
 def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -248,14 +268,12 @@ _BY_SUFFIX: Mapping[str, str] = {
     ".array_record": "an ArrayRecord file; array_record reads it",
     ".arrayrecord": "an ArrayRecord file; array_record reads it",
     ".arrow": "an Arrow file, as Hugging Face datasets writes; datasets or pyarrow reads it",
-    ".feather": "a Feather file; pyarrow reads it",
     ".lance": "a Lance file; lance reads it",
     ".h5": "an HDF5 file; h5py reads it",
     ".hdf5": "an HDF5 file; h5py reads it",
     ".npy": "a NumPy array; numpy.load() reads it",
     ".npz": "an archive of NumPy arrays; numpy.load() reads it",
     ".zip": "a zip archive; unpack it",
-    ".orc": "an ORC file; pyarrow reads it",
     ".avro": "an Avro file",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
@@ -299,6 +317,6 @@ def _name(path: str) -> str:
 
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
-        f"{files.location(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines. Write records "
-        f"of other formats with tiercache.Writer, or {remedy}"
+        f"{files.location(path)}: this is {what}. pack takes folders of images or files, Parquet, CSV, Feather, "
+        f"ORC and JSON lines. Write records of other formats with tiercache.Writer, or {remedy}"
     )

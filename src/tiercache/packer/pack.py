@@ -20,9 +20,10 @@ import pyarrow as pa
 
 from tiercache import config
 from tiercache.crash_points import crash_point
-from tiercache.errors import SchemaError, StoreError
+from tiercache.errors import StoreError
 from tiercache.model import parse_bytes
-from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
+from tiercache.packer.bad_records import stop_at, write_batch
+from tiercache.packer.files import InputSplit, RecordSource, SkippedFile
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
 from tiercache.packer.workers import Report, run_in_processes
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
@@ -286,26 +287,13 @@ class _Job:
             with ShardWriter(store, self.source.schema, even) as writer:
                 for split in splits:
                     for batch in self.source.read(split, options.block_bytes):
-                        _write(writer, batch)
+                        write_batch(writer, batch, stop_at)
                         report(batch.n_records, batch.n_bytes)
                 infos = writer.finish()
             crash_point("packing.shards_written")
             if not packing.finish(number, {"": infos}):
                 store.delete([info.name for info in infos])
             crash_point("packing.task_recorded")
-
-
-def _write(writer: ShardWriter, batch: InputBatch) -> None:
-    """Write a batch; if a record does not fit, the error names its location in the source."""
-    first_record = writer.n_records
-    try:
-        writer.write_batch(batch.columns)
-    except SchemaError as error:
-        if error.record is None:
-            raise
-        text = error.message.removeprefix(f"column {error.column!r}, ").removeprefix(f"record {error.record}: ")
-        where = batch.location(error.record - first_record)
-        raise SchemaError(f"{where}: {text}", column=error.column, expected=error.expected, got=error.got) from error
 
 
 def pack(
@@ -315,6 +303,9 @@ def pack(
     kind: SourceKind | None = None,
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    label_pattern: str | None = None,
+    check_images: bool = False,
     mode: VersionKind = "create",
     shard_size: int | str = "128MiB",
     block_size: int | str = "1MiB",
@@ -326,7 +317,7 @@ def pack(
     source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
 ) -> Version:
-    """Pack a folder of images, Parquet files or JSON lines into a data set, in the order of the source.
+    """Pack a folder of images or other files, or tables, into a data set, in the order of the source.
 
     After Ctrl-C, a kill or an error, the same call continues: parts that are finished are kept, below the data set's
     URL, and no record is lost or written twice.
@@ -340,11 +331,19 @@ def pack(
         source: File, folder, glob or URL to pack. Of a folder, all files below it are packed in the order of their
             paths, except hidden files.
         url: URL of the data set.
-        kind: Kind of the source: "images", "parquet" or "jsonl"; None: decided by the files' names.
-        schema: Mapping from column names to types, which overrides the types of these columns; or an Arrow schema (or a
-            Schema) with all columns to pack. Not for images.
-        classes: Mapping of columns of integers to the class names of their labels 0, 1, 2, .... Not for images, whose
-            folders name the classes.
+        kind: Kind of the source: "images", "parquet", "csv", "feather", "orc" or "jsonl"; None: decided by the files'
+            names. "files": each file below a folder is a record, with the columns bytes and path.
+        schema: Mapping from column names to types, which overrides the types of these columns; or, for tables, an Arrow
+            schema (or a Schema) with all columns to pack.
+        classes: Mapping of columns of integers to the class names of their labels 0, 1, 2, .... The classes of images
+            are the names of the first folders of their paths, sorted, unless classes={"label": [...]} states them.
+        labels: Table (CSV, JSON lines or Parquet) with the labels of images or files. One of its columns names the
+            files, by path, name, or name without suffix; the others become columns. Text in the column "label" becomes
+            the number of a class.
+        label_pattern: Regular expression whose group named "label" (or whose first group) is the class in the path of
+            an image or a file, such as "(?P<label>[a-z]+)_[0-9]+".
+        check_images: Whether each image is decoded, to find those that are damaged inside. Without it, the header and
+            the end of each image are checked.
         mode: "create" for a new data set, "append" or "overwrite".
         shard_size: Target size of a shard in bytes, or a text such as "128MiB".
         block_size: Target size of a block in bytes, or a text such as "1MiB".
@@ -366,6 +365,9 @@ def pack(
         kind=kind,
         schema=schema,
         classes=classes or {},
+        labels=labels,
+        label_pattern=label_pattern,
+        check_images=check_images,
         mode=mode,
         shard_size=shard_size,
         block_size=block_size,

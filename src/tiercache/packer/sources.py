@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import pyarrow as pa
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.hive import find_partitions
-from tiercache.packer import images, tables
+from tiercache.packer import folders, images, tables
 from tiercache.packer.files import (
     Files,
     RecordSource,
@@ -22,15 +22,18 @@ from tiercache.packer.files import (
     refuse_foreign_index,
     selected,
 )
-from tiercache.shard.schema import Schema, UserType, check_same_schema
+from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 
-SourceKind: TypeAlias = Literal["images", "parquet", "jsonl"]
+SourceKind: TypeAlias = Literal["images", "files", "parquet", "csv", "feather", "orc", "jsonl"]
+SOURCE_KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
+# Kinds that file names can indicate: the kind "files" is packed only on request.
 _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     "images": tuple(images.SUFFIXES),
-    "parquet": tables.PARQUET_SUFFIXES,
+    **cast("dict[SourceKind, tuple[str, ...]]", tables.TABLE_SUFFIXES),
     "jsonl": tables.JSON_SUFFIXES,
 }
+_FOLDER_KINDS = ("images", "files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +43,18 @@ class SourceOptions:
     kind: SourceKind | None = None
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    labels: str | os.PathLike[str] | None = None
+    label_pattern: str | None = None
+    check_images: bool = False
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     source_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in _SUFFIXES:
-            raise ValueError(f"kind must be one of {', '.join(_SUFFIXES)}, got {self.kind!r}")
+        if self.kind is not None and self.kind not in SOURCE_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}")
+        if self.labels is not None and self.label_pattern is not None:
+            raise ValueError("labels= and label_pattern= both state the labels of the files: give one of them")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a sequence of globs, got the str {getattr(self, name)!r}")
@@ -62,7 +70,7 @@ def kind_of(paths: Sequence[str]) -> SourceKind:
         if found
         else "no file name indicates the kind of the source"
     )
-    raise ValueError(f"{what}; say it with kind=, which is one of {', '.join(_SUFFIXES)}")
+    raise ValueError(f"{what}; say it with kind=, which is one of {', '.join(SOURCE_KINDS)}")
 
 
 def find_source(
@@ -73,8 +81,10 @@ def find_source(
     parent is the version that is appended to. Raises NotFound, ValueError, SchemaError.
     """
     files, found, skipped = find_files(source, options.source_options)
+    if options.labels is not None:
+        labels_path = os.path.abspath(options.labels)  # noqa: PTH100 -- the labels may lie beside the images
+        found = [f for f in found if files.location(f.path) not in (labels_path, os.fspath(options.labels))]
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
-    skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
     if not chosen:
         raise NotFound(f"include= and exclude= leave none of the {len(found)} files", url=files.location(""))
 
@@ -82,44 +92,100 @@ def find_source(
     if options.kind is None:
         refuse_foreign_files(files, chosen)
     kind = options.kind or kind_of([f.path for f in chosen])
-    if kind == "images":
-        if options.schema is not None:
-            raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema=")
-        if options.classes:
-            raise SchemaError("the sub-folders of a folder of images name its classes: omit classes=")
-        classes = next((c.classes for c in parent.schema.columns if c.classes), None) if parent is not None else None
-        return with_schema_of(parent, images.find_images(files, chosen, classes)), skipped
-    # A folder of tables also holds other files (README.md, Spark's _SUCCESS); a file that is named explicitly always
-    # counts. Spark and pyarrow skip names that begin with "_".
-    tables = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])]
-    if tables:
-        others = set(chosen) - set(tables)
-        reason = f"its name is not that of a {kind} file"
-        markers = {f for f in others if f.path.rpartition("/")[2].startswith("_")}
-        skipped += [SkippedFile(f.path, reason) for f in chosen if f in others - markers]
-    table = _find_table(kind, files, tables or chosen, options)
+    given_for = {name: getattr(options, name) for name in ("labels", "label_pattern", "check_images")}
+    if kind not in _FOLDER_KINDS and (useless := [name for name, value in given_for.items() if value]):
+        raise ValueError(f"{useless[0]}= applies to folders of images or files, not to the kind {kind!r}")
+    if kind != "files":
+        # A folder also holds other files (README.md); a file that is named explicitly always counts. Spark and pyarrow
+        # skip names that begin with "_".
+        named = [f for f in chosen if _is_named_as(kind, f.path)]
+        others = set(chosen) - set(named) if named else ()
+        markers = {f for f in others if kind != "images" and f.path.rpartition("/")[2].startswith("_")}
+        reason = f"its name is not that of {'an image' if kind == 'images' else f'a {kind} file'}"
+        skipped += [SkippedFile(f.path, reason) for f in chosen if f in others and f not in markers]
+        chosen = named or chosen
+    if kind in _FOLDER_KINDS:
+        folder, absent = _find_folder(kind, files, chosen, options, parent)
+        skipped += absent
+    skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
+    if kind in _FOLDER_KINDS:
+        return with_schema_of(parent, folder), skipped
+    table = _find_table(kind, files, chosen, options)
     table = replace(table, schema=table.schema.with_classes(options.classes))
     return with_schema_of(parent, table, options.classes), skipped
 
 
+def _is_named_as(kind: SourceKind, path: str) -> bool:
+    """Return whether a file's name is that of a kind. A file without a suffix is an image if its bytes say so."""
+    name = path.rpartition("/")[2].lower()
+    return name.endswith(_SUFFIXES[kind]) or (kind == "images" and "." not in name)
+
+
+def _find_folder(
+    kind: SourceKind, files: Files, found: Sequence[SourceFile], options: SourceOptions, parent: Version | None
+) -> tuple[folders.FolderFiles, list[SkippedFile]]:
+    given = options.schema
+    if given is not None and not isinstance(given, Mapping):
+        raise SchemaError(
+            f"schema= of a folder of {kind} is a mapping from column names to types: its columns are fixed"
+        )
+    if unknown := [name for name in options.classes if name != "label"]:
+        raise SchemaError("classes= names the classes of the column 'label' of a folder of files", column=unknown[0])
+    classes = options.classes.get("label")
+    if parent is not None:  # the new records have the columns and the class names of the data set
+        columns = {column.name: column for column in parent.schema.columns}
+        classes = columns["label"].classes or classes if "label" in columns else classes
+        given = {name: str(columns[name]) for name in ("label", "image") if name in columns} | dict(given or {})
+    return folders.find_folder(
+        files,
+        found,
+        content=("image", Image()) if kind == "images" else ("bytes", "bytes"),
+        given=given or {},
+        classes=classes,
+        table=None if options.labels is None else _read_labels(options.labels),
+        pattern=options.label_pattern,
+        labels_by_folder=kind == "images",
+        decodes=options.check_images,
+    )
+
+
+def _read_labels(labels: str | os.PathLike[str]) -> folders.LabelTable:
+    """Return a table of labels, which is read as the source of a packing is."""
+    source, _ = find_source(labels, SourceOptions())
+    columns: dict[str, list[Any]] = {name: [] for name in source.schema.names}
+    locations: list[tuple[int, Any]] = []
+    for split in source.splits:
+        for batch in source.read(split, 1 << 20):
+            for one in batch.bad:
+                raise SchemaError(f"{one.location}: {one.reason}", column=one.column)
+            locations.append((len(next(iter(columns.values()), [])), batch.location))
+            for name, values in columns.items():
+                found = batch.columns[name]
+                values.extend(found.to_pylist() if isinstance(found, pa.Array) else found)
+
+    def location(row: int) -> str:
+        first, of_batch = next((first, of) for first, of in reversed(locations) if first <= row)
+        return cast("str", of_batch(row - first))
+
+    types = {column.name: str(column) for column in source.schema.columns}
+    return folders.LabelTable(columns, types, location, os.fspath(labels))
+
+
 def _find_table(
     kind: SourceKind, files: Files, found: Sequence[SourceFile], options: SourceOptions
-) -> tables.ParquetFiles | tables.JsonLines:
+) -> tables.TableFiles | tables.JsonLines:
     given = options.schema
+    types = given if isinstance(given, Mapping) else {}
+    if kind == "jsonl":
+        if given is None or isinstance(given, Mapping):
+            return tables.find_jsonl(files, found, types)
+        partitions = find_partitions([file.path for file in found], files.location)
+        return tables.JsonLines(files, Schema.of(given), tables.split_files(found), partitions)
+    table = tables.find_tables(kind, files, found, types)
     if given is None or isinstance(given, Mapping):
-        if kind == "parquet":
-            return tables.find_parquet(files, found, given or {})
-        return tables.find_jsonl(files, found, given or {})
-    if kind == "parquet":
-        whole = tables.find_parquet(files, found, {})
-        whole.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
-        return replace(whole, schema=Schema.of(given))
-    return tables.JsonLines(
-        files,
-        Schema.of(given),
-        tables.split_files(found),
-        find_partitions([file.path for file in found], files.location),
-    )
+        return table
+    table.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
+    return replace(table, schema=Schema.of(given))
 
 
 def with_schema_of(
@@ -127,8 +193,8 @@ def with_schema_of(
 ) -> RecordSource:
     """Return the source with the schema of the data set that it is appended to, if any.
 
-    If a table has the data set's columns, its inferred types are ignored: each value is checked when it is written.
-    Raises SchemaError if the columns differ, or the images have other classes or encodings.
+    If a source has the data set's columns, its inferred types are ignored: each value is checked when it is written.
+    Raises SchemaError if the columns differ.
     """
     if parent is None:
         return source
@@ -136,7 +202,7 @@ def with_schema_of(
     schema = parent.schema.with_classes(classes or {})  # the writer refuses other classes than those of the data set
     if isinstance(source, tables.JsonLines) and names <= expected:
         return replace(source, schema=schema)
-    if isinstance(source, tables.ParquetFiles) and names == expected:
+    if isinstance(source, tables.TableFiles | folders.FolderFiles) and names == expected:
         return replace(source, schema=schema)
     check_same_schema(parent.schema, source.schema)
     return source

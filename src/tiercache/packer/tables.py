@@ -1,25 +1,29 @@
-"""Parquet files and JSON lines as sources of a packing."""
+"""Tables as sources of a packing: Parquet, CSV, Feather, ORC and JSON lines."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import IO, Any, NamedTuple, cast
+from itertools import count, islice
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
+from pyarrow import csv
 
 from tiercache.errors import SchemaError
 from tiercache.layouts.hive import find_partitions, partition_values
-from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile
-from tiercache.shard.schema import Schema, UserType
+from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile
+from tiercache.shard.schema import Column, Kind, Schema, UserType
 from tiercache.store.remote import call_threads
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
@@ -87,9 +91,10 @@ def say_type(name: str) -> str:
 
 
 class _Line(NamedTuple):
+    number: int  # in the split, from 0
     start: int
     end: int
-    record: dict[str, Any]
+    text: bytes
 
 
 @dataclass(frozen=True)
@@ -102,39 +107,65 @@ class JsonLines:
     partitions: Mapping[str, UserType]
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        lines: list[_Line] = []
-        for line in _read_lines(self.files, split):
-            lines.append(line)
-            if line.end - lines[0].start >= batch_bytes or len(lines) == _BATCH_RECORDS:
-                yield self._batch(split.path, lines)
-                lines = []
-        if lines:
-            yield self._batch(split.path, lines)
+        constants = partition_values(split.path, self.partitions, self.schema)
+        names, known = self.schema.names, frozenset(self.schema.names)
+        lines = _Lines(self.files, split)
+        records: list[dict[str, Any]] = []
+        numbers: list[int] = []
+        bad: list[BadRecord] = []
+        start = end = split.start
 
-    def _batch(self, path: str, lines: Sequence[_Line]) -> InputBatch:
-        constants = partition_values(path, self.partitions, self.schema)
-        names = self.schema.names
+        def batch() -> InputBatch:
+            columns = {name: [record.get(name, constants.get(name)) for record in records] for name in names}
+            return InputBatch(columns, len(records), end - start, partial(_location_of, lines, tuple(numbers)), bad)
+
         for line in lines:
-            if not line.record.keys() <= set(names):
-                new = next(name for name in line.record if name not in names)
-                location = _location(self.files, path, line.start)
-                raise SchemaError(f"{location}: a column that the schema lacks; {say_type(new)}", column=new)
-        columns = {name: [line.record.get(name, constants.get(name)) for line in lines] for name in names}
-        starts, n_bytes = [line.start for line in lines], lines[-1].end - lines[0].start
-        return InputBatch(columns, len(starts), n_bytes, lambda i: _location(self.files, path, starts[i]))
+            end = line.end
+            record, reason, column = _parsed(line.text), "", None
+            if isinstance(record, str):
+                reason = record
+            elif not record.keys() <= known:
+                column = next(name for name in record if name not in known)
+                reason = f"a column that the schema lacks; {say_type(column)}"
+            else:
+                records.append(record)
+                numbers.append(line.number)
+            if reason:
+                bad.append(BadRecord(lines.location(line.number), reason, line.text, column))
+            if end - start >= batch_bytes or len(records) == _BATCH_RECORDS:
+                yield batch()
+                records, numbers, bad, start = [], [], [], end
+        if lines.damage:
+            bad.append(BadRecord(self.files.location(split.path), lines.damage))
+        if records or bad:
+            yield batch()
+
+
+def _location_of(lines: _Lines, numbers: Sequence[int], record: int) -> str:
+    return lines.location(numbers[record])
 
 
 def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> JsonLines:
     """Return the JSON lines of a source; the first 1000 records give the schema. given: types of some columns."""
     splits = split_files(found)
-    sample = list(
-        islice(((split.path, line) for split in splits for line in _read_lines(files, split)), _SAMPLE_RECORDS)
-    )
+    sample: list[tuple[dict[str, Any], _Lines, int]] = []
+    damage = ""
+    for lines in (_Lines(files, split) for split in splits):
+        for line in islice(lines, _SAMPLE_RECORDS - len(sample)):
+            parsed = _parsed(line.text)
+            if isinstance(parsed, dict):
+                sample.append((parsed, lines, line.number))
+            else:
+                damage = damage or f"{lines.location(line.number)}: {parsed}"
+        damage = damage or (lines.damage and f"{files.location(lines.path)}: {lines.damage}")
+        if len(sample) >= _SAMPLE_RECORDS:
+            break
     if not sample:
-        raise SchemaError(f"{files.location(found[0].path)}: the source has no record, so no schema can be inferred")
-    records = [{n: v for n, v in line.record.items() if n not in given} for _, line in sample]
-    inferred = infer_types(records, lambda i: _location(files, sample[i][0], sample[i][1].start))
-    stored = dict.fromkeys(name for _, line in sample for name in line.record)
+        where = damage or files.location(found[0].path)
+        raise SchemaError(f"{where}: the source has no record, so no schema can be inferred")
+    records = [{n: v for n, v in record.items() if n not in given} for record, _, _ in sample]
+    inferred = infer_types(records, lambda i: sample[i][1].location(sample[i][2]))
+    stored = dict.fromkeys(name for record, _, _ in sample for name in record)
     partitions = find_partitions([file.path for file in found], files.location, list(stored))
     types = {**inferred, **partitions, **given}
     order = dict.fromkeys([*stored, *partitions, *given])
@@ -156,24 +187,45 @@ def _is_gzipped(path: str) -> bool:
     return path.lower().endswith(".gz")
 
 
-def _read_lines(files: Files, split: InputSplit) -> Iterator[_Line]:
-    """Yield the lines that start in a split, without empty lines. Raises SchemaError."""
-    with _opened_lines(files, split.path) as file:
-        is_whole = _is_gzipped(split.path)
-        at = 0
-        if split.start:  # a line that began before this split belongs to the previous one
-            file.seek(split.start - 1)
-            at = split.start - 1 + len(file.readline())
-        while is_whole or at < split.end:
-            try:
-                text = file.readline()
-            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-                raise SchemaError(f"{files.location(split.path)}: damaged gzip file: {error}") from error
-            if not text:
-                return
-            start, at = at, at + len(text)
-            if not text.isspace():
-                yield _Line(start, at, _parsed(text, files, split.path, start))
+class _Lines:
+    """Lines that start in a split, without empty ones. damage: Why the rest of a gzipped file cannot be read."""
+
+    def __init__(self, files: Files, split: InputSplit) -> None:
+        self._files, self._split, self.path = files, split, split.path
+        self._first = split.start  # offset of the first line
+        self._n_before: int | None = None
+        self.damage = ""
+
+    def __iter__(self) -> Iterator[_Line]:
+        split, is_whole = self._split, _is_gzipped(self._split.path)
+        with _opened_lines(self._files, split.path) as file:
+            at = 0
+            if split.start:  # a line that began before this split belongs to the previous one
+                file.seek(split.start - 1)
+                self._first = at = split.start - 1 + len(file.readline())
+            for number in count():
+                if not is_whole and at >= split.end:
+                    return
+                try:
+                    text = file.readline()
+                except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+                    self.damage = f"damaged gzip file: {error}; its records from line {number + 1} on are lost"
+                    return
+                if not text:
+                    return
+                start, at = at, at + len(text)
+                if not text.isspace():
+                    yield _Line(number, start, at, text)
+
+    def location(self, number: int) -> str:
+        """Return the file and the number of a line, for messages. The first call reads the file up to the split."""
+        if self._n_before is None:
+            self._n_before, left = 0, self._first
+            with _opened_lines(self._files, self._split.path) as file:
+                while left and (block := file.read(min(left, 1 << 20))):
+                    self._n_before += block.count(b"\n")
+                    left -= len(block)
+        return f"{self._files.location(self._split.path)}, line {self._n_before + number + 1}"
 
 
 @contextmanager
@@ -186,55 +238,69 @@ def _opened_lines(files: Files, path: str) -> Iterator[IO[bytes]]:
             yield cast("IO[bytes]", unpacked)
 
 
-def _parsed(text: bytes, files: Files, path: str, start: int) -> dict[str, Any]:
+def _parsed(text: bytes) -> dict[str, Any] | str:
+    """Return a record, or why the line is not one."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{_location(files, path, start)}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        location = _location(files, path, start)
-        raise SchemaError(f"{location}: expected a JSON object, got {type(record).__name__}")
-    return record
+        return f"not JSON: {error}"
+    return record if isinstance(record, dict) else f"expected a JSON object, got {type(record).__name__}"
 
 
-def _location(files: Files, path: str, offset: int) -> str:
-    """Return the name and line number of the line at a byte offset, for messages; it reads the file up to there."""
-    n_lines, left = 1, offset
-    with _opened_lines(files, path) as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            n_lines += block.count(b"\n")
-            left -= len(block)
-    return f"{files.location(path)}, line {n_lines}"
-
-
-PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+TABLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "parquet": (".parquet", ".pq", ".parq"),
+    "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    "feather": (".feather",),
+    "orc": (".orc",),
+}
 _PARALLEL_FOOTERS = 16
 _BATCH_ROWS = 65536
 
 
-@dataclass(frozen=True)
-class ParquetFiles:
-    """Parquet files with one schema, a files.RecordSource with one split per row group."""
+class _BadRow(NamedTuple):
+    reason: str
+    content: Any = None
+    column: str | None = None
 
+
+@dataclass(frozen=True)
+class TableFiles:
+    """Files of tables in one format with the same columns, a files.RecordSource.
+
+    A split is a row group (Parquet), a record batch (Feather), a stripe (ORC) or a whole file (CSV).
+    """
+
+    format: str
     files: Files
     schema: Schema
     splits: tuple[InputSplit, ...]
     partitions: Mapping[str, UserType]
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        """Yield the rows of a row group, with dictionaries decoded. Raises SchemaError for a damaged file."""
-        location, first_row = self.files.location(split.path), 0
+        """Yield the rows of a split, with dictionaries decoded."""
         constants = partition_values(split.path, self.partitions, self.schema)
-        names = [name for name in self.schema.names if name not in constants]
-        with _opened_parquet(self.files, split.path) as parquet:
-            n_rows = max(1, parquet.metadata.row_group(split.start).num_rows)
-            rows = max(1, min(_BATCH_ROWS, batch_bytes * n_rows // max(split.n_bytes, 1)))
-            batches = parquet.iter_batches(rows, row_groups=[split.start], columns=names)
-            while (batch := _next(batches, location)) is not None:
-                where = partial(_row_location, location, split.start, first_row)
-                first_row += len(batch)
-                n_bytes = split.n_bytes * len(batch) // n_rows
-                yield InputBatch(self._columns(batch, constants), len(batch), n_bytes, where)
+        stored = [column for column in self.schema.columns if column.name not in constants]
+        format_ = _FORMATS[self.format]
+        row, bad = format_.first_row, list[BadRecord]()
+        location = self.files.location(split.path) + format_.piece.format(split.start)
+        try:
+            for item in format_.read(self.files, split, stored, batch_bytes):
+                if isinstance(item, _BadRow):
+                    bad.append(BadRecord(f"{location}, row {row}", item.reason, item.content, item.column))
+                    row += 1
+                    continue
+                rows = max(1, min(_BATCH_ROWS, batch_bytes * len(item) // max(item.nbytes, 1)))
+                for start in range(0, len(item), rows):
+                    batch = item.slice(start, rows)
+                    where = partial(_row_location, location, row)
+                    yield InputBatch(self._columns(batch, constants), len(batch), batch.nbytes, where, bad)
+                    row, bad = row + len(batch), []
+        except SchemaError as error:
+            bad.append(BadRecord(self.files.location(split.path), error.message.removeprefix(f"{location}: ")))
+        except (pa.ArrowException, OSError) as error:
+            bad.append(BadRecord(f"{location}, from row {row} on", f"not readable: {_first_line(error)}"))
+        if bad:
+            yield InputBatch({}, 0, 0, str, bad)
 
     def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object]) -> pa.RecordBatch:
         """Return the columns of a batch in the order of the schema: stored columns and partition columns."""
@@ -249,47 +315,75 @@ class ParquetFiles:
         return pa.RecordBatch.from_arrays(columns, names=list(self.schema.names))
 
 
-def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> ParquetFiles:
-    """Return the Parquet files of a source, with the schema from their footers. given: types of some columns.
+def find_tables(
+    format_name: str,
+    files: Files,
+    found: Sequence[SourceFile],
+    given: Mapping[str, UserType],
+    *,
+    accepts_damage: bool = False,
+) -> TableFiles:
+    """Return the files of a format, with the schema from their footers or first rows. given: types of some columns.
 
-    A column is nullable unless the statistics of all row groups show that it has no null. Those of a column of lists or
-    structs count empty lists and the nulls inside the values as well. Columns that Hive partitions name
-    (``year=2024/``) follow the stored columns. Raises SchemaError.
+    In Parquet, a column is nullable unless the statistics of all row groups show that it has no null. Those of a column
+    of lists or structs count empty lists and the nulls inside the values as well. In other formats it is nullable if
+    the first rows of a file have a null. Columns that Hive partitions name (``year=2024/``) follow the stored columns.
+    accepts_damage: Files that cannot be opened are a bad record each, unless all are damaged. Raises SchemaError.
     """
+    errors: list[SchemaError] = []
+
+    def head_of(file: SourceFile) -> _Head | None:
+        try:
+            return _FORMATS[format_name].inspect(files, file)
+        except SchemaError as error:
+            if not accepts_damage:
+                raise
+            errors.append(error)
+            return None
+
     with call_threads(_PARALLEL_FOOTERS, "tiercache-footer") as pool:
-        footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))
-    for file, footer in zip(found[1:], footers[1:], strict=True):
-        _check_same(files.location(file.path), footer.schema, files.location(found[0].path), footers[0].schema)
-    with_nulls = set().union(*(footer.with_nulls for footer in footers))
-    types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in footers[0].schema}
-    partitions = find_partitions([file.path for file in found], files.location, footers[0].schema.names)
+        heads = list(zip(found, pool.map(head_of, found), strict=True))
+    whole = [(file, head) for file, head in heads if head is not None]
+    if not whole:
+        raise errors[0]
+    first, schema = whole[0][0], whole[0][1].schema
+    for file, head in whole[1:]:
+        schema = _common_schema(files.location(file.path), head.schema, files.location(first.path), schema, format_name)
+    with_nulls = set().union(*(head.with_nulls for _, head in whole))
+    types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in schema}
+    partitions = find_partitions([file.path for file in found], files.location, schema.names)
     types |= partitions
     if new := [name for name in given if name not in types]:
-        raise SchemaError(
-            f"{files.location(found[0].path)}: no such column; there are {', '.join(types)}", column=new[0]
-        )
+        raise SchemaError(f"{files.location(first.path)}: no such column; there are {', '.join(types)}", column=new[0])
     splits = [
         InputSplit(file.path, i, i + 1, n_bytes)
-        for file, footer in zip(found, footers, strict=True)
-        for i, n_bytes in enumerate(footer.row_group_bytes)
+        for file, head in heads
+        for i, n_bytes in enumerate((file.n_bytes,) if head is None else head.piece_bytes)
     ]
-    return ParquetFiles(files, Schema.of(types | dict(given)), tuple(splits), partitions)
+    return TableFiles(format_name, files, Schema.of(types | dict(given)), tuple(splits), partitions)
 
 
-class _Footer(NamedTuple):
-    """Schema of a file, columns that may have nulls, and each row group's size."""
+class _Head(NamedTuple):
+    """Schema of a file, columns that may have nulls, and the size of each of its pieces, which become splits."""
 
     schema: pa.Schema
     with_nulls: frozenset[str]
-    row_group_bytes: tuple[int, ...]
+    piece_bytes: tuple[int, ...]
 
 
-def _read_footer(files: Files, path: str) -> _Footer:
-    with _opened_parquet(files, path) as parquet:
+class _Format(NamedTuple):
+    """How files of a format are inspected and read. piece: name of a piece in messages."""
+
+    inspect: Callable[[Files, SourceFile], _Head]
+    read: Callable[[Files, InputSplit, Sequence[Column], int], Iterator[pa.RecordBatch | _BadRow]]
+    piece: str
+    first_row: int = 0
+
+
+def _inspect_parquet(files: Files, file: SourceFile) -> _Head:
+    with _opened(files, file.path, _open_parquet) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
-        if len(set(schema.names)) < len(schema.names):
-            twice = next(name for name in schema.names if schema.names.count(name) > 1)
-            raise SchemaError(f"{files.location(path)}: the file has two columns with this name", column=twice)
+        _check_names(files.location(file.path), schema.names)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         with_nulls: set[str] = set()
         for group in groups:
@@ -302,7 +396,222 @@ def _read_footer(files: Files, path: str) -> _Footer:
             }  # a null counts as a null of every leaf
             with_nulls |= {field.name for field in schema if field.nullable} - no_nulls
         sizes = tuple(group.total_byte_size for group in groups)
-        return _Footer(schema.remove_metadata(), frozenset(with_nulls), sizes)
+        return _Head(schema.remove_metadata(), frozenset(with_nulls), sizes)
+
+
+def _read_parquet(
+    files: Files, split: InputSplit, columns: Sequence[Column], batch_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    with _opened(files, split.path, _open_parquet) as parquet:
+        n_rows = max(1, parquet.metadata.row_group(split.start).num_rows)
+        rows = max(1, min(_BATCH_ROWS, batch_bytes * n_rows // max(split.n_bytes, 1)))
+        yield from parquet.iter_batches(rows, row_groups=[split.start], columns=[column.name for column in columns])
+
+
+def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(file, pre_buffer=True)
+
+
+def _inspect_feather(files: Files, file: SourceFile) -> _Head:
+    with _opened(files, file.path, pa.ipc.open_file) as feather:
+        n = feather.num_record_batches
+        return _head_of(files, file, feather.schema, feather.get_batch(0) if n else None, n)
+
+
+def _read_feather(
+    files: Files, split: InputSplit, columns: Sequence[Column], _batch_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    with _opened(files, split.path, pa.ipc.open_file) as feather:
+        yield feather.get_batch(split.start).select([column.name for column in columns])
+
+
+def _open_orc(file: BinaryIO) -> Any:
+    from pyarrow import orc
+
+    return orc.ORCFile(file)
+
+
+def _inspect_orc(files: Files, file: SourceFile) -> _Head:
+    with _opened(files, file.path, _open_orc) as orc:
+        return _head_of(files, file, orc.schema, orc.read_stripe(0) if orc.nstripes else None, orc.nstripes)
+
+
+def _read_orc(
+    files: Files, split: InputSplit, columns: Sequence[Column], _batch_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    with _opened(files, split.path, _open_orc) as orc:
+        yield orc.read_stripe(split.start, columns=[column.name for column in columns])
+
+
+def _head_of(files: Files, file: SourceFile, schema: pa.Schema, first: pa.RecordBatch | None, n_pieces: int) -> _Head:
+    _check_names(files.location(file.path), schema.names)
+    nulls = (
+        [] if first is None else [n for n, column in zip(schema.names, first.columns, strict=True) if column.null_count]
+    )
+    return _Head(schema.remove_metadata(), frozenset(nulls), (file.n_bytes // max(n_pieces, 1),) * n_pieces)
+
+
+# Wide enough for a row of any usual table: a row must fit into a block.
+_CSV_BLOCK_BYTES = 8 << 20
+_DELIMITERS = ",;\t|"
+_CSV_ERROR = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error to ([^:]+): (.*)")
+
+
+def _inspect_csv(files: Files, file: SourceFile) -> _Head:
+    with _opened(files, file.path, lambda opened: opened, is_text=True) as opened:
+        try:
+            reader = _open_csv(opened, None, lambda _row: "skip")
+            first = next(iter(reader), None)
+        except pa.ArrowInvalid as error:
+            raise _damaged(files.location(file.path), error) from error
+        schema = pa.schema([(f.name, pa.string() if pt.is_null(f.type) else f.type) for f in reader.schema])
+        nulls = [n for n, c in zip(schema.names, first.columns if first else (), strict=False) if c.null_count]
+        return _Head(schema, frozenset(nulls), (file.n_bytes,))
+
+
+def _open_csv(
+    file: IO[bytes], types: Mapping[str, pa.DataType] | None, on_invalid: Callable[[csv.InvalidRow], str]
+) -> csv.CSVStreamingReader:
+    """Return a reader. types: The columns to read; None: all of them, with the types that the first rows have."""
+    start = file.read(1 << 16)
+    header = start.partition(b"\n")[0].decode(errors="replace")
+    delimiter = max(_DELIMITERS, key=header.count)
+    return csv.open_csv(
+        pa.PythonFile(_Rest(start, file), "r"),
+        # One thread: only then do invalid rows know their numbers. Packing has a process for each worker.
+        read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
+        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=on_invalid),
+        convert_options=_convert_options(types),
+    )
+
+
+def _convert_options(types: Mapping[str, pa.DataType] | None) -> csv.ConvertOptions:
+    return (
+        csv.ConvertOptions() if types is None else csv.ConvertOptions(column_types=types, include_columns=list(types))
+    )
+
+
+class _Rest(io.RawIOBase):
+    """A file whose first bytes have been read."""
+
+    def __init__(self, start: bytes, file: IO[bytes]) -> None:
+        self._start, self._file = start, file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._start:
+            part, self._start = (self._start, b"") if size < 0 else (self._start[:size], self._start[size:])
+            return part if size >= 0 else part + self._file.read()
+        return self._file.read(size)
+
+
+def _read_csv(
+    files: Files, split: InputSplit, columns: Sequence[Column], _batch_bytes: int
+) -> Iterator[pa.RecordBatch | _BadRow]:
+    """Yield the rows of a file. From a block with a value that does not fit its type on, values are converted again."""
+    simple = (Kind.SCALAR, Kind.BOOL, Kind.STR, Kind.ARROW)
+    types = {c.name: c.storage_type if c.kind in simple else pa.string() for c in columns}
+    n_good = 0
+    with _opened(files, split.path, lambda opened: opened, is_text=True) as opened:
+        rows = _CsvRows(opened, types)
+        try:
+            for item in rows:
+                n_good += 0 if isinstance(item, _BadRow) else len(item)
+                yield item
+            return
+        except pa.ArrowInvalid as error:
+            if not _CSV_ERROR.search(str(error)):
+                raise
+    n_items = n_good + rows.n_bad
+    with _opened(files, split.path, lambda opened: opened, is_text=True) as opened:
+        for item in _CsvRows(opened, dict.fromkeys(types, pa.binary())):
+            n = 1 if isinstance(item, _BadRow) else len(item)
+            n_passed = min(n, n_items)
+            n_items -= n_passed
+            if isinstance(item, _BadRow):
+                if not n_passed:
+                    yield item
+            elif n_passed < n:
+                yield from _converted(item.slice(n_passed), types)
+
+
+class _CsvRows:
+    """Rows of a CSV file as batches, and its rows with a wrong number of fields between them, in order."""
+
+    def __init__(self, file: IO[bytes], types: Mapping[str, pa.DataType]) -> None:
+        self._file, self._types = file, types
+        self._invalid: deque[csv.InvalidRow] = deque()
+        self.n_bad = 0
+
+    def __iter__(self) -> Iterator[pa.RecordBatch | _BadRow]:
+        row = 2  # the header is row 1 for Arrow
+        for batch in _open_csv(self._file, self._types, self._keep):
+            start = 0
+            while start < len(batch):
+                n = len(batch) - start
+                if self._invalid:
+                    n = min(n, self._invalid[0].number - row)
+                if n:
+                    yield batch.slice(start, n)
+                    start, row = start + n, row + n
+                else:
+                    yield self._take()
+                    row += 1
+        while self._invalid:
+            yield self._take()
+
+    def _keep(self, row: csv.InvalidRow) -> str:
+        self._invalid.append(row)
+        return "skip"
+
+    def _take(self) -> _BadRow:
+        self.n_bad += 1
+        row = self._invalid.popleft()
+        return _BadRow(f"expected {row.expected_columns} fields, got {row.actual_columns}", row.text)
+
+
+def _converted(texts: pa.RecordBatch, types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch | _BadRow]:
+    """Yield rows of text as the types, and those that do not fit them."""
+    written = io.BytesIO()
+    csv.write_csv(texts, written)
+    written.seek(0)
+    try:
+        parse = csv.ParseOptions(newlines_in_values=True)
+        table = csv.read_csv(written, parse_options=parse, convert_options=_convert_options(types))
+    except pa.ArrowInvalid as error:
+        if len(texts) > 1:
+            half = len(texts) // 2
+            yield from _converted(texts.slice(0, half), types)
+            yield from _converted(texts.slice(half), types)
+            return
+        found = _CSV_ERROR.search(str(error))
+        content = {name: _text(value) for name, value in texts.to_pylist()[0].items()}
+        if found is None:
+            yield _BadRow(_first_line(error), content)
+        else:
+            yield _BadRow(f"expected {found[2]}, got {found[3]}", content, list(types)[int(found[1])])
+    else:
+        yield from table.combine_chunks().to_batches()
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")
+
+
+_FORMATS: Mapping[str, _Format] = {
+    "parquet": _Format(_inspect_parquet, _read_parquet, ", row group {}"),
+    "feather": _Format(_inspect_feather, _read_feather, ", record batch {}"),
+    "orc": _Format(_inspect_orc, _read_orc, ", stripe {}"),
+    "csv": _Format(_inspect_csv, _read_csv, "", first_row=1),
+}
+
+
+def _check_names(location: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SchemaError(f"{location}: the file has two columns with this name", column=twice)
 
 
 def _top_name(path: str, schema: pa.Schema) -> str:
@@ -313,38 +622,47 @@ def _top_name(path: str, schema: pa.Schema) -> str:
 
 
 @contextmanager
-def _opened_parquet(files: Files, path: str) -> Iterator[pq.ParquetFile]:
-    with files.open(path) as file:
+def _opened(files: Files, path: str, open_table: Callable[[Any], Any], *, is_text: bool = False) -> Iterator[Any]:
+    with _opened_lines(files, path) if is_text else files.open(path) as file:
         try:
-            parquet = pq.ParquetFile(file, pre_buffer=True)
+            table = open_table(file)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(files.location(path), error) from error
-        with parquet:
-            yield parquet
+        if isinstance(table, pq.ParquetFile):
+            with table:
+                yield table
+        else:
+            yield table
 
 
-def _next(batches: Iterator[pa.RecordBatch], location: str) -> pa.RecordBatch | None:
-    try:
-        return next(batches, None)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(location, error) from error
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _damaged(location: str, error: Exception) -> SchemaError:
-    return SchemaError(f"{location}: not a readable Parquet file: {str(error).strip().splitlines()[0]}")
+    return SchemaError(f"{location}: not a readable file of its format: {_first_line(error)}")
 
 
-def _row_location(location: str, row_group: int, first_row: int, row: int) -> str:
-    return f"{location}, row group {row_group}, row {first_row + row}"
+def _row_location(location: str, first_row: int, row: int) -> str:
+    return f"{location}, row {first_row + row}"
 
 
-def _check_same(location: str, schema: pa.Schema, first_location: str, first: pa.Schema) -> None:
+def _common_schema(
+    location: str, schema: pa.Schema, first_location: str, first: pa.Schema, format_name: str
+) -> pa.Schema:
+    """Return the schema that fits two files. The types of CSV files are guesses: int64 and float64 become float64."""
     if sorted(schema.names) != sorted(first.names):
         differ = sorted(set(schema.names) ^ set(first.names)) or schema.names
         raise SchemaError(f"{location}: its columns differ from those of {first_location}: {', '.join(differ)}")
-    for column in schema:
-        expected = first.field(column.name).type
-        if column.type != expected:
-            raise SchemaError(
-                f"{location}: expected {expected} as in {first_location}, got {column.type}", column=column.name
-            )
+    fields = []
+    for field in first:
+        found = schema.field(field.name).type
+        if found != field.type:
+            if format_name != "csv":
+                raise SchemaError(
+                    f"{location}: expected {field.type} as in {first_location}, got {found}", column=field.name
+                )
+            numbers = {pa.int64(), pa.float64()}
+            field = field.with_type(pa.float64() if {found, field.type} == numbers else pa.string())
+        fields.append(field)
+    return pa.schema(fields)

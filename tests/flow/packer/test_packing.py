@@ -41,7 +41,6 @@ VALUES = {
     "number": st.integers(0, 9),
 }
 PNG = png()
-JPEG = jpeg()
 
 
 def read(url, **options):
@@ -86,7 +85,7 @@ class TestImages:
         progress = []
         version = pack(photos, tmp_path / "out", on_progress=progress.append)
         assert version.n_records == 30
-        assert version.schema.columns[0].encoding == "png"
+        assert str(version.schema.columns[0]) == "image"
         assert version.schema.columns[1].classes == ("ant-eater", "cat", "dog")
         assert read(tmp_path / "out") == photo_records()
         assert progress[-1].n_records == 30
@@ -100,39 +99,8 @@ class TestImages:
         assert [(r["label"], r["path"]) for r in read(tmp_path / "out")[34:]] == [(2, "dog/4.png"), (2, "dog/plain")]
         (photos / "emu").mkdir()
         (photos / "emu" / "1.png").write_bytes(PNG)
-        with pytest.raises(SchemaError, match="class 'emu' is not among the data set's 3 classes"):
+        with pytest.raises(SchemaError, match="class 'emu' is not among the 3 classes 'ant-eater', 'cat', 'dog'"):
             pack(photos, tmp_path / "out", mode="append")
-
-    def test_a_file_that_is_no_image_of_the_encoding_is_named(self, photos, tmp_path):
-        for path, data, message in (
-            ("cat/notes.txt", b"x", r"cat/notes\.txt: its name is not that of an image; .*exclude=\['\*\.txt'\]"),
-            ("top.png", PNG, r"top\.png: an image must lie in a sub-folder"),
-            ("cat/a.jpg", JPEG, r"several image encodings: jpeg \(cat/a\.jpg\), png \(ant-eater/0\.png\)"),
-            ("cat/a.png", JPEG, r"cat/a\.png: this is a jpeg, but the others are png; .*exclude=\['cat/a\.png'\]"),
-            ("cat/a.png", b"GARBAGE", r"cat/a\.png: not an image in a supported format: it starts with b'GARBAGE'"),
-            ("cat/a.png", b"", r"cat/a\.png: not an image in a supported format: it is empty"),
-            ("cat/a.png", png(b"x" * 100)[:20], r"cat/a\.png: incomplete png"),
-        ):
-            (photos / path).write_bytes(data)
-            with pytest.raises(SchemaError, match=message):
-                pack(photos, tmp_path / "out")
-            assert is_empty(tmp_path / "out")
-            (photos / path).unlink()
-
-
-def test_a_second_level_of_folders_is_an_error_that_names_both_levels(photos, tmp_path):
-    for folder in ("train/bird", "train/dog", "val/cat", "val/dog"):
-        (tmp_path / "pets" / folder).mkdir(parents=True)
-        (tmp_path / "pets" / folder / "1.png").write_bytes(png(folder.encode()))
-    with pytest.raises(SchemaError, match=r"pets/train/bird: a second level of folders") as caught:
-        pack(tmp_path / "pets", tmp_path / "out")
-    assert "the folders 'bird', 'cat', 'dog' in 'train', 'val'" in str(caught.value)
-    assert "'train', 'val' are splits, such as train and val, pack each of them by itself" in str(caught.value)
-    assert not (tmp_path / "out").exists()
-    (photos / "cat" / "batch").mkdir()
-    (photos / "cat" / "batch" / "1.png").write_bytes(PNG)
-    with pytest.raises(SchemaError, match=r"cat/batch: .*found the folders 'batch' in 'cat'"):
-        pack(photos, tmp_path / "out")
 
 
 class TestParquet:
@@ -221,7 +189,7 @@ class TestParquet:
         assert [r["x"] for r in read(tmp_path / "out2")] == [*range(10), *range(20, 30)]
 
     def test_a_type_in_the_schema_replaces_the_type_of_the_files(self, tmp_path):
-        pq.write_table(pa.table({"image": [JPEG, JPEG], "x": [1, 2]}), tmp_path / "in.parquet")
+        pq.write_table(pa.table({"image": [jpeg(), jpeg()], "x": [1, 2]}), tmp_path / "in.parquet")
         version = pack(tmp_path / "in.parquet", tmp_path / "out", schema={"image": Image("jpeg")})
         assert [str(c) for c in version.schema.columns] == ["image<jpeg>", "int64"]
         version = pack(tmp_path / "in.parquet", tmp_path / "only", schema=Schema.of({"x": "int8"}))
