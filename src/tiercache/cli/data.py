@@ -91,6 +91,15 @@ def pack(
         option("--label-pattern", "REGEX", "The class in a file's path, e.g. '(?P<label>[a-z]+)_[0-9]+'."),
     ] = None,
     check_images: Annotated[bool, flag("--check-images", "Decode each image, to find those damaged inside.")] = False,
+    on_error: Annotated[
+        str,
+        option(
+            "--on-error", "WHAT", "What a bad record does: stop, skip, or dead-letter (its bytes are in the report)."
+        ),
+    ] = "stop",
+    report: Annotated[
+        str | None, option("--report", "FILE", "Report of bad records as JSON lines; default: URL.bad.jsonl.")
+    ] = None,
     column: Annotated[
         list[str] | None,
         option(
@@ -140,6 +149,8 @@ def pack(
         labels=labels,
         label_pattern=label_pattern,
         check_images=check_images,
+        on_error=on_error,  # type: ignore[arg-type]
+        report=report,
         mode=mode,  # type: ignore[arg-type]
         shard_size=parse_size("--shard-size", shard_size),
         block_size=parse_size("--block-size", block_size),
@@ -163,8 +174,13 @@ def pack(
     if plan.finished and not output.quiet:
         facts = {"finished": len(plan.finished), "tasks": len(plan.tasks)}
         output.event("continued", facts, f"continues: {len(plan.finished)} of {len(plan.tasks)} tasks are finished")
+
+    def on_bad(n_bad: int, report_at: str) -> None:
+        text = f"{count(n_bad, 'bad record was', 'bad records were')} not packed: {report_at} lists them"
+        output.event("bad_records", {"records": n_bad, "report": report_at}, text)
+
     with output.byte_progress("packing") as advance:
-        version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+        version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes), on_bad)
     facts = {name: value for name, value in version_facts(version).items() if name not in ("kind", "created")}
     text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
     text += f", {format_bytes(version.n_bytes)}"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+import base64
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, TypeAlias, get_args
 
 import pyarrow as pa
 
 from tiercache.errors import SchemaError
+from tiercache.packer.export import UploadFile
 from tiercache.packer.files import BadRecord, InputBatch
 from tiercache.shard.writer import ShardWriter
+from tiercache.store import Store, Upload
+
+OnError: TypeAlias = Literal["stop", "skip", "dead-letter"]
+ON_ERROR: tuple[OnError, ...] = get_args(OnError)
+_PART_BYTES = 8 << 20
 
 _Columns: TypeAlias = Mapping[str, Sequence[Any]] | pa.RecordBatch
 
@@ -57,6 +67,73 @@ def _record(columns: _Columns, index: int) -> dict[str, Any]:
     return {name: values[index] for name, values in columns.items()}
 
 
-def stop_at(bad: BadRecord) -> None:
-    """Raise SchemaError for a bad record."""
-    raise SchemaError(f"{bad.location}: {bad.reason}", column=bad.column)
+class BadRecordLog:
+    """What is done about the bad records of a task: the first one is raised, or each becomes a line of an object.
+
+    The object appears when close() has returned; without a bad record there is none. A context manager: leaving the
+    block without close() drops the lines.
+    """
+
+    def __init__(self, store: Store, key: str, on_error: OnError) -> None:
+        self._store, self._key, self._on_error = store, key, on_error
+        self._stack = ExitStack()
+        self._upload: Upload | None = None
+        self._file: UploadFile | None = None
+
+    def __enter__(self) -> BadRecordLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, bad: BadRecord) -> None:
+        """Add a line. Raises SchemaError for on_error="stop"."""
+        if self._on_error == "stop":
+            raise SchemaError(f"{bad.location}: {bad.reason}", column=bad.column)
+        if self._file is None:
+            self._upload = self._stack.enter_context(self._store.create(self._key))
+            self._file = UploadFile(self._upload, max(_PART_BYTES, self._store.min_part_bytes))
+        self._file.write(_line(bad, with_content=self._on_error == "dead-letter"))
+
+    def close(self) -> None:
+        """Complete the object, if there is a line."""
+        if self._file is not None and self._upload is not None:
+            self._file.finish()
+            self._upload.complete()
+
+
+def _line(bad: BadRecord, *, with_content: bool) -> bytes:
+    line = {"location": bad.location, "reason": bad.reason}
+    if bad.column is not None:
+        line["column"] = bad.column
+    if with_content:
+        line["content"] = bad.content
+    return json.dumps(line, default=_plain, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON has no form for: text if its bytes are text, else {"base64": ...}."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def report_url(url: str | os.PathLike[str], report: str | os.PathLike[str] | None) -> str:
+    """Return the URL of the report of a packing: beside the data set, unless it is stated."""
+    return os.fspath(report) if report is not None else f"{os.fspath(url).rstrip('/')}.bad.jsonl"
+
+
+def write_report(store: Store, key: str, parts: Iterable[bytes]) -> int:
+    """Write the lines of all tasks as one object, which is replaced, and return their number."""
+    n_lines = 0
+    with store.create(key) as upload:
+        file = UploadFile(upload, max(_PART_BYTES, store.min_part_bytes))
+        for part in parts:
+            n_lines += part.count(b"\n")
+            file.write(part)
+        file.finish()
+        upload.complete()
+    return n_lines

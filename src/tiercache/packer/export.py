@@ -85,7 +85,7 @@ class Export:
     ) -> int:
         schema, n_records = self.schema.arrow, 0
         with self.target.create(key) as upload:
-            sink = _UploadFile(upload, max(_PART_BYTES, self.target.min_part_bytes))
+            sink = UploadFile(upload, max(_PART_BYTES, self.target.min_part_bytes))
             with pq.ParquetWriter(sink, schema, compression=self.compression) as writer:
                 for shard in chosen:
                     for table in self._row_groups(shards, shard):
@@ -119,7 +119,9 @@ class Export:
                 yield pa.Table.from_batches(pending)
 
 
-class _UploadFile(io.RawIOBase):
+class UploadFile(io.RawIOBase):
+    """File whose bytes become the parts of an upload. finish() uploads the last one, without completing the upload."""
+
     def __init__(self, upload: Upload, part_bytes: int) -> None:
         self._upload, self._part_bytes = upload, part_bytes
         self._pending = bytearray()

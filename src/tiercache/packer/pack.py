@@ -22,7 +22,7 @@ from tiercache import config
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.model import parse_bytes
-from tiercache.packer.bad_records import stop_at, write_batch
+from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
 from tiercache.packer.files import InputSplit, RecordSource, SkippedFile
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
 from tiercache.packer.workers import Report, run_in_processes
@@ -39,7 +39,7 @@ from tiercache.shard.versions import (
     no_data_set_error,
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
-from tiercache.store import MemoryStore, Store, open_store, redact
+from tiercache.store import MemoryStore, Store, open_store, redact, split_url
 
 logger = logging.getLogger("tiercache")
 
@@ -56,6 +56,7 @@ _SHARD_OVERHEAD = 0.02  # of footers, and of columns that are not in the source
 class PackOptions(SourceOptions):
     """Options of packing. The arguments of `pack` of the same names describe them."""
 
+    report: str | os.PathLike[str] | None = None
     mode: VersionKind = "create"
     shard_size: int | str = "128MiB"
     block_size: int | str = "1MiB"
@@ -148,7 +149,7 @@ def _check_target(store: Store, options: PackOptions) -> Version | None:
 
 def _key_of(source: RecordSource, tasks: Sequence[Sequence[InputSplit]], options: PackOptions) -> str:
     """Return a hash of what decides the shards that are written."""
-    how = (options.mode, options.shard_options, [len(task) for task in tasks])
+    how = (options.on_error == "dead-letter", options.mode, options.shard_options, [len(task) for task in tasks])
     facts = (repr(source), source.schema.to_bytes(), source.splits, how)
     digest = hashlib.sha256()
     for fact in facts:
@@ -189,7 +190,11 @@ class PackProgress:
     total_bytes: int
 
 
-def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None = None) -> Version:
+def run_pack(
+    plan: PackPlan,
+    on_progress: Callable[[PackProgress], None] | None = None,
+    on_bad: Callable[[int, str], None] | None = None,
+) -> Version:
     """Write the shards, then commit them and return the version.
 
     Until the commit no reader sees anything. After an exception, Ctrl-C or a kill, the tasks that are finished stay,
@@ -209,6 +214,8 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
                         packing.remove()
                 raise
             crash_point("packing.tasks_finished")
+            if plan.options.on_error != "stop":
+                _report_bad_records(plan, packing, on_bad)
             version = _commit(plan, packing, parent)
             crash_point("packing.committed")
         packing.remove()
@@ -232,6 +239,17 @@ def _run_tasks(plan: PackPlan, packing: Packing, on_progress: Callable[[PackProg
     else:
         for task in left:
             job.run(task, report)
+
+
+def _report_bad_records(plan: PackPlan, packing: Packing, on_bad: Callable[[int, str], None] | None) -> None:
+    """Write the report of all bad records, in the order of the source, and call on_bad with their number."""
+    url = report_url(plan.url, plan.options.report)
+    root, key = split_url(url)
+    beside = plan.options.report is None
+    with closing(open_store(root, **plan.options.storage_options if beside else {})) as store:
+        n_bad = write_report(store, key, (packing.bad_records(number) for number in range(len(plan.tasks))))
+    if n_bad and on_bad is not None:
+        on_bad(n_bad, redact(url))
 
 
 def _commit(plan: PackPlan, packing: Packing, parent: Version | None) -> Version:
@@ -285,10 +303,12 @@ class _Job:
         with closing(open_store(self.url, **self.options.storage_options)) as store:
             packing = Packing(store, self.key, self.packing_id, self.bases)
             with ShardWriter(store, self.source.schema, even) as writer:
-                for split in splits:
-                    for batch in self.source.read(split, options.block_bytes):
-                        write_batch(writer, batch, stop_at)
-                        report(batch.n_records, batch.n_bytes)
+                with BadRecordLog(store, packing.bad_key(number), self.options.on_error) as log:
+                    for split in splits:
+                        for batch in self.source.read(split, options.block_bytes):
+                            write_batch(writer, batch, log.add)
+                            report(batch.n_records, batch.n_bytes)
+                    log.close()
                 infos = writer.finish()
             crash_point("packing.shards_written")
             if not packing.finish(number, {"": infos}):
@@ -306,6 +326,8 @@ def pack(
     labels: str | os.PathLike[str] | None = None,
     label_pattern: str | None = None,
     check_images: bool = False,
+    on_error: OnError = "stop",
+    report: str | os.PathLike[str] | None = None,
     mode: VersionKind = "create",
     shard_size: int | str = "128MiB",
     block_size: int | str = "1MiB",
@@ -344,6 +366,9 @@ def pack(
             an image or a file, such as "(?P<label>[a-z]+)_[0-9]+".
         check_images: Whether each image is decoded, to find those that are damaged inside. Without it, the header and
             the end of each image are checked.
+        on_error: What a record that cannot be read or does not fit the schema causes: "stop": an error that names its
+            location; "skip": a line of the report; "dead-letter": the same, with the record itself.
+        report: Path or URL of the report of bad records, a file of JSON lines. None: `url` and ".bad.jsonl".
         mode: "create" for a new data set, "append" or "overwrite".
         shard_size: Target size of a shard in bytes, or a text such as "128MiB".
         block_size: Target size of a block in bytes, or a text such as "1MiB".
@@ -368,6 +393,8 @@ def pack(
         labels=labels,
         label_pattern=label_pattern,
         check_images=check_images,
+        on_error=on_error,
+        report=report,
         mode=mode,
         shard_size=shard_size,
         block_size=block_size,
@@ -388,4 +415,8 @@ def pack(
             "by name (exclude=)",
             stacklevel=2,
         )
-    return run_pack(plan, on_progress)
+
+    def warn(n_bad: int, report_at: str) -> None:
+        warnings.warn(f"{n_bad:,} bad records were not packed; {report_at} lists them", stacklevel=4)
+
+    return run_pack(plan, on_progress, warn)

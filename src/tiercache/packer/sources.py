@@ -12,6 +12,7 @@ import pyarrow as pa
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.hive import find_partitions
 from tiercache.packer import folders, images, tables
+from tiercache.packer.bad_records import ON_ERROR, OnError
 from tiercache.packer.files import (
     Files,
     RecordSource,
@@ -46,6 +47,7 @@ class SourceOptions:
     labels: str | os.PathLike[str] | None = None
     label_pattern: str | None = None
     check_images: bool = False
+    on_error: OnError = "stop"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     source_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
@@ -55,6 +57,8 @@ class SourceOptions:
             raise ValueError(f"kind must be one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}")
         if self.labels is not None and self.label_pattern is not None:
             raise ValueError("labels= and label_pattern= both state the labels of the files: give one of them")
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {self.on_error!r}")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a sequence of globs, got the str {getattr(self, name)!r}")
@@ -181,7 +185,7 @@ def _find_table(
             return tables.find_jsonl(files, found, types)
         partitions = find_partitions([file.path for file in found], files.location)
         return tables.JsonLines(files, Schema.of(given), tables.split_files(found), partitions)
-    table = tables.find_tables(kind, files, found, types)
+    table = tables.find_tables(kind, files, found, types, accepts_damage=options.on_error != "stop")
     if given is None or isinstance(given, Mapping):
         return table
     table.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack

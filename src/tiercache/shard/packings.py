@@ -4,6 +4,7 @@
 
     _tiercache/packing/<key>/start-<1>.json    the packing's id, and the newest version of each data set at its start
     _tiercache/packing/<key>/<id>/<task>.json  the shards of a finished task
+    _tiercache/packing/<key>/<id>/bad/<task>   its bad records, if it has any: lines of JSON
 
 The key is a hash of the source and the options, so that the same command finds its records. The id is random: it is the
 nonce of the versions that the packing commits, so a packing that was killed after its commit is recognised, and never
@@ -65,6 +66,14 @@ class Packing:
         """Record the shards of a task. Return False if another process has recorded it with other shards."""
         infos = {part: [asdict(info) for info in of_part] for part, of_part in shards.items()}
         return self._tasks.put(task + 1, _text(infos))
+
+    def bad_key(self, task: int) -> str:
+        """Return the key of the object that has the bad records of a task."""
+        return f"{PACKINGS_FOLDER}{self.key}/{self.id}/bad/{task}"
+
+    def bad_records(self, task: int) -> bytes:
+        """Return the lines of the bad records of a task; b"" if it has none."""
+        return _get(self.store, self.bad_key(task)) or b""
 
     def forget(self, task: int) -> None:
         """Remove the record of a task."""

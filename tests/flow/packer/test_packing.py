@@ -397,7 +397,7 @@ class TestProcesses:
         (tmp_path / "a.jsonl").write_text(good)
         plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(shard_size=20_000))
         assert plan.finished == frozenset()
-        assert "with other options, were not finished, and are left alone: 1" in caplog.text
+        assert "with other options, were not finished, and are left to gc: 1" in caplog.text
         run_pack(plan)
         assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
 
