@@ -66,14 +66,12 @@ class SourceOptions:
 
 def kind_of(paths: Sequence[str]) -> SourceKind:
     """Return the kind that the files' names indicate; files that match no kind are ignored. Raises ValueError."""
-    found = {kind for kind in _SUFFIXES for path in paths if path.lower().endswith(_SUFFIXES[kind])}
+    counts = {kind: sum(path.lower().endswith(_SUFFIXES[kind]) for path in paths) for kind in _SUFFIXES}
+    found = [kind for kind, n in counts.items() if n]
     if len(found) == 1:
-        return found.pop()
-    what = (
-        f"files of several kinds ({', '.join(sorted(found))})"
-        if found
-        else "no file name indicates the kind of the source"
-    )
+        return found[0]
+    listed = ", ".join(f"{counts[kind]:,} of {kind}" for kind in found)
+    what = f"files of several kinds ({listed})" if found else "no file name indicates the kind of the source"
     raise ValueError(f"{what}; say it with kind=, which is one of {', '.join(SOURCE_KINDS)}")
 
 

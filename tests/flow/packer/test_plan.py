@@ -16,8 +16,8 @@ def test_file_names_decide_the_kind(tmp_path):
     assert kind_of(["x.jsonl", "y.jsonl.gz", "README.md"]) == "jsonl"
     with pytest.raises(ValueError, match="no file name indicates the kind"):
         kind_of(["a.unknown"])
-    with pytest.raises(ValueError, match=r"several kinds \(images, parquet\)"):
-        kind_of(["a.jpg", "b.parquet"])
+    with pytest.raises(ValueError, match=r"several kinds \(2 of images, 1 of parquet\); say it with kind="):
+        kind_of(["a.jpg", "b.parquet", "c.png"])
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(SchemaError, match="no such column; there are image, label, path"):
