@@ -16,13 +16,13 @@ from tiercache import config
 from tiercache.data.opened_version import DatasetLocation, LeafSpec, OpenedVersion, VersionStores
 from tiercache.errors import NotFound, StoreError
 from tiercache.layouts.contract import Layout
-from tiercache.layouts.find import StoreFolder, dataset_id_of, find_layout, identity_of, open_bytes
+from tiercache.layouts.find import StoreFolder, dataset_id_of, find_layout, identity_of, names_of, open_bytes
 from tiercache.layouts.reader import LayoutReader
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo, SourcePart
 from tiercache.order.window import BlockSizes
 from tiercache.shard.reader import OpenShard
 from tiercache.shard.versions import ShardTable, Version, table_of
-from tiercache.store.access import split_url
+from tiercache.store.access import split_glob, split_url
 
 # Column ranges of at least 15/16 of a file are not fetched by ranges; see shard/source.py:column_ranges.
 _MOST, _OF = 15, 16
@@ -49,7 +49,7 @@ def open_leaf(location: DatasetLocation, version: int | str | None, columns: Seq
 
 
 def _find(location: DatasetLocation) -> tuple[DatasetLocation, Layout] | None:
-    """Return the location of a layout's files and the layout; a URL may name a single file."""
+    """Return the location of a layout's files and the layout; a URL may name a file, or files by wildcards."""
     stores = VersionStores(location)
     folder = StoreFolder(stores.store, _index_folder(stores))
     try:
@@ -60,14 +60,18 @@ def _find(location: DatasetLocation) -> tuple[DatasetLocation, Layout] | None:
         return None  # the error of the version that was not found says more
     finally:
         stores.close()
-    try:
-        root, name = split_url(location.url)
-    except ValueError:
-        return None
+    root, globs = split_glob(location.url)
+    only: Sequence[str] = ()
+    if not globs:
+        try:
+            root, name = split_url(location.url)
+        except ValueError:
+            return None
+        only = names_of(name)
     place = replace(location, url=root)
     stores = VersionStores(place)
     try:
-        layout = find_layout(StoreFolder(stores.store, _index_folder(stores), only=name))
+        layout = find_layout(StoreFolder(stores.store, _index_folder(stores), only=only, globs=globs))
     except StoreError:
         return None
     finally:

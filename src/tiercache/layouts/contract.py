@@ -47,6 +47,10 @@ class FileBytes(ABC):
         """Return the bytes [start, end). Raises as read()."""
         return self.read([ByteRange(start, end)])[0]
 
+    @abstractmethod
+    def beside(self, info: ObjectInfo) -> FileBytes:
+        """Return the bytes of another file of the data set, the same object at each call."""
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what make() returned for this name at its first call: a head or a table that all blocks need.
 
@@ -170,13 +174,19 @@ class Layout(ABC):
     Attributes:
         name: Name of the layout for people.
         schema: Columns of the records.
-        files: Files with records, in the order in which the library reads them.
+        files: Files with records, in the order in which the library reads them. Files that are only read beside others
+            are there too, without blocks: warm() fetches them.
     """
 
     name: ClassVar[str]
 
     def __init__(self, schema: Schema, files: Sequence[LayoutFile]) -> None:
         self.schema, self.files = schema, tuple(files)
+
+    @classmethod
+    def keys_of(cls, name: str) -> Sequence[str]:  # noqa: ARG003 - for layouts of several files with one name
+        """Return the keys of the files that the last segment of a URL may mean, besides the file of this name."""
+        return ()
 
     @classmethod
     @abstractmethod

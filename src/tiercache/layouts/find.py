@@ -7,25 +7,27 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from tiercache.errors import SchemaError
+from tiercache.errors import NotFound, SchemaError
+from tiercache.layouts.arrow import ArrowLayout
 from tiercache.layouts.contract import FileBytes, FileIndex, Layout
+from tiercache.layouts.megatron import MegatronLayout
 from tiercache.layouts.parquet import ParquetLayout
 from tiercache.layouts.reader import SourceBytes
 from tiercache.model import ObjectInfo, ShardIdentity
-from tiercache.store.access import redact
+from tiercache.store.access import matches_glob, redact
 from tiercache.store.contract import Store
 from tiercache.store.remote import call_threads
 from tiercache.store.shared_files import replace_whole
 
 # In this order. The first one that recognises its files reads them.
-LAYOUTS: tuple[type[Layout], ...] = (ParquetLayout,)
+LAYOUTS: tuple[type[Layout], ...] = (ParquetLayout, ArrowLayout, MegatronLayout)
 
 _INDEX_THREADS = 16
 # Folders of data sets in other layouts rarely have more; every one of them is listed before the first batch.
@@ -44,6 +46,11 @@ def find_layout(folder: StoreFolder) -> Layout | None:
     return None
 
 
+def names_of(name: str) -> list[str]:
+    """Return the keys of the files that the last segment of a URL may mean."""
+    return list(dict.fromkeys([name, *(key for layout in LAYOUTS for key in layout.keys_of(name))]))
+
+
 def dataset_id_of(url: str) -> str:
     """Return the id under which the cache keeps the files below a URL: 32 hex digits."""
     return hashlib.sha256(f"layout {redact(url)}".encode()).hexdigest()[:32]
@@ -59,17 +66,20 @@ def identity_of(dataset_id: str, info: ObjectInfo) -> ShardIdentity:
 def open_bytes(store: Store, dataset_id: str, info: ObjectInfo) -> SourceBytes:
     """Return the bytes of a file, guarded by its ETag if that is a strong one."""
     etag = None if info.etag is None or info.etag.startswith("W/") else info.etag
-    return SourceBytes(store, info.key, identity_of(dataset_id, info), etag, info.n_bytes)
+    return SourceBytes(store, info, identity_of(dataset_id, info), etag, partial(open_bytes, store, dataset_id))
 
 
 class StoreFolder:
     """The files below a store's URL. See `Folder`.
 
-    indexes: Folder of the kept indexes; None: none are kept. only: Key of the only file to read; None: all of them.
+    indexes: Folder of the kept indexes; None: none are kept. only: Keys of the files to read, of which some may not
+    exist; globs: the segments of the keys of the files to read, with wildcards; without both, all files are read.
     """
 
-    def __init__(self, store: Store, indexes: Path | None, *, only: str | None = None) -> None:
-        self._store, self._indexes, self._only = store, indexes, only
+    def __init__(
+        self, store: Store, indexes: Path | None, *, only: Sequence[str] = (), globs: Sequence[str] = ()
+    ) -> None:
+        self._store, self._indexes, self._only, self._globs = store, indexes, only, globs
         self._dataset_id = dataset_id_of(store.url)
 
     @property
@@ -78,11 +88,14 @@ class StoreFolder:
 
     @cached_property
     def objects(self) -> Sequence[ObjectInfo]:
-        if self._only is not None:
-            return [self._store.head(self._only)]
         found = []
-        for info in self._store.list():
-            if not any(part.startswith((".", "_")) for part in info.key.split("/")):
+        for key in self._only:
+            with suppress(NotFound):
+                found.append(self._store.head(key))
+        for info in () if self._only else self._store.list():
+            parts = info.key.split("/")
+            hidden = any(part.startswith((".", "_")) for part in parts)
+            if not hidden and (not self._globs or matches_glob(parts, self._globs)):
                 found.append(info)
                 if len(found) > MOST_FILES:
                     raise SchemaError(f"{self.url}: it holds more than {MOST_FILES:,} files: open a folder below it")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tiercache.errors import SchemaError
@@ -61,6 +60,8 @@ class ParquetLayout(Layout):
         stored = [name for name in columns if name not in self._partitions]
         found: dict[str, Any] = {}
         if stored:
+            from pyarrow import parquet as pq  # 40 ms, which only Parquet files need
+
             footer = data.once("footer", lambda: pq.read_metadata(_open_tail(data)))
             opened = data.open_for_arrow(self.ranges(file, [block], stored))
             with pq.ParquetFile(opened, metadata=footer) as parquet:
@@ -83,6 +84,8 @@ def _open_tail(data: FileBytes) -> pa.PythonFile:
 
 def _index(_info: ObjectInfo, data: FileBytes) -> FileIndex:
     """Return the row groups of a file, from its footer. Raises SchemaError for a file that is not Parquet."""
+    from pyarrow import parquet as pq  # see ParquetLayout.read
+
     try:
         footer = pq.read_metadata(_open_tail(data))
         schema = footer.schema.to_arrow_schema()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from tiercache.errors import SchemaError, TierCacheError
 from tiercache.layouts.contract import FileBytes, Layout, LayoutFile
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.shard.blocks import Blocks, LoadedChunks
 from tiercache.shard.codec import address_of
 from tiercache.shard.conversion import ConversionError, build_column_data, convert_column
@@ -25,6 +25,8 @@ from tiercache.shard.source import ByteSource, LocalCopy
 from tiercache.shard.values import ColumnValues, ServedColumns, block_values
 from tiercache.store.contract import Store
 
+# Arrow refuses some buffers without an address, although they have no bytes.
+_EMPTY = np.zeros(8, np.uint8)
 # What a layout, and the library that it uses, may raise for damaged bytes.
 _UNREADABLE = (pa.ArrowException, ArithmeticError, EOFError, LookupError, OSError, ValueError, struct.error)
 
@@ -32,10 +34,19 @@ _UNREADABLE = (pa.ArrowException, ArithmeticError, EOFError, LookupError, OSErro
 class SourceBytes(FileBytes):
     """The bytes of a file of a store: from a local copy if there is one, after what is missing there was fetched."""
 
-    def __init__(self, store: Store, key: str, identity: ShardIdentity | None, etag: str | None, n_bytes: int) -> None:
-        self._source = ByteSource(store, key, identity)
+    def __init__(
+        self,
+        store: Store,
+        info: ObjectInfo,
+        identity: ShardIdentity,
+        etag: str | None,
+        open_other: Callable[[ObjectInfo], SourceBytes],
+    ) -> None:
+        self._source = ByteSource(store, info.key, identity)
         self._source.etag = etag
-        super().__init__(self._source.url, n_bytes)
+        self._open_other = open_other
+        self._others: dict[str, SourceBytes] = {}
+        super().__init__(self._source.url, info.n_bytes)
 
     @property
     def local_copy(self) -> LocalCopy | None:
@@ -55,8 +66,20 @@ class SourceBytes(FileBytes):
             self._source.read(spans)  # a cache compares its copy with the checksums of its unit map
         return [view.toreadonly() for view in memory]
 
+    def beside(self, info: ObjectInfo) -> FileBytes:
+        if info.key not in self._others:
+            self._others.setdefault(info.key, self._open_other(info))
+        return self._others[info.key]
+
+    @property
+    def n_descriptors(self) -> int:
+        copies = [one.local_copy for one in (self, *list(self._others.values()))]
+        return sum(copy.lease.n_descriptors for copy in copies if copy is not None)
+
     def close(self) -> None:
         self._source.close()
+        for other in self._others.values():
+            other.close()
 
 
 class LayoutReader:
@@ -85,8 +108,7 @@ class LayoutReader:
 
     @property
     def n_descriptors(self) -> int:
-        copy = self.local_copy
-        return 0 if copy is None else copy.lease.n_descriptors
+        return self._data.n_descriptors
 
     def load_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
         schema = self._layout.schema
@@ -205,7 +227,7 @@ def blocks_of(
             nodes += chunk.nodes
             memory = [_aligned(one) for one in chunk.buffers]
             # A chunk is a range of memory that begins at its address. This one begins at 0, and its buffers anywhere.
-            buffers += [(address_of(one) if one.nbytes else 0, one.nbytes) for one in memory]
+            buffers += [(address_of(one if one.nbytes else _EMPTY), one.nbytes) for one in memory]
             owners += memory
     footer = Footer(
         schema=schema,

@@ -20,7 +20,7 @@ import pyarrow as pa
 from tiercache.errors import NotFound, SchemaError
 from tiercache.shard.schema import Schema
 from tiercache.store import Store, StoreFile, open_store, split_url
-from tiercache.store.access import ParsedUrl
+from tiercache.store.access import ParsedUrl, matches_glob, split_glob
 from tiercache.store.remote import call_threads
 
 
@@ -46,12 +46,12 @@ class BadRecord:
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """Some records of a split, as columns or as a list. location(i) names the place of record i, for messages.
+    """Some records of a split as columns. location(i) names the place of record i in the source, for messages.
 
     bad: Records between the previous batch and the end of this one that cannot be read, in order.
     """
 
-    columns: Mapping[str, Sequence[Any]] | pa.RecordBatch | list[Mapping[str, Any]]
+    columns: Mapping[str, Sequence[Any]] | pa.RecordBatch
     n_records: int
     n_bytes: int
     location: Callable[[int], str]
@@ -82,7 +82,6 @@ class RecordSource(Protocol):
 
 _BUFFER_BYTES = 1 << 20
 _PARALLEL_READS = 16
-_WILD = frozenset("*?[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +208,13 @@ def find_files(
     parsed = ParsedUrl.parse(source)
     remote = bool(parsed.scheme)
     text = os.fspath(source) if remote else parsed.path
-    root, globs = (text, []) if not remote and Path(text).exists() else _split_glob(text)
+    root, globs = (text, []) if not remote and Path(text).exists() else split_glob(text)
     if not globs and (single := _single_file(text, remote, storage_options)) is not None:
         return *single, []
     if not remote and not Path(root).is_dir():
         raise NotFound("no such file or folder", url=text)
     files: Files = StoreFiles(root, storage_options) if remote else LocalFiles(os.path.abspath(root))  # noqa: PTH100
-    listed = [f for f in files.list() if not globs or _matches(f.path.split("/"), globs)]
+    listed = [f for f in files.list() if not globs or matches_glob(f.path.split("/"), globs)]
     # Sort by the segments of the path: the files of a folder stay together although "-" and "." sort before "/".
     listed.sort(key=lambda f: f.path.split("/"))
     found = [f for f in listed if isinstance(f, SourceFile)]
@@ -225,24 +224,6 @@ def find_files(
         also = f", but {skipped[0].path!r}: {skipped[0].reason}" if skipped else ""
         raise NotFound(f"{what}{also}", url=files.location("/".join(globs)))
     return files, found, skipped
-
-
-def _split_glob(text: str) -> tuple[str, list[str]]:
-    """Return the root before the first segment with a wildcard, and the segments from there on."""
-    scheme, _, rest = text.rpartition("://")
-    segments = rest.split("/")
-    wild = next((i for i, segment in enumerate(segments) if _WILD & set(segment)), len(segments))
-    root = "/".join(segments[:wild]) or ("/" if wild else ".")
-    return (f"{scheme}://{root}" if scheme else root), segments[wild:]
-
-
-def _matches(segments: Sequence[str], globs: Sequence[str]) -> bool:
-    """Return whether a path's segments match the globs, one each; "**" matches any number of segments."""
-    if not globs:
-        return not segments
-    if globs[0] == "**":
-        return any(_matches(segments[i:], globs[1:]) for i in range(len(segments) + 1))
-    return bool(segments) and fnmatchcase(segments[0], globs[0]) and _matches(segments[1:], globs[1:])
 
 
 def _single_file(text: str, remote: bool, options: Mapping[str, Any]) -> tuple[Files, list[SourceFile]] | None:

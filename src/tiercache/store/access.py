@@ -11,10 +11,11 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -161,6 +162,27 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
     if not parsed.scheme:
         return folder or "/", check_key(name)
     return ParsedUrl(parsed.scheme, parsed.host, folder, parsed.chain).full, check_key(name)
+
+
+_WILD = frozenset("*?[")
+
+
+def split_glob(text: str) -> tuple[str, list[str]]:
+    """Return the root before the first segment with a wildcard, and the segments from there on."""
+    scheme, _, rest = text.rpartition("://")
+    segments = rest.split("/")
+    wild = next((i for i, segment in enumerate(segments) if _WILD & set(segment)), len(segments))
+    root = "/".join(segments[:wild]) or ("/" if wild else ".")
+    return (f"{scheme}://{root}" if scheme else root), segments[wild:]
+
+
+def matches_glob(segments: Sequence[str], globs: Sequence[str]) -> bool:
+    """Return whether a path's segments match the globs, one each; "**" matches any number of segments."""
+    if not globs:
+        return not segments
+    if globs[0] == "**":
+        return any(matches_glob(segments[i:], globs[1:]) for i in range(len(segments) + 1))
+    return bool(segments) and fnmatchcase(segments[0], globs[0]) and matches_glob(segments[1:], globs[1:])
 
 
 def server_url(cloud: str, bucket: str, config: Mapping[str, Any]) -> str:
