@@ -143,7 +143,7 @@ class CachedStore(WrapperStore):
         return spec
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Remove the copy if it is corrupt, as a reader found; return False if it is what the source sent."""
+        """Remove what is wrong of a copy that a reader found corrupt; return False if it is what the source sent."""
         spec, session = self.spec_of(key, identity), self._session()
         return spec is not None and (session is None or session.remove_if_corrupt(spec))
 
@@ -621,7 +621,8 @@ class Cache:
 
         Args:
             names: Names of the copies to verify (see entries()); None verifies all copies.
-            repair: Whether to remove corrupt copies. They are fetched again when they are next used.
+            repair: Whether to remove the wrong sections of corrupt copies, or all of a copy that is partial or has no
+                right section. They are fetched again by warm(), or when the copy is next used.
             jobs: Number of copies that are read at the same time.
             on_progress: Callback that the calling thread calls after each copy.
 

@@ -257,7 +257,9 @@ def verify(
         bool,
         flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
     ] = False,
-    repair: Annotated[bool, flag("--repair", "Like --cached, and remove corrupt copies, to be fetched again.")] = False,
+    repair: Annotated[
+        bool, flag("--repair", "Like --cached, and remove what is wrong of them, to be fetched again.")
+    ] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,

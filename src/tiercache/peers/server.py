@@ -196,7 +196,9 @@ class PeerService:
         with self._verifying:  # many readers may have got the same bytes
             # The units of a partial copy are compared with their checksums whenever they are read.
             if store.is_cached(key, identity) and store.remove_if_corrupt(key, identity):
-                logger.warning("%s/%s: the copy in this cache was corrupt and was removed", store.url, key)
+                logger.warning(
+                    "%s/%s: the copy in this cache was corrupt; what is wrong of it was removed", store.url, key
+                )
 
     def _find(self, name: str) -> tuple[CachedStore, str, ShardIdentity]:
         for data_set in self.data_sets:
