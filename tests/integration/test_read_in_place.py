@@ -1,0 +1,80 @@
+"""Data that another library's own package has written, read in place and compared with that package's own reading."""
+
+import io
+
+import numpy as np
+import pytest
+
+import tiercache as tc
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "default-cache"))
+
+
+def test_a_saved_data_set_of_hugging_face_is_read_as_datasets_reads_it(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)  # it leaves a thread
+    rng = np.random.default_rng(1)
+    value = datasets.Value
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "tokens": datasets.Sequence(value("int32")),
+            "grid": datasets.Array2D((2, 3), "float32"),
+            "track": datasets.Array2D((None, 2), "int16"),
+            "text": value("string"),
+            "opt": value("float64"),
+            "pair": {"x": value("int8"), "y": value("string")},
+        }
+    )
+    rows = [
+        {
+            "image": image.fromarray(rng.integers(0, 255, (8, 9, 3), np.uint8)),
+            "label": i % 2,
+            "tokens": list(range(i % 7)),
+            "grid": rng.random((2, 3)).tolist(),
+            "track": rng.integers(0, 9, (1 + i % 3, 2)).tolist(),
+            "text": f"é{i}",
+            "opt": None if i % 4 == 0 else i / 3,
+            "pair": {"x": i % 100, "y": None if i % 5 == 0 else str(i)},
+        }
+        for i in range(700)
+    ]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved", num_shards=3)
+    theirs = datasets.load_from_disk(str(tmp_path / "saved"))
+    ours = tc.Dataset(tmp_path / "saved")
+    assert len(ours) == len(theirs) == 700
+    assert ours.schema.columns[ours.schema.index("label")].classes == ("cat", "dog")
+    for found, expected in zip(ours, theirs, strict=True):
+        pixels = np.asarray(image.open(io.BytesIO(found["image"])))
+        assert np.array_equal(pixels, np.asarray(expected["image"]))
+        for name in ("tokens", "grid", "track"):
+            assert np.array_equal(found[name], np.array(expected[name], found[name].dtype).reshape(found[name].shape))
+        for name in ("label", "text", "opt", "pair"):
+            assert found[name] == expected[name]
+
+
+def test_documents_of_megatron_are_read_as_megatron_reads_them(tmp_path):
+    torch = pytest.importorskip("torch")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    rng = np.random.default_rng(1)
+    prefix = str(tmp_path / "text_document")
+    builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(2000):
+        lengths = rng.integers(1, 500, rng.integers(1, 4)).tolist()
+        builder.add_document(torch.from_numpy(rng.integers(0, 50_000, sum(lengths))), lengths)
+    builder.finalize(f"{prefix}.idx")
+    theirs = megatron.IndexedDataset(prefix)
+    ours = tc.Dataset(prefix)
+    bounds = theirs.document_indices.tolist()
+    assert len(ours) == len(bounds) - 1 == 2000
+    for found, start, end in zip(ours, bounds, bounds[1:], strict=False):
+        expected = np.concatenate(theirs[start:end])
+        assert found["tokens"].dtype == expected.dtype
+        assert np.array_equal(found["tokens"], expected)
