@@ -535,7 +535,8 @@ def _claim(path: Path) -> None:
         return
     # Two processes may create the cache at the same time: each sees at most the unfinished marker of the other.
     names = [entry.name for entry in path.iterdir()]
-    if not _has_marker(path) and not all(name.startswith(f".{MARKER}.") for name in names):
+    # "indexes": of layouts of other libraries, which a process without a cache keeps here too (data/opened_layout.py).
+    if not _has_marker(path) and not all(name.startswith(f".{MARKER}.") or name == "indexes" for name in names):
         raise ValueError(f"{path}: not a cache (no {MARKER}) and not empty; a cache needs a folder of its own")
     _write_marker(path)
     fd = open_folder(path.resolve())
