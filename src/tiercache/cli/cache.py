@@ -41,11 +41,12 @@ from tiercache.cli.common import (
 )
 from tiercache.cli.data import OpenDataSet, open_data_set_store, shorten
 from tiercache.errors import CorruptShard, StoreError
+from tiercache.images.decoder import image_checker
 from tiercache.model import format_bytes
 from tiercache.packer.files import selected
 from tiercache.peers import server
 from tiercache.peers.server import PeerService, ServerOptions
-from tiercache.shard.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
+from tiercache.shard.verify import Finding, ImageChecker, ShardCheck, check_shards, finding_of, open_whole
 from tiercache.shard.versions import latest
 from tiercache.store import Store, redact
 
@@ -253,6 +254,7 @@ def verify(
     include: Include = None,
     exclude: Exclude = None,
     at: VersionNumber = None,
+    decode: Annotated[bool, flag("--decode", "Also decode each image of a data set.")] = False,
     cached: Annotated[
         bool,
         flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
@@ -273,15 +275,17 @@ def verify(
     jobs = jobs or config.available_cpus()
     scope = Scope(url, include, exclude, storage_option)
     if cached or repair or cache_dir is not None:
-        if sample is not None or at is not None:
-            raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
+        if sample is not None or at is not None or decode:
+            raise ValueError(
+                "--sample, --at and --decode apply to data sets, and cannot be given for copies in the cache"
+            )
         with open_existing_cache(cache_dir, cache_size) as cache:
             _verify_cached(output, cache, scope, jobs, repair=repair)
     elif url is None:
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     else:
         with open_data_set_store(url, storage_option) as store:
-            _verify_data_set(output, store, at, scope, sample, jobs)
+            _verify_data_set(output, store, at, scope, sample, jobs, image_checker if decode else None)
 
 
 def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, repair: bool) -> None:
@@ -313,7 +317,15 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
         raise typer.Exit(CORRUPT)
 
 
-def _verify_data_set(output: Output, store: Store, at: str | None, scope: Scope, sample: str | None, jobs: int) -> None:
+def _verify_data_set(
+    output: Output,
+    store: Store,
+    at: str | None,
+    scope: Scope,
+    sample: str | None,
+    jobs: int,
+    images: ImageChecker | None,
+) -> None:
     """Verify manifest, segments and a random fraction of the shards. Exits with CORRUPT or PARTIAL."""
     checks: list[ShardCheck] = []
     try:
@@ -331,7 +343,7 @@ def _verify_data_set(output: Output, store: Store, at: str | None, scope: Scope,
     infos = [data_set.shards.info(i) for i in numbers]
     total_bytes = sum(info.n_bytes for info in infos)
     with output.byte_progress("verifying") as advance:
-        for check in check_shards(store, data_set.version, infos, jobs=jobs):
+        for check in check_shards(store, data_set.version, infos, jobs=jobs, images=images):
             checks.append(check)
             advance(sum(c.info.n_bytes for c in checks), total_bytes)
             for finding in check.findings:

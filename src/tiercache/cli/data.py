@@ -72,7 +72,9 @@ def open_data_set(store: Store, at: str | None = None) -> OpenDataSet:
 @verb(after_ctrl_c="the same command continues, and keeps what is finished")
 def pack(
     output: Output,
-    source: Annotated[str, argument("SOURCE", "Input: a file, a folder or a glob, as a path or a URL.")],
+    source: Annotated[
+        str, argument("SOURCE", "Input: a file, folder or glob, as a path or a URL; or module:callable.")
+    ],
     url: Url,
     kind: Annotated[
         str | None,

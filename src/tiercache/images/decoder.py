@@ -211,6 +211,20 @@ class Decoder:
             np.copyto(out, source)
 
 
+def image_checker() -> Callable[[bytes], str | None]:
+    """Return a function, for use by one thread, that says why an image cannot be decoded; None if it can."""
+    decoder = Decoder(DecodeImage(None, layout="HWC"))
+
+    def check(data: bytes) -> str | None:
+        try:
+            decoder.decode(data, ())
+        except DecodeError as error:
+            return f"it cannot be decoded: {error}"
+        return None
+
+    return check
+
+
 def load_libraries() -> tuple[Any, Any, Any]:
     """Return the modules simplejpeg, cv2 and PIL.Image."""
     found = []

@@ -28,6 +28,13 @@ def write_batch(writer: ShardWriter, batch: InputBatch, add_bad: Callable[[BadRe
     """Write the records of a batch that fit the schema, and pass the others, and its bad records, to add_bad."""
     for one in batch.bad:
         add_bad(one)
+    if isinstance(batch.columns, list):
+        for number, record in enumerate(batch.columns):
+            try:
+                writer.write(record)
+            except SchemaError as error:
+                add_bad(BadRecord(batch.location(number), _reason(error), dict(record), error.column))
+        return
     start, step = 0, batch.n_records
     while start < batch.n_records:
         end = min(start + step, batch.n_records)
@@ -49,10 +56,13 @@ def _try_to_write(
         index = error.record - n_before
         if index:
             writer.write_batch(_slice(columns, 0, index))
-        text = error.message.removeprefix(f"column {error.column!r}, ").removeprefix(f"record {error.record}: ")
-        add_bad(BadRecord(batch.location(start + index), text, _record(columns, index), error.column))
+        add_bad(BadRecord(batch.location(start + index), _reason(error), _record(columns, index), error.column))
         return start + index
     return None
+
+
+def _reason(error: SchemaError) -> str:
+    return error.message.removeprefix(f"column {error.column!r}, ").removeprefix(f"record {error.record}: ")
 
 
 def _slice(columns: _Columns, start: int, end: int) -> _Columns:

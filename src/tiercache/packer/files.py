@@ -46,12 +46,12 @@ class BadRecord:
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """Some records of a split as columns. location(i) names the place of record i in the source, for messages.
+    """Some records of a split, as columns or as a list. location(i) names the place of record i, for messages.
 
     bad: Records between the previous batch and the end of this one that cannot be read, in order.
     """
 
-    columns: Mapping[str, Sequence[Any]] | pa.RecordBatch
+    columns: Mapping[str, Sequence[Any]] | pa.RecordBatch | list[Mapping[str, Any]]
     n_records: int
     n_bytes: int
     location: Callable[[int], str]

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tiercache.errors import SchemaError
-from tiercache.images.decode_image import DecodeImage
-from tiercache.images.decoder import DecodeError, Decoder
+from tiercache.images.decoder import image_checker
 from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SkippedFile, SourceFile
 from tiercache.packer.images import check_image
 from tiercache.shard.schema import Column, Kind, Schema, UserType
@@ -71,7 +70,7 @@ class FolderFiles:
         return tuple(InputSplit("", s, e, sum(f.n_bytes for f in self.found[s:e])) for s, e in runs)
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        decoder = Decoder(DecodeImage(None, layout="HWC")) if self.decodes else None
+        decoding_error = image_checker() if self.decodes else None
         column = next((c for c in self.schema.columns if c.name == self.content and c.kind is Kind.IMAGE), None)
         for numbers in self._runs(split, batch_bytes):
             run = self.found[numbers.start : numbers.stop]
@@ -80,7 +79,9 @@ class FolderFiles:
             for i, (number, content) in enumerate(zip(numbers, contents, strict=True)):
                 reason = self.labels.missing.get(number)
                 if reason is None and column is not None:
-                    reason = check_image(content, column.encoding) or _decoding_error(content, decoder)
+                    reason = check_image(content, column.encoding)
+                    if reason is None and decoding_error is not None:
+                        reason = decoding_error(content)
                 if reason is None:
                     good.append(i)
                 else:
@@ -99,15 +100,6 @@ class FolderFiles:
             if run_bytes >= batch_bytes or number + 1 == split.end:
                 yield range(start, number + 1)
                 start, run_bytes = number + 1, 0
-
-
-def _decoding_error(content: bytes, decoder: Decoder | None) -> str | None:
-    if decoder is not None:
-        try:
-            decoder.decode(content, ())
-        except DecodeError as error:
-            return f"it cannot be decoded: {error}"
-    return None
 
 
 def find_folder(

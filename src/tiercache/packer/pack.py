@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -24,6 +25,7 @@ from tiercache.errors import StoreError
 from tiercache.model import parse_bytes
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
 from tiercache.packer.files import InputSplit, RecordSource, SkippedFile
+from tiercache.packer.objects import find_object, is_object
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
 from tiercache.packer.workers import Report, run_in_processes
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
@@ -109,14 +111,14 @@ class PackPlan:
         return sum(split.n_bytes for task in self.tasks for split in task)
 
 
-def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], options: PackOptions) -> PackPlan:
-    """Inspect a source (file, folder, glob or URL) and the data set's URL, and return a plan of the packing.
+def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, inputs: object = None) -> PackPlan:
+    """Inspect a source (see `pack`) and the data set's URL, and return a plan of the packing.
 
-    Raises NotFound, CommitConflict, SchemaError, ValueError, as `pack`.
+    Raises NotFound, CommitConflict, SchemaError, TypeError, ValueError, as `pack`.
     """
     with closing(open_store(url, **options.storage_options)) as store:
         parent = _check_target(store, options)
-        chosen, skipped = find_source(source, options, parent if options.mode == "append" else None)
+        chosen, skipped = _find(source, inputs, options, parent if options.mode == "append" else None)
         tasks = divide_splits(chosen.splits, options.shard_options.shard_bytes)
         key = _key_of(chosen, tasks, options)
         packing = find_packing(store, key)
@@ -130,6 +132,32 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
                 n_others,
             )
     return PackPlan(chosen, os.fspath(url), options, tuple(tasks), key, finished, tuple(skipped))
+
+
+def _find(
+    source: Any, inputs: object, options: PackOptions, parent: Version | None
+) -> tuple[RecordSource, list[SkippedFile]]:
+    if inputs is None and not is_object(source):
+        return find_source(source, options, parent)
+    for name in ("kind", "labels", "label_pattern", "check_images", "include", "exclude", "source_options"):
+        if getattr(options, name):
+            raise ValueError(f"{name}= is for files; the source is a Python object")
+    schema = None if parent is None else parent.schema
+    shard_bytes = options.shard_options.shard_bytes
+    found = find_object(source, inputs, options.schema, options.classes, shard_bytes, schema)
+    if options.n_workers > 1 and found.units.n_units > 1:  # also if there is little data, which one process packs
+        _check_picklable(found)
+    return found, []
+
+
+def _check_picklable(source: RecordSource) -> None:
+    try:
+        pickle.dumps(source)
+    except Exception as error:
+        raise ValueError(
+            f"the source cannot be sent to other processes ({error}): they must be able to import its function, which "
+            "is therefore defined in a module, outside of other functions; or use workers=1"
+        ) from error
 
 
 def _check_target(store: Store, options: PackOptions) -> Version | None:
@@ -317,8 +345,9 @@ class _Job:
 
 
 def pack(
-    source: str | os.PathLike[str],
-    url: str | os.PathLike[str],
+    source: Any,
+    inputs: Any = None,
+    url: str | os.PathLike[str] | None = None,
     *,
     kind: SourceKind | None = None,
     schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
@@ -339,7 +368,7 @@ def pack(
     source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
 ) -> Version:
-    """Pack a folder of images or other files, or tables, into a data set, in the order of the source.
+    """Pack files, the records of a function, or a Python object into a data set, in the order of the source.
 
     After Ctrl-C, a kill or an error, the same call continues: parts that are finished are kept, below the data set's
     URL, and no record is lost or written twice.
@@ -348,10 +377,17 @@ def pack(
 
         tiercache.pack("photos/", "s3://bucket/photos", workers=4)
         tiercache.pack("part-*.parquet", "s3://bucket/table", schema={"image": tiercache.Image("jpeg")})
+        tiercache.pack(parse, paths, "s3://bucket/parsed", workers=8)  # parse(path) yields records
+        tiercache.pack(frame, "s3://bucket/table")
 
     Args:
-        source: File, folder, glob or URL to pack. Of a folder, all files below it are packed in the order of their
-            paths, except hidden files.
+        source: File, folder, glob or URL to pack; of a folder, all files below it are packed in the order of their
+            paths, except hidden files. Or a function, which is called with each of `inputs`, and returns a record (a
+            dict), an iterable of records, an Arrow table or a frame, or None. Or an object: a Dataset of torch or
+            Hugging Face, a frame of pandas or polars, an Arrow table or reader, data sets of tiercache (one or a list),
+            an iterable of records; "module:callable" names a function that returns such an object or yields records.
+        inputs: Inputs of the function, one for each call: a sequence, or an iterable, which is listed. May be left out:
+            `pack(source, url)`.
         url: URL of the data set.
         kind: Kind of the source: "images", "parquet", "csv", "feather", "orc" or "jsonl"; None: decided by the files'
             names. "files": each file below a folder is a record, with the columns bytes and path.
@@ -373,7 +409,8 @@ def pack(
         shard_size: Target size of a shard in bytes, or a text such as "128MiB".
         block_size: Target size of a block in bytes, or a text such as "1MiB".
         compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping from columns to these.
-        workers: Number of processes; 0: one per CPU. The shards are the same for any number.
+        workers: Number of processes; 0: one per CPU. The shards are the same for any number. Each process writes whole
+            shards, so one process packs records that fill one shard. An iterable is read by one process.
         include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
         exclude: Globs of files that are not packed.
         storage_options: Options of the data set's store.
@@ -405,7 +442,11 @@ def pack(
         storage_options=storage_options or {},
         source_options=source_options or {},
     )
-    plan = plan_pack(source, url, options)
+    if url is None:
+        inputs, url = None, inputs
+    if not isinstance(url, str | os.PathLike):
+        raise TypeError(f"pack() takes pack(source, url) or pack(function, inputs, url); the URL is {url!r}")
+    plan = plan_pack(source, url, options, inputs)
     if n := len(plan.skipped):
         shown = "; ".join(f"{one.path}: {one.reason}" for one in plan.skipped[:_SHOWN_SKIPPED])
         more = f"; and {n - _SHOWN_SKIPPED:,} more" if n > _SHOWN_SKIPPED else ""

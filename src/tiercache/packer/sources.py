@@ -162,7 +162,7 @@ def _read_labels(labels: str | os.PathLike[str]) -> folders.LabelTable:
                 raise SchemaError(f"{one.location}: {one.reason}", column=one.column)
             locations.append((len(next(iter(columns.values()), [])), batch.location))
             for name, values in columns.items():
-                found = batch.columns[name]
+                found = cast("Mapping[str, Any]", batch.columns)[name]  # of files, a batch has columns
                 values.extend(found.to_pylist() if isinstance(found, pa.Array) else found)
 
     def location(row: int) -> str:

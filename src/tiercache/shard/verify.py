@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +26,13 @@ from tiercache.store.remote import call_threads
 
 _PIECE_BYTES = 8 << 20
 
+# Returns a function, for use by one thread, that says why an image cannot be decoded; None if it can.
+ImageChecker: TypeAlias = Callable[[], Callable[[bytes], str | None]]
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Damage in a "head", "footer", "tail", "file" or "chunk" of a shard, or in a "segment" or "version"."""
+    """Damage in a "head", "footer", "tail", "file" or "chunk" of a shard, or in an "image", "segment" or "version"."""
 
     url: str
     part: str
@@ -43,23 +47,35 @@ def finding_of(error: CorruptShard, part: str = "") -> Finding:
 
 
 def verify_shard(
-    store: Store, key: str, info: ShardInfo | None = None, identity: ShardIdentity | None = None
+    store: Store,
+    key: str,
+    info: ShardInfo | None = None,
+    identity: ShardIdentity | None = None,
+    images: ImageChecker | None = None,
 ) -> Iterator[Finding]:
     """Yield all damage of a shard: checksums of all bytes, values of all columns, and the identity, if given.
 
+    images: Check of each image; None: images are not decoded.
     Reads each byte once, in large requests, and holds about a block in memory. Raises NotFound, StoreError and
     UnsupportedFormat.
     """
     source = ByteSource(store, key, identity)
     try:
-        yield from _Verification(source, info, identity).findings()
+        yield from _Verification(source, info, identity, images).findings()
     finally:
         source.close()
 
 
 class _Verification:
-    def __init__(self, source: ByteSource, info: ShardInfo | None, identity: ShardIdentity | None) -> None:
+    def __init__(
+        self,
+        source: ByteSource,
+        info: ShardInfo | None,
+        identity: ShardIdentity | None,
+        images: ImageChecker | None,
+    ) -> None:
         self._byte_source = source
+        self._check_image = None if images is None else images()
         self._info = info
         self._identity = identity
         self._crc = self._position = self._file_bytes = 0
@@ -121,7 +137,9 @@ class _Verification:
         memory = self._read_to(align(offset + stored_bytes))
         first, end = offset - start, offset - start + stored_bytes
         try:
-            self._chunk(footer, block, number, memory[first:end])
+            array = self._chunk(footer, block, number, memory[first:end])
+            if self._check_image is not None and footer.schema.columns[number].kind is Kind.IMAGE:
+                yield from self._images(footer, block, number, array, self._check_image)
         except CorruptShard as error:
             name = footer.schema.columns[number].name
             yield replace(finding_of(error, "chunk"), block=block, column=name)
@@ -133,7 +151,17 @@ class _Verification:
         if not footer.n_later_sections and between.any():
             yield Finding(self._byte_source.url, "chunk", "the bytes between chunks are not zeros", block)
 
-    def _chunk(self, footer: Footer, block: int, number: int, stored: Bytes) -> None:
+    def _images(
+        self, footer: Footer, block: int, number: int, array: pa.Array, check: Callable[[bytes], str | None]
+    ) -> Iterator[Finding]:
+        stored = array.storage if isinstance(array.type, pa.BaseExtensionType) else array
+        for row, image in enumerate(stored):
+            reason = check(image.as_py()) if image.is_valid else None
+            if reason is not None:
+                name = footer.schema.columns[number].name
+                yield Finding(self._byte_source.url, "image", f"record {row} of the block: {reason}", block, name)
+
+    def _chunk(self, footer: Footer, block: int, number: int, stored: Bytes) -> pa.Array:
         row = footer.chunks[block, number]
         sums = np.zeros(int(n_pages(row["raw"], row["codec"])), np.uint32)
         paged = row["codec"] == codec.RAW
@@ -151,7 +179,7 @@ class _Verification:
                 raise CorruptShard(str(error), url=self._byte_source.url) from error
         loaded = LoadedChunks(np.array([address_of(raw)], np.uint64), [raw])
         blocks = Blocks(footer, self._byte_source.url, (block,), (number,), loaded)
-        check_values(blocks, number)
+        return check_values(blocks, number)
 
     def _rest(self, *, knows_place: bool) -> Iterator[Finding]:
         """Read footer and tail for the checksum of the file, and compare size and checksum with the data set's."""
@@ -166,8 +194,8 @@ class _Verification:
                 yield Finding(self._byte_source.url, "file", message)
 
 
-def check_values(blocks: Blocks, number: int) -> None:
-    """Raise CorruptShard if a column of the first of loaded blocks holds invalid values of its type."""
+def check_values(blocks: Blocks, number: int) -> pa.Array:
+    """Return a column of the first of loaded blocks. Raise CorruptShard if it has values that are not of its type."""
     column = blocks.schema.columns[number]
     n = int(blocks.n_rows[0])
     array = blocks.array(0, number)  # checks the offsets
@@ -181,6 +209,7 @@ def check_values(blocks: Blocks, number: int) -> None:
         array.validate(full=True)
     except pa.ArrowException as error:
         raise CorruptShard(str(error), url=blocks.url, column=column.name) from error
+    return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,20 +243,23 @@ def open_whole(store: Store, at: int | str | None) -> tuple[Version, ShardTable]
         raise CorruptShard("it is missing", url=error.url, part="segment") from error
 
 
-def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int) -> Iterator[ShardCheck]:
+def check_shards(
+    store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int, images: ImageChecker | None = None
+) -> Iterator[ShardCheck]:
     """Verify some shards, `jobs` in parallel, and yield each result as it comes; a closed generator starts no more."""
     with call_threads(jobs, "tiercache-verify") as pool:
         try:
-            for future in as_completed([pool.submit(_check, store, version, info) for info in infos]):
+            for future in as_completed([pool.submit(_check, store, version, info, images) for info in infos]):
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check(store: Store, version: Version, info: ShardInfo) -> ShardCheck:
+def _check(store: Store, version: Version, info: ShardInfo, images: ImageChecker | None) -> ShardCheck:
     """Verify a shard. A missing shard is damage; a shard that cannot be read is an error."""
     try:
-        return ShardCheck(info, tuple(verify_shard(store, info.name, info, info.identity(version.dataset_id))))
+        identity = info.identity(version.dataset_id)
+        return ShardCheck(info, tuple(verify_shard(store, info.name, info, identity, images)))
     except NotFound:
         return ShardCheck(info, (Finding(f"{store.url}/{info.name}", "file", "it is missing"),))
     except (StoreError, UnsupportedFormat) as error:

@@ -191,6 +191,10 @@ def test_images_are_decoded_on_request(tmp_path):
     pytest.importorskip("cv2")
     folder = write(tmp_path / "in", {"cat/1.jpg": photo(), "cat/2.jpg": jpeg()})  # the scan of 2.jpg is not one
     assert pack(folder, tmp_path / "out").n_records == 2
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
+    found = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--decode"])
+    assert found.exit_code == 4
+    assert "record 1 of the block: it cannot be decoded" in found.output
     with pytest.raises(SchemaError, match=r"2\.jpg: it cannot be decoded"):
         pack(folder, tmp_path / "checked", check_images=True)
     done = CliRunner().invoke(app, ["pack", str(folder), str(tmp_path / "command"), "--check-images"])
