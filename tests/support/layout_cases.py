@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tests.support import mds_files
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,15 @@ def write_parquet(folder: Path) -> Mapping[str, list[Any]]:
     return columns
 
 
+def write_mds(folder: Path, codec: str = "") -> Mapping[str, list[Any]]:
+    shards = [mds_files.some_records(first, n) for first, n in ((0, 150), (150, 1), (151, 90))]
+    mds_files.write_mds(folder, mds_files.ENCODINGS, shards, codec)
+    return mds_files.columns_of(shards)
+
+
 CASES = [
+    LayoutCase("mds", write_mds, mds_files.TYPES),
+    LayoutCase("mds-zstd", partial(write_mds, codec="zstd"), mds_files.TYPES),
     LayoutCase(
         "parquet",
         write_parquet,

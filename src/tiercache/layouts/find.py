@@ -17,6 +17,7 @@ import numpy as np
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.arrow import ArrowLayout
 from tiercache.layouts.contract import FileBytes, FileIndex, Layout
+from tiercache.layouts.mds import MdsLayout
 from tiercache.layouts.megatron import MegatronLayout
 from tiercache.layouts.parquet import ParquetLayout
 from tiercache.layouts.reader import SourceBytes
@@ -27,7 +28,7 @@ from tiercache.store.remote import call_threads
 from tiercache.store.shared_files import replace_whole
 
 # In this order. The first one that recognises its files reads them.
-LAYOUTS: tuple[type[Layout], ...] = (ParquetLayout, ArrowLayout, MegatronLayout)
+LAYOUTS: tuple[type[Layout], ...] = (MdsLayout, ParquetLayout, ArrowLayout, MegatronLayout)
 
 _INDEX_THREADS = 16
 # Folders of data sets in other layouts rarely have more; every one of them is listed before the first batch.
