@@ -81,7 +81,7 @@ def pack(
         option(
             "--kind",
             "KIND",
-            "Kind of the input, if the file names do not say it: images, files, parquet, csv, feather, orc, jsonl.",
+            "Kind of the input, if file names do not say it: images, files, text, parquet, csv, feather, orc, jsonl.",
         ),
     ] = None,
     labels: Annotated[
@@ -131,6 +131,13 @@ def pack(
     ] = 1,
     include: Include = None,
     exclude: Exclude = None,
+    tokenize: Annotated[
+        str | None,
+        option(
+            "--tokenize", "NAME", "Store tokens instead of text: bytes, tiktoken:gpt2, a tokenizer.json, a Hub name."
+        ),
+    ] = None,
+    text_column: Annotated[str, option("--text-column", "NAME", "Column of the text to tokenize.")] = "text",
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
@@ -140,10 +147,10 @@ def pack(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Convert images, Parquet files or JSON lines into a data set.
+    """Convert images, text, Parquet files or JSON lines into a data set.
 
-    SOURCE is a folder of images, which may have one sub-folder per class, or names tables: Parquet, CSV, Feather, ORC
-    or JSON lines. After Ctrl-C or a kill, the same command continues.
+    SOURCE is a folder of images, which may have one sub-folder per class, or of text, or names tables: Parquet, CSV,
+    Feather, ORC or JSON lines. After Ctrl-C or a kill, the same command continues.
     """
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
@@ -160,6 +167,8 @@ def pack(
         workers=workers,
         include=include or (),
         exclude=exclude or (),
+        tokenize=tokenize,
+        text_column=text_column,
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )

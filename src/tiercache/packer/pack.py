@@ -27,9 +27,10 @@ from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, writ
 from tiercache.packer.files import InputSplit, RecordSource, SkippedFile
 from tiercache.packer.objects import find_object, is_object
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
+from tiercache.packer.tokens import tokenized
 from tiercache.packer.workers import Report, run_in_processes
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
-from tiercache.shard.schema import Schema, UserType
+from tiercache.shard.schema import Schema, UserType, check_same_schema
 from tiercache.shard.versions import (
     Commit,
     Version,
@@ -137,6 +138,12 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
 def _find(
     source: Any, inputs: object, options: PackOptions, parent: Version | None
 ) -> tuple[RecordSource, list[SkippedFile]]:
+    if options.tokenize is not None:
+        plain, skipped = _find(source, inputs, replace(options, tokenize=None), None)
+        tokens = tokenized(plain, options.tokenize, options.text_column)
+        if parent is not None:
+            check_same_schema(parent.schema, tokens.schema)
+        return tokens, skipped
     if inputs is None and not is_object(source):
         return find_source(source, options, parent)
     for name in ("kind", "labels", "label_pattern", "check_images", "include", "exclude", "source_options"):
@@ -364,6 +371,8 @@ def pack(
     workers: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    tokenize: str | None = None,
+    text_column: str = "text",
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
@@ -390,7 +399,8 @@ def pack(
             `pack(source, url)`.
         url: URL of the data set.
         kind: Kind of the source: "images", "parquet", "csv", "feather", "orc" or "jsonl"; None: decided by the files'
-            names. "files": each file below a folder is a record, with the columns bytes and path.
+            names. "files": each file below a folder is a record, with the columns bytes and path. "text": each file is
+            a document in UTF-8, with the columns text and path.
         schema: Mapping from column names to types, which overrides the types of these columns; or, for tables, an Arrow
             schema (or a Schema) with all columns to pack.
         classes: Mapping of columns of integers to the class names of their labels 0, 1, 2, .... The classes of images
@@ -413,6 +423,10 @@ def pack(
             shards, so one process packs records that fill one shard. An iterable is read by one process.
         include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
         exclude: Globs of files that are not packed.
+        tokenize: Tokenizer of the text, which is replaced by the column "tokens": "bytes"; "tiktoken:gpt2"; the path of
+            a tokenizer.json or of its folder; or a name on the Hugging Face Hub. No special tokens are added:
+            `pack_sequences(eos=)` adds the end token. None: the text stays.
+        text_column: Column of the text that is replaced.
         storage_options: Options of the data set's store.
         source_options: Options of the source's store.
         on_progress: Function called in this thread with a PackProgress from time to time.
@@ -439,6 +453,8 @@ def pack(
         workers=workers,
         include=include,
         exclude=exclude,
+        tokenize=tokenize,
+        text_column=text_column,
         storage_options=storage_options or {},
         source_options=source_options or {},
     )

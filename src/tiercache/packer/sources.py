@@ -23,16 +23,18 @@ from tiercache.packer.files import (
     refuse_foreign_index,
     selected,
 )
+from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 
-SourceKind: TypeAlias = Literal["images", "files", "parquet", "csv", "feather", "orc", "jsonl"]
+SourceKind: TypeAlias = Literal["images", "files", "text", "parquet", "csv", "feather", "orc", "jsonl"]
 SOURCE_KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 # Kinds that file names can indicate: the kind "files" is packed only on request.
 _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     "images": tuple(images.SUFFIXES),
     **cast("dict[SourceKind, tuple[str, ...]]", tables.TABLE_SUFFIXES),
     "jsonl": tables.JSON_SUFFIXES,
+    "text": TEXT_SUFFIXES,
 }
 _FOLDER_KINDS = ("images", "files")
 
@@ -50,6 +52,8 @@ class SourceOptions:
     on_error: OnError = "stop"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    tokenize: str | None = None
+    text_column: str = "text"
     source_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
 
     def __post_init__(self) -> None:
@@ -66,7 +70,12 @@ class SourceOptions:
 
 def kind_of(paths: Sequence[str]) -> SourceKind:
     """Return the kind that the files' names indicate; files that match no kind are ignored. Raises ValueError."""
-    counts = {kind: sum(path.lower().endswith(_SUFFIXES[kind]) for path in paths) for kind in _SUFFIXES}
+    if all(path.lower().endswith(TEXT_SUFFIXES) for path in paths):
+        return "text"
+    # A README.md often lies beside other files, so files of text count only where nothing else lies.
+    counts = {
+        kind: sum(path.lower().endswith(_SUFFIXES[kind]) for path in paths) for kind in _SUFFIXES if kind != "text"
+    }
     found = [kind for kind, n in counts.items() if n]
     if len(found) == 1:
         return found[0]
@@ -97,7 +106,7 @@ def find_source(
     given_for = {name: getattr(options, name) for name in ("labels", "label_pattern", "check_images")}
     if kind not in _FOLDER_KINDS and (useless := [name for name, value in given_for.items() if value]):
         raise ValueError(f"{useless[0]}= applies to folders of images or files, not to the kind {kind!r}")
-    if kind != "files":
+    if kind not in ("files", "text"):
         # A folder also holds other files (README.md); a file that is named explicitly always counts. Spark and pyarrow
         # skip names that begin with "_".
         named = [f for f in chosen if _is_named_as(kind, f.path)]
@@ -112,6 +121,10 @@ def find_source(
     skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
     if kind in _FOLDER_KINDS:
         return with_schema_of(parent, folder), skipped
+    if kind == "text":
+        if options.schema is not None or options.classes:
+            raise SchemaError("files of text have the fixed columns text and path: omit schema= and classes=")
+        return with_schema_of(parent, TextFiles(files, tuple(chosen))), skipped
     table = _find_table(kind, files, chosen, options)
     table = replace(table, schema=table.schema.with_classes(options.classes))
     return with_schema_of(parent, table, options.classes), skipped

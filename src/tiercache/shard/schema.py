@@ -580,6 +580,8 @@ FIXED, BITS, VAR = 0, 1, 2
 TYPE_KEY = b"tiercache.type"
 # Field metadata that a data set keeps: a JSON list of the class names of the labels 0, 1, 2, ...
 CLASSES_KEY = b"tiercache.classes"
+# Field metadata that a data set keeps: a JSON object with the name and the vocabulary of the tokenizer of the tokens.
+TOKENIZER_KEY = b"tiercache.tokenizer"
 _BYTE_KINDS = {
     Kind.BYTES: pa.large_binary(),
     Kind.STR: pa.large_string(),
@@ -653,6 +655,12 @@ class Column:
     def classes(self) -> tuple[str, ...]:
         """Class names of the labels 0, 1, 2, ..., if the metadata of the field lists them; otherwise ()."""
         return tuple(json.loads((self.arrow.metadata or {}).get(CLASSES_KEY, b"[]")))
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any]:
+        """Tokenizer of the tokens, by "name", "vocabulary" and "sha256", if `tc.pack(tokenize=)` wrote them; or {}."""
+        stated: Mapping[str, Any] = json.loads((self.arrow.metadata or {}).get(TOKENIZER_KEY, b"{}"))
+        return stated
 
     @property
     def stored(self) -> np.dtype[np.generic]:
@@ -789,6 +797,14 @@ class Schema:
                 raise SchemaError(f"class names must differ from each other, got {list(names)!r}", column=name)
             metadata = column.arrow.metadata | {CLASSES_KEY: json.dumps(list(names), ensure_ascii=False).encode()}
             columns[index] = replace(column, arrow=column.arrow.with_metadata(metadata))
+        return Schema(columns)
+
+    def with_tokenizer(self, name: str, facts: Mapping[str, Any]) -> Schema:
+        """Return the schema with the facts of the tokenizer that made the tokens of a column."""
+        columns = list(self.columns)
+        column = columns[index := self.index(name)]
+        metadata = column.arrow.metadata | {TOKENIZER_KEY: json.dumps(facts, sort_keys=True).encode()}
+        columns[index] = replace(column, arrow=column.arrow.with_metadata(metadata))
         return Schema(columns)
 
     def to_bytes(self) -> bytes:
@@ -941,16 +957,28 @@ def _stated_type(name: str, field: pa.Field, stated: bytes) -> PlainType:
 
 def _kept(field: pa.Field) -> dict[bytes, bytes]:
     """Return the metadata that a schema keeps of a field: known keys only, so equal data sets have equal schemas."""
+    kept = {TOKENIZER_KEY: _checked_tokenizer(field)} if TOKENIZER_KEY in (field.metadata or {}) else {}
     stated = (field.metadata or {}).get(CLASSES_KEY)
     if stated is None:
-        return {}
+        return kept
     try:
         names = json.loads(stated)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {stated[:80]!r}", column=field.name)
-    return {CLASSES_KEY: stated}
+    return {**kept, CLASSES_KEY: stated}
+
+
+def _checked_tokenizer(field: pa.Field) -> bytes:
+    stated: bytes = field.metadata[TOKENIZER_KEY]
+    try:
+        facts = json.loads(stated)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise SchemaError(f"{TOKENIZER_KEY.decode()} is a JSON object, got {stated[:80]!r}", column=field.name)
+    return stated
 
 
 def check_same_schema(first: Schema, other: Schema) -> None:

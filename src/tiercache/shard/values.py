@@ -26,6 +26,7 @@ from tiercache.shard.schema import (
     CLASSES_KEY,
     FLOATS,
     STORED,
+    TOKENIZER_KEY,
     Column,
     Kind,
     Ragged,
@@ -90,10 +91,9 @@ def served_column(column: Column, casts: Casts) -> Column:
         )
         raise _refusal(column.name, reason, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
     plain = Column.of(column.name, _user_type(column, dtype))
-    names = (column.arrow.metadata or {}).get(CLASSES_KEY)
-    if names is None:
-        return plain
-    return replace(plain, arrow=plain.arrow.with_metadata({**plain.arrow.metadata, CLASSES_KEY: names}))
+    metadata = column.arrow.metadata or {}
+    kept = {key: metadata[key] for key in (CLASSES_KEY, TOKENIZER_KEY) if key in metadata}
+    return replace(plain, arrow=plain.arrow.with_metadata({**plain.arrow.metadata, **kept})) if kept else plain
 
 
 def served_columns(schema: Schema, casts: Casts) -> dict[str, Column]:
