@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -201,9 +201,13 @@ class TokenizedText:
 
     def _tokenized(self, batch: InputBatch) -> InputBatch:
         columns = batch.columns
-        texts = columns[self.column]
-        if isinstance(columns, pa.RecordBatch):
+        texts: Sequence[Any]
+        if isinstance(columns, list):
+            texts = [record.get(self.column) for record in columns]
+        elif isinstance(columns, pa.RecordBatch):
             texts = columns[self.column].to_pylist()
+        else:
+            texts = columns[self.column]
         none = np.empty(0, self.tokenizer.dtype)
         good, parts, bad = list[int](), [none], list(batch.bad)
         for i, text in enumerate(texts):
@@ -216,13 +220,22 @@ class TokenizedText:
         nulls = pa.array([texts[i] is None for i in good], pa.bool_())
         offsets = pa.array(np.cumsum([len(part) for part in parts], dtype=np.int64))
         tokens = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(parts)), mask=nulls)
-        if isinstance(columns, pa.RecordBatch):
+        new: Any
+        if isinstance(columns, list):
+            new = [
+                {**self._others(columns[i]), TOKENS_COLUMN: None if texts[i] is None else part}
+                for i, part in zip(good, parts[1:], strict=True)
+            ]
+        elif isinstance(columns, pa.RecordBatch):
             kept = columns if len(good) == len(texts) else columns.take(pa.array(good, pa.int64()))
-            new: Any = kept.set_column(kept.schema.get_field_index(self.column), TOKENS_COLUMN, tokens)
+            new = kept.set_column(kept.schema.get_field_index(self.column), TOKENS_COLUMN, tokens)
         else:
-            new = {name: [data[i] for i in good] for name, data in columns.items() if name != self.column}
+            new = {name: [data[i] for i in good] for name, data in self._others(columns).items()}
             new[TOKENS_COLUMN] = tokens
         return InputBatch(new, len(good), batch.n_bytes, lambda i: batch.location(good[i]), bad)
+
+    def _others(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in named.items() if name != self.column}
 
 
 def _fault(text: object) -> str | None:

@@ -200,3 +200,24 @@ def test_text_of_a_python_object_becomes_tokens(tmp_path):
     tc.pack(pa.table({"text": ["ab", "c"], "n": [1, 2]}), tmp_path / "set", tokenize="bytes")
     records = [(record["tokens"].tolist(), int(record["n"])) for record in tc.Dataset(tmp_path / "set")]
     assert records == [([97, 98], 1), ([99], 2)]
+
+
+def _records(number):
+    yield {"text": "a" * number, "n": number}
+    yield {"text": "b", "n": number}
+
+
+def test_text_of_the_records_of_a_function_becomes_tokens_for_any_number_of_workers(tmp_path):
+    for workers in (1, 2):
+        tc.pack(_records, [0, 3], tmp_path / f"{workers}", tokenize="bytes", workers=workers)
+        records = [(bytes(r["tokens"].tolist()), int(r["n"])) for r in tc.Dataset(tmp_path / f"{workers}")]
+        assert records == [(b"", 0), (b"b", 0), (b"aaa", 3), (b"b", 3)]
+
+
+def test_a_document_whose_other_column_is_bad_is_in_the_report_with_its_tokens(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a", "n": 1}\n{"text": "b", "n": "x"}\n{"text": "c", "n": 3}\n')
+    with pytest.warns(UserWarning, match="1 bad records"):
+        tc.pack(path, tmp_path / "set", schema={"n": "int64"}, tokenize="bytes", on_error="dead-letter")
+    assert [int(record["n"]) for record in tc.Dataset(tmp_path / "set")] == [1, 3]
+    assert "[98]" in (tmp_path / "set.bad.jsonl").read_text()
