@@ -27,7 +27,7 @@ from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 
-SourceKind: TypeAlias = Literal["images", "files", "text", "parquet", "csv", "feather", "orc", "jsonl"]
+SourceKind: TypeAlias = Literal["images", "files", "parquet", "csv", "feather", "orc", "jsonl", "text"]
 SOURCE_KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 # Kinds that file names can indicate: the kind "files" is packed only on request.
 _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
