@@ -1,4 +1,4 @@
-"""Hugging Face datasets over `tiercache::`: files by name and by wildcard, prepared and streamed."""
+"""Hugging Face datasets: over `tiercache::`, by name and by wildcard, prepared and streamed; and as sources of pack."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from tests.support.image_files import png
 
 import tiercache as tc
 
@@ -95,3 +96,47 @@ def test_a_missing_file_is_said_to_be_missing(url):
     with pytest.raises(FileNotFoundError):
         datasets.load_dataset("parquet", data_files=url.replace("*", "none"), split="train")
     assert tc.Cache.default().entries() == []
+
+
+def labelled_rows():
+    for i in range(60):
+        image = {"bytes": png(bytes([i]) * 1000), "path": None}
+        yield {"image": image, "label": i % 2, "text": f"t{i}", "v": [i, i + 1], "maybe": None if i == 3 else i}
+
+
+@pytest.mark.parametrize("kind", ["in memory", "shuffled", "stream of shards", "stream of a generator"])
+def test_a_data_set_of_hugging_face_is_packed_with_its_types_images_and_class_names(tmp_path, kind):
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "text": datasets.Value("string"),
+            "v": datasets.Sequence(datasets.Value("int32")),
+            "maybe": datasets.Value("int16"),
+        }
+    )
+    source = datasets.Dataset.from_list(list(labelled_rows()), features=features)
+    if kind == "shuffled":
+        source = source.shuffle(seed=1)
+    elif kind == "stream of shards":
+        source = source.to_iterable_dataset(num_shards=4)
+    elif kind == "stream of a generator":
+        source = datasets.IterableDataset.from_generator(labelled_rows, features=features)
+    expected = [{**record, "image": record["image"]["bytes"]} for record in source]
+    for workers in (1, 2):
+        url = tmp_path / str(workers)
+        # decode=True is the default: it must not make arrays of the images.
+        version = tc.pack(
+            source.cast_column("image", datasets.Image()), url, workers=workers, shard_size=3000, block_size=500
+        )
+        assert [str(column) for column in version.schema.columns] == ["image", "int64", "str", "int32[*]", "int16?"]
+        assert version.schema.columns[1].classes == ("cat", "dog")
+        found = [{**record, "v": list(record["v"])} for record in tc.Dataset(url)]
+        assert found == expected
+
+
+def test_a_frame_of_polars_is_packed_as_its_rows(tmp_path):
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"x": [1, 2, None], "s": ["a", "b", "c"]})
+    tc.pack(frame, tmp_path / "out")
+    assert list(tc.Dataset(tmp_path / "out")) == frame.to_dicts()

@@ -71,6 +71,10 @@ class Units(ABC):
     def split(self, start: int, end: int, n_bytes: int) -> ObjectSplit:
         return ObjectSplit("", start, end, n_bytes)
 
+    def types_of(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, UserType]:  # noqa: ARG002
+        """Return the types that the object states. records: The sample, which shows what is nullable."""
+        return {}
+
 
 @dataclass(frozen=True)
 class ObjectSource:
@@ -495,6 +499,13 @@ class _HuggingFaceStream(_Data):
                 found = {n: None if record[n] is None else _image_bytes(record[n]) for n in images}
                 yield unit, record | found
 
+    def types_of(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, UserType]:
+        if not self.features:
+            return {}
+        nullable = {name for name in self.features if any(record[name] is None for record in records)}
+        schema = _schema_of_features(self.features, self.dataset.features.arrow_schema, nullable)
+        return {column.name: column.arrow for column in schema.columns}
+
     def location(self, unit: int, record: int) -> str:
         return f"shard {unit} of the Hugging Face data set, record {record} of the split"
 
@@ -570,7 +581,7 @@ class _Sample:
             types: dict[str, UserType] = {column.name: column.arrow for column in infer_batch(self.table).columns}
         else:
             records = [_record(item, tuple(given), self.units, 0, i) for i, item in enumerate(self.records)]
-            types = infer_types(records, given)
+            types = infer_types(records, {**self.units.types_of(records), **given})
         return Schema.of(types | dict(given)).with_classes(getattr(self.units, "classes", {}))
 
     def unit_bytes(self, large: int) -> int:
