@@ -1,6 +1,7 @@
 """Data that another library's own package has written, read in place and compared with that package's own reading."""
 
 import io
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -78,3 +79,51 @@ def test_documents_of_megatron_are_read_as_megatron_reads_them(tmp_path):
         expected = np.concatenate(theirs[start:end])
         assert found["tokens"].dtype == expected.dtype
         assert np.array_equal(found["tokens"], expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # streaming leaves files to the collector
+@pytest.mark.parametrize("compression", [None, "zstd", "gz", "bz2", "br", "snappy"])
+def test_a_data_set_of_mosaicml_is_read_as_its_streaming_data_set_reads_it(tmp_path, compression):
+    streaming = pytest.importorskip("streaming")
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    columns = {name: name for name in ("int", "str", "bytes", "float64", "uint8", "json", "jpeg", "png", "pil")}
+    columns |= {name: name for name in ("str_int", "str_float", "str_decimal", "ndarray")}
+    columns |= {"tokens": "ndarray:uint16", "matrix": "ndarray:float32:2,3"}
+    with streaming.MDSWriter(out=str(tmp_path), columns=columns, compression=compression, size_limit=1 << 18) as out:
+        for i in range(200):
+            picture = image.fromarray(rng.integers(0, 255, (8 + i % 5, 10, 3), np.uint8))
+            out.write(
+                {
+                    "int": i,
+                    "str": f"text {i}",
+                    "bytes": bytes([i]) * (i % 9),
+                    "float64": i / 7,
+                    "uint8": i,
+                    "json": {"a": [i, None]},
+                    "jpeg": picture,
+                    "png": picture,
+                    "pil": picture,
+                    "str_int": i * 10**9,
+                    "str_float": i / 3,
+                    "str_decimal": Decimal(i) / 8,
+                    "ndarray": rng.integers(0, 9, (1 + i % 3, 2)),
+                    "tokens": rng.integers(0, 60000, 1 + i % 400).astype(np.uint16),
+                    "matrix": rng.random((2, 3), np.float32),
+                }
+            )
+    theirs = streaming.StreamingDataset(local=str(tmp_path), shuffle=False, batch_size=1)
+    ours = tc.Dataset(tmp_path)
+    assert len(ours) == len(theirs) == 200
+    for found, expected in zip(ours, (theirs[i] for i in range(200)), strict=True):
+        for name in ("jpeg", "png"):
+            assert np.array_equal(np.asarray(image.open(io.BytesIO(found[name]))), np.asarray(expected[name]))
+        assert np.array_equal(found["pil"], np.asarray(expected["pil"]))
+        for name in ("ndarray", "tokens", "matrix"):
+            assert np.array_equal(found[name], expected[name])
+            assert found[name].dtype == expected[name].dtype
+        assert found["str_decimal"] == str(expected["str_decimal"])
+        for name in ("int", "str", "bytes", "float64", "uint8", "json", "str_int", "str_float"):
+            assert found[name] == expected[name]

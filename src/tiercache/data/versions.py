@@ -33,7 +33,7 @@ class Versions:
     def list(self) -> list[Version]:
         """Return all versions, oldest first.
 
-        Each has `number`, `kind` (how it was made: "create", "append", "overwrite" or "drop"), `created` (a text),
+        Each has `number`, `kind` (how it was made: "create", "append" or "overwrite"), `created` (a text),
         `n_records`, `n_shards`, `n_bytes`, `fingerprint` and `tags`.
 
         Raises:
