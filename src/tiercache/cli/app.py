@@ -18,7 +18,7 @@ _NAME = "tiercache"
 
 # The module of each verb below tiercache, and the first line of the docstring of its function.
 VERBS = {
-    "pack": ("cli.data", "Convert images, Parquet files or JSON lines into a data set."),
+    "pack": ("cli.data", "Convert images, tables, text or any files into a data set."),
     "info": ("cli.data", "Show a data set's version, size and columns, or list its shards."),
     "head": ("cli.data", "Show some records of a data set."),
     "export": ("cli.data", "Write a data set as Parquet files with standard Arrow types."),

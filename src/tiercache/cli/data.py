@@ -147,7 +147,7 @@ def pack(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Convert images, text, Parquet files or JSON lines into a data set.
+    """Convert images, tables, text or any files into a data set.
 
     SOURCE is a folder of images, which may have one sub-folder per class, or of text, or names tables: Parquet, CSV,
     Feather, ORC or JSON lines. After Ctrl-C or a kill, the same command continues.

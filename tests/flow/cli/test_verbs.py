@@ -26,7 +26,7 @@ class TestPack:
 
     def test_a_dry_run_prints_the_columns_and_writes_nothing(self, tiercache, photos, tmp_path):
         done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-w2")
-        assert done.out.splitlines()[:3] == ["image: image<png>", "label: int64", "path: str"]
+        assert done.out.splitlines()[:3] == ["image: image", "label: int64", "path: str"]
         assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
 
@@ -56,8 +56,6 @@ class TestPack:
         assert "write with --mode append to add to it, or --mode overwrite to replace it" in said(photos, data_set)
         assert "--include and --exclude leave none of the 20 files" in said(photos, target, "--exclude", "*.png")
         assert "--kind must be one of images, " in said(photos, target, "--kind", "x")
-        (photos / "cat" / "a note.txt").write_text("a cat")
-        assert "leave it out with --exclude '*.txt'" in said(photos, target)
         (tmp_path / "a.jsonl").write_text('{"x": null}\n')
         assert "specify its type, as in --column 'x=str?'" in said(tmp_path / "a.jsonl", target)
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
@@ -91,7 +89,7 @@ class TestListing:
 class TestHead:
     def test_head_shows_records_across_shards(self, tiercache, data_set):
         lines = tiercache("head", data_set, "-n", "15", "--start", "3").out.splitlines()
-        assert lines[:4] == ["record 3", "  image  <png 1.1 KiB>", "  label  0 (cat)", '  path   "cat/3.png"']
+        assert lines[:4] == ["record 3", "  image  <image 1.1 KiB>", "  label  0 (cat)", '  path   "cat/3.png"']
         assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in range(3, 18)]
         assert lines[-1] == "15 of 20 records"
 
@@ -139,7 +137,7 @@ class TestExport:
         assert storage[0].as_py() == (photos / "cat" / "0.png").read_bytes()
         tiercache("pack", tmp_path / "out.parquet", tmp_path / "again")
         assert tiercache("info", tmp_path / "again", "--json").events[0]["columns"][:2] == [
-            {"name": "image", "type": "image<png>"},
+            {"name": "image", "type": "image"},
             {"name": "label", "type": "int64", "classes": ["cat", "dog"]},
         ]
 
