@@ -240,7 +240,7 @@ def _single_file(text: str, remote: bool, options: Mapping[str, Any]) -> tuple[F
 
 # suffix -> format and the library that reads it
 _BY_SUFFIX: Mapping[str, str] = {
-    ".mds": "a MosaicML Streaming (MDS) shard; mosaicml-streaming reads it",
+    ".mds": "a shard of MosaicML Streaming (MDS), whose index.json is missing",
     ".beton": "an FFCV data set; ffcv reads it",
     ".tar": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
     ".tgz": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
@@ -248,7 +248,6 @@ _BY_SUFFIX: Mapping[str, str] = {
     ".tfrecords": "a TFRecord file; tensorflow reads it",
     ".array_record": "an ArrayRecord file; array_record reads it",
     ".arrayrecord": "an ArrayRecord file; array_record reads it",
-    ".arrow": "an Arrow file, as Hugging Face datasets writes; datasets or pyarrow reads it",
     ".lance": "a Lance file; lance reads it",
     ".h5": "an HDF5 file; h5py reads it",
     ".hdf5": "an HDF5 file; h5py reads it",
@@ -262,23 +261,29 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 _NUMBERED = re.compile(r"-\d+-of-\d+$")
 _START_BYTES = 4096
 _INDEX_FILE = "index.json"
-_INDEXES = {
-    re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\['): (
-        "the index of a MosaicML Streaming (MDS) data set; mosaicml-streaming reads it"
-    ),
-    re.compile(rb'\s*\{\s*"chunks"\s*:\s*\['): "the index of a LitData data set; litdata reads it",
-}
+_MDS_INDEX = re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\[')
+_LITDATA_INDEX = re.compile(rb'\s*\{\s*"chunks"\s*:\s*\[')
 
 
-def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
-    """Raise SchemaError for a folder of MosaicML Streaming or LitData; its index would be packed as a JSON record."""
+def find_mds_index(files: Files, found: Sequence[SourceFile], kind: str | None) -> bool:
+    """Return whether these files have an index of MosaicML Streaming.
+
+    Raises SchemaError if it would be packed as a JSON record, or for an index of LitData.
+    """
+    has_index = False
     for file in found:
         if _name(file.path) == _INDEX_FILE:
             with files.open(file.path) as opened:
                 start = opened.read(_START_BYTES)
-            for pattern, format_name in _INDEXES.items():
-                if pattern.match(start):
-                    raise _refused(files, file.path, format_name, f"leave the index out with exclude=[{_INDEX_FILE!r}]")
+            remedy = f"leave the index out with exclude=[{_INDEX_FILE!r}]"
+            if _LITDATA_INDEX.match(start):
+                raise _refused(files, file.path, "the index of a LitData data set; litdata reads it", remedy)
+            if _MDS_INDEX.match(start):
+                if kind not in (None, "mds"):
+                    what = "the index of a MosaicML Streaming (MDS) data set, which kind='mds' packs"
+                    raise _refused(files, file.path, what, remedy)
+                has_index = True
+    return has_index
 
 
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
@@ -298,6 +303,6 @@ def _name(path: str) -> str:
 
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
-        f"{files.location(path)}: this is {what}. pack takes folders of images or files, Parquet, CSV, Feather, "
-        f"ORC and JSON lines. Write records of other formats with tiercache.Writer, or {remedy}"
+        f"{files.location(path)}: this is {what}. pack takes folders of images, text or files, Parquet, CSV, Feather, "
+        f"ORC, JSON lines, MDS, Arrow and Megatron. Pack records of other formats by module:callable, or {remedy}"
     )

@@ -19,15 +19,18 @@ from tiercache.packer.files import (
     SkippedFile,
     SourceFile,
     find_files,
+    find_mds_index,
     refuse_foreign_files,
-    refuse_foreign_index,
     selected,
 )
+from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source
 from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 
-SourceKind: TypeAlias = Literal["images", "files", "parquet", "csv", "feather", "orc", "jsonl", "text"]
+SourceKind: TypeAlias = Literal[
+    "images", "files", "parquet", "csv", "feather", "orc", "jsonl", "text", "mds", "arrow", "megatron"
+]
 SOURCE_KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 # Kinds that file names can indicate: the kind "files" is packed only on request.
 _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
@@ -35,6 +38,7 @@ _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     **cast("dict[SourceKind, tuple[str, ...]]", tables.TABLE_SUFFIXES),
     "jsonl": tables.JSON_SUFFIXES,
     "text": TEXT_SUFFIXES,
+    **cast("dict[SourceKind, tuple[str, ...]]", LAYOUT_SUFFIXES),
 }
 _FOLDER_KINDS = ("images", "files")
 
@@ -72,10 +76,15 @@ def kind_of(paths: Sequence[str]) -> SourceKind:
     """Return the kind that the files' names indicate; files that match no kind are ignored. Raises ValueError."""
     if all(path.lower().endswith(TEXT_SUFFIXES) for path in paths):
         return "text"
-    # A README.md often lies beside other files, so files of text count only where nothing else lies.
-    counts = {
-        kind: sum(path.lower().endswith(_SUFFIXES[kind]) for path in paths) for kind in _SUFFIXES if kind != "text"
-    }
+    # A README.md often lies beside other files, so files of text count only where nothing else lies. MDS is recognised
+    # by the content of its index.
+    ends = {kind: suffixes for kind, suffixes in _SUFFIXES.items() if kind not in ("text", "mds")}
+    counts = {kind: sum(path.lower().endswith(suffixes) for path in paths) for kind, suffixes in ends.items()}
+    if len(paths) > 1:  # other libraries, too, have files that end in .idx
+        there = set(paths)
+        counts["megatron"] = sum(path.endswith(".idx") and f"{path[:-4]}.bin" in there for path in paths)
+    if counts["arrow"] or counts["megatron"]:  # state.json and vocab.json are no records
+        counts["jsonl"] -= sum(path.lower().endswith(".json") for path in paths)
     found = [kind for kind, n in counts.items() if n]
     if len(found) == 1:
         return found[0]
@@ -99,13 +108,26 @@ def find_source(
     if not chosen:
         raise NotFound(f"include= and exclude= leave none of the {len(found)} files", url=files.location(""))
 
-    refuse_foreign_index(files, chosen)
-    if options.kind is None:
+    kind = options.kind
+    if find_mds_index(files, chosen, kind) and kind is None:
+        kind = "mds"
+    if kind is None:
         refuse_foreign_files(files, chosen)
-    kind = options.kind or kind_of([f.path for f in chosen])
+        kind = kind_of([f.path for f in chosen])
     given_for = {name: getattr(options, name) for name in ("labels", "label_pattern", "check_images")}
     if kind not in _FOLDER_KINDS and (useless := [name for name, value in given_for.items() if value]):
         raise ValueError(f"{useless[0]}= applies to folders of images or files, not to the kind {kind!r}")
+    if kind in LAYOUT_SUFFIXES:
+        layout = find_layout_source(files, chosen, kind)
+        read = {file.info.key for file in layout.layout.files}
+        skipped += [
+            SkippedFile(f.path, f"it is not among the files of {layout.layout.name}")
+            for f in chosen
+            if f.path not in read and not f.path.lower().endswith(".json")  # what describes the data set
+        ]
+        typed = replace(layout, schema=_typed(layout.schema, options.schema).with_classes(options.classes))
+        skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
+        return with_schema_of(parent, typed, options.classes), skipped
     if kind not in ("files", "text"):
         # A folder also holds other files (README.md); a file that is named explicitly always counts. Spark and pyarrow
         # skip names that begin with "_".
@@ -128,6 +150,19 @@ def find_source(
     table = _find_table(kind, files, chosen, options)
     table = replace(table, schema=table.schema.with_classes(options.classes))
     return with_schema_of(parent, table, options.classes), skipped
+
+
+def _typed(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | None) -> Schema:
+    """Return a schema with the types that are given: of some columns, or of all that are packed."""
+    if given is None:
+        return schema
+    if not isinstance(given, Mapping):
+        schema.select(Schema.of(given).names)  # raises SchemaError for a column that there is not
+        return Schema.of(given)
+    schema.select(list(given))
+    typed = Schema.of({column.name: given.get(column.name, column.arrow) for column in schema.columns})
+    kept = {column.name: column.classes for column in schema.columns if column.classes and column.name not in given}
+    return typed.with_classes(kept)
 
 
 def _is_named_as(kind: SourceKind, path: str) -> bool:
@@ -217,7 +252,7 @@ def with_schema_of(
     schema = parent.schema.with_classes(classes or {})  # the writer refuses other classes than those of the data set
     if isinstance(source, tables.JsonLines) and names <= expected:
         return replace(source, schema=schema)
-    if isinstance(source, tables.TableFiles | folders.FolderFiles) and names == expected:
+    if isinstance(source, tables.TableFiles | folders.FolderFiles | LayoutSource) and names == expected:
         return replace(source, schema=schema)
     check_same_schema(parent.schema, source.schema)
     return source

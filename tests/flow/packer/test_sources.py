@@ -72,6 +72,13 @@ def orc(folder):
     return ROWS
 
 
+def arrow(folder):
+    for name, table in (("a", TABLE[:200]), ("b", TABLE[200:])):
+        with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=30)
+    return ROWS
+
+
 def jsonl(folder):
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:200]))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[200:]).encode()))
@@ -79,7 +86,7 @@ def jsonl(folder):
 
 
 SOURCES = {"images": images, "files": files, "parquet": parquet, "csv": csv_files, "feather": feather, "orc": orc}
-SOURCES |= {"jsonl": jsonl}
+SOURCES |= {"jsonl": jsonl, "arrow": arrow}
 
 
 def records_of(source, split, batch_bytes=1000):

@@ -22,8 +22,8 @@ LITDATA_INDEX = {"chunks": [{"chunk_bytes": 10, "filename": "chunk-0-0.bin"}], "
 
 
 class TestOtherFormats:
-    @pytest.mark.parametrize("kind", [None, "jsonl"])
-    def test_an_index_of_another_library_is_refused(self, tmp_path, kind):
+    @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+    def test_an_index_of_another_library_is_not_packed_as_another_kind(self, tmp_path, kind):
         (tmp_path / "in").mkdir()
         for index, other, name in (
             (json.dumps(MDS_INDEX), "shard.00000.mds", "MosaicML"),
@@ -40,7 +40,7 @@ class TestOtherFormats:
     def test_files_of_another_format_are_refused_by_name_beside_files_that_can_be_packed(self, tmp_path):
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "good.jsonl").write_text('{"x": 1}\n')
-        for name in ("a.tar", "a.tar.gz", "a.tgz", "a.beton", "a.tfrecord-00000-of-00004", "a.arrow", "a.h5", "a.npy"):
+        for name in ("a.tar", "a.tar.gz", "a.tgz", "a.beton", "a.tfrecord-00000-of-00004", "a.mds", "a.h5", "a.npy"):
             (tmp_path / "in" / name).write_bytes(bytes(600))
             with pytest.raises(SchemaError, match="this is") as caught:
                 plan_pack(tmp_path / "in", tmp_path / "other", PackOptions())

@@ -1,0 +1,123 @@
+"""Layouts of other libraries, which `tiercache.Dataset` reads in place, as sources of a packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.errors import CorruptShard, SchemaError
+from tiercache.layouts.contract import Layout, LayoutFile
+from tiercache.layouts.find import LAYOUTS, StoreFolder, dataset_id_of, names_of, open_bytes
+from tiercache.layouts.reader import LayoutReader
+from tiercache.model import ObjectInfo
+from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, StoreFiles
+from tiercache.shard.schema import Schema
+from tiercache.store import Store, open_store
+
+# Kinds of sources, and the ends of names of their files. Parquet, and Arrow as .feather, are kinds of tables.
+LAYOUT_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"mds": ("index.json",), "arrow": (".arrow", ".ipc"), "megatron": (".idx",)}
+)
+# Bytes of a split, if its blocks are small: tasks consist of whole splits.
+_SPLIT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class LayoutSource:
+    """A data set in the layout of another library, a files.RecordSource. A batch has the records of one block.
+
+    schema: Columns to pack, whose types may be others than those of the layout.
+    """
+
+    files: Files
+    layout: Layout
+    schema: Schema
+
+    @cached_property
+    def splits(self) -> tuple[InputSplit, ...]:
+        return tuple(split for file in self.layout.files for split in _runs_of_blocks(file))
+
+    @cached_property
+    def _by_key(self) -> Mapping[str, LayoutFile]:
+        return {file.info.key: file for file in self.layout.files}
+
+    @cached_property
+    def _store(self) -> Store:
+        return _open(self.files)
+
+    def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:  # noqa: ARG002 - a block is a batch
+        file, plain = self._by_key[split.path], self.layout.schema
+        columns = [plain.index(name) for name in self.schema.names]
+        fields = pa.schema([plain.columns[column].arrow for column in columns])
+        data = open_bytes(self._store, dataset_id_of(self._store.url), file.info)
+        index = file.index
+        with closing(LayoutReader(self.layout, file, data)) as reader:
+            first = int(index.n_records[: split.start].sum())
+            for block in range(split.start, split.end):
+                n, n_bytes = int(index.n_records[block]), int(index.raw_bytes[block])
+                try:
+                    loaded = reader.load_blocks([block], columns)
+                except (CorruptShard, SchemaError) as error:
+                    where = f"{self.files.location(split.path)}, records {first:,} to {first + n - 1:,}"
+                    bad = BadRecord(where, str(error))
+                    yield InputBatch({}, 0, n_bytes, str, [bad])
+                else:
+                    arrays = [loaded.array(0, column) for column in columns]
+                    batch = pa.RecordBatch.from_arrays(arrays, schema=fields)
+                    yield InputBatch(batch, n, n_bytes, partial(self._location, split.path, first))
+                first += n
+
+    def _location(self, path: str, first: int, i: int) -> str:
+        return f"{self.files.location(path)}, record {first + i:,}"
+
+    def __repr__(self) -> str:
+        return f"LayoutSource({self.files!r}, {self.layout.name}, {self.layout.fingerprint})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return LayoutSource, (self.files, self.layout, self.schema)  # each process opens the store
+
+
+def _runs_of_blocks(file: LayoutFile) -> Iterator[InputSplit]:
+    """Yield the splits of a file. A file that is only read beside others has none."""
+    sizes = file.index.raw_bytes
+    ends = np.cumsum(sizes)
+    starts = np.flatnonzero(np.diff((ends - 1) // _SPLIT_BYTES, prepend=-2)).tolist()
+    for start, end in pairwise([*starts, len(sizes)]):
+        yield InputSplit(file.info.key, start, end, int(sizes[start:end].sum()))
+
+
+class _Chosen(StoreFolder):
+    """Files of a source that are packed, with the listing that it had when it was inspected."""
+
+    def __init__(self, store: Store, found: Sequence[SourceFile]) -> None:
+        super().__init__(store, None)
+        self._found = [ObjectInfo(file.path, file.n_bytes) for file in found]
+
+    @cached_property
+    def objects(self) -> Sequence[ObjectInfo]:
+        return self._found
+
+
+def find_layout_source(files: Files, found: Sequence[SourceFile], kind: str) -> LayoutSource:
+    """Return these files as a data set of a layout. Raises SchemaError if they are none, or if it cannot be read."""
+    layout = next(one for one in LAYOUTS if one.name.lower() == kind)
+    with closing(_open(files)) as store:
+        folder: StoreFolder = _Chosen(store, found)
+        if len(found) == 1:  # a URL may name one of the files of a layout
+            folder = StoreFolder(store, None, only=names_of(found[0].path))
+        data = layout.find(folder)
+    if data is None:
+        where = files.location(found[0].path if len(found) == 1 else "")
+        raise SchemaError(f"{where}: expected files of {layout.name}, as kind={kind!r} says, and found none")
+    return LayoutSource(files, data, data.schema)
+
+
+def _open(files: Files) -> Store:
+    return open_store(files.root, **(files.storage_options if isinstance(files, StoreFiles) else {}))
