@@ -64,7 +64,7 @@ bench-peers: build
 integration: build $(FRAMEWORKS)/stamp $(ARRAYS)/stamp $(AZURITE)/stamp
 	$(PYTEST) -m integration tests/flow/store $(ARGS)
 	$(FRAMEWORKS)/bin/python -m pytest -m integration tests/integration --ignore=tests/integration/test_jax_and_tf_data.py $(ARGS)
-	$(ARRAYS)/bin/python -m pytest -m integration tests/integration/test_jax_and_tf_data.py $(ARGS)
+	$(ARRAYS)/bin/python -m pytest -m integration tests/integration/test_jax_and_tf_data.py tests/integration/test_pack_peers.py $(ARGS)
 
 # The docs are plain Markdown. The tests check that their links resolve and that their examples run.
 docs: build

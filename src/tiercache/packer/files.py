@@ -244,21 +244,17 @@ _BY_SUFFIX: Mapping[str, str] = {
     ".beton": "an FFCV data set; ffcv reads it",
     ".tar": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
     ".tgz": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
-    ".tfrecord": "a TFRecord file; tensorflow reads it",
-    ".tfrecords": "a TFRecord file; tensorflow reads it",
     ".array_record": "an ArrayRecord file; array_record reads it",
     ".arrayrecord": "an ArrayRecord file; array_record reads it",
     ".lance": "a Lance file; lance reads it",
     ".h5": "an HDF5 file; h5py reads it",
     ".hdf5": "an HDF5 file; h5py reads it",
-    ".npy": "a NumPy array; numpy.load() reads it",
-    ".npz": "an archive of NumPy arrays; numpy.load() reads it",
     ".zip": "a zip archive; unpack it",
     ".avro": "an Avro file",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 # Shards of TFRecord and ArrayRecord data sets are named train.tfrecord-00000-of-00010.
-_NUMBERED = re.compile(r"-\d+-of-\d+$")
+_NUMBERED = re.compile(r"-\d+-of-\d+(?=$|\.gz$)")
 _START_BYTES = 4096
 _INDEX_FILE = "index.json"
 _MDS_INDEX = re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\[')
@@ -286,10 +282,77 @@ def find_mds_index(files: Files, found: Sequence[SourceFile], kind: str | None) 
     return has_index
 
 
+_SIGNATURES: Mapping[bytes, str] = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet",
+    b"ORC": "ORC",
+    b"ARROW1": "Arrow",
+    b"FEA1": "Feather version 1",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "HDF5",
+    b"SQLite format 3": "SQLite",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"%PDF": "PDF",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+_SHOWN_BYTES = 16
+
+
+def describe_start(files: Files, path: str) -> str:
+    """Return a sentence that says what a file's first bytes are."""
+    with files.open(path) as opened:
+        start = opened.read(_START_BYTES)
+    if not start:
+        return "the file is empty"
+    if (name := signature(start)) is None:
+        name = "no known format" if _is_binary(start) else "text"
+    return f"its first bytes are {start[:_SHOWN_BYTES]!r}: {name}"
+
+
+def signature(start: bytes) -> str | None:
+    """Return the name of the format whose signature a file begins with, if any."""
+    return next((name for begin, name in _SIGNATURES.items() if start.startswith(begin)), None)
+
+
+def _is_binary(start: bytes) -> bool:
+    return b"\0" in start
+
+
+def check_text(files: Files, found: Sequence[SourceFile], kind: str) -> None:
+    """Raise SchemaError for a file that is not text, or not gzip although its name says so, from its first bytes."""
+
+    def check(file: SourceFile) -> None:
+        with files.open(file.path) as opened:
+            start = opened.read(_START_BYTES)
+        is_gzip = file.path.lower().endswith(".gz")
+        fits = signature(start) == "gzip" if is_gzip else signature(start) is None and not _is_binary(start)
+        if start and not fits:
+            raise SchemaError(
+                f"{files.location(file.path)}: its name is that of a {kind} file{' in gzip' * is_gzip}, but "
+                f"{describe_start(files, file.path)}; rename it, or leave it out with exclude="
+            )
+
+    with call_threads(_PARALLEL_READS, "tiercache-start") as pool:
+        for _ in pool.map(check, found):
+            pass
+
+
+def plain_name(path: str) -> str:
+    """Return the lower-case name of a file without the number of a shard ("-00000-of-00010")."""
+    return _NUMBERED.sub("", _name(path).lower())
+
+
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError for a file in a foreign format, by its name."""
     for file in found:
-        name = _NUMBERED.sub("", _name(file.path).lower())
+        name = plain_name(file.path)
         for suffix in _COMPRESSED:
             name = name.removesuffix(suffix)
         format_name = _BY_SUFFIX.get("." + name.rpartition(".")[2]) if "." in name else None
@@ -304,5 +367,6 @@ def _name(path: str) -> str:
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
         f"{files.location(path)}: this is {what}. pack takes folders of images, text or files, Parquet, CSV, Feather, "
-        f"ORC, JSON lines, MDS, Arrow and Megatron. Pack records of other formats by module:callable, or {remedy}"
+        f"ORC, JSON lines, NumPy, TFRecord, MDS, Arrow and Megatron. Pack records of other formats by module:callable, "
+        f"or {remedy}"
     )

@@ -12,6 +12,7 @@ import pyarrow as pa
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.hive import find_partitions
 from tiercache.packer import folders, images, tables
+from tiercache.packer.arrays import ARRAY_SUFFIXES, ArrayFiles, find_arrays
 from tiercache.packer.bad_records import ON_ERROR, OnError
 from tiercache.packer.files import (
     Files,
@@ -20,16 +21,30 @@ from tiercache.packer.files import (
     SourceFile,
     find_files,
     find_mds_index,
+    plain_name,
     refuse_foreign_files,
     selected,
 )
 from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source
+from tiercache.packer.tfrecords import TFRECORD_SUFFIXES, TFRecords, find_tfrecords
 from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 
 SourceKind: TypeAlias = Literal[
-    "images", "files", "parquet", "csv", "feather", "orc", "jsonl", "text", "mds", "arrow", "megatron"
+    "images",
+    "files",
+    "parquet",
+    "csv",
+    "feather",
+    "orc",
+    "jsonl",
+    "text",
+    "numpy",
+    "tfrecord",
+    "mds",
+    "arrow",
+    "megatron",
 ]
 SOURCE_KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 # Kinds that file names can indicate: the kind "files" is packed only on request.
@@ -38,6 +53,8 @@ _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     **cast("dict[SourceKind, tuple[str, ...]]", tables.TABLE_SUFFIXES),
     "jsonl": tables.JSON_SUFFIXES,
     "text": TEXT_SUFFIXES,
+    "numpy": ARRAY_SUFFIXES,
+    "tfrecord": TFRECORD_SUFFIXES,
     **cast("dict[SourceKind, tuple[str, ...]]", LAYOUT_SUFFIXES),
 }
 _FOLDER_KINDS = ("images", "files")
@@ -74,12 +91,13 @@ class SourceOptions:
 
 def kind_of(paths: Sequence[str]) -> SourceKind:
     """Return the kind that the files' names indicate; files that match no kind are ignored. Raises ValueError."""
-    if all(path.lower().endswith(TEXT_SUFFIXES) for path in paths):
+    names = [plain_name(path) for path in paths]
+    if all(name.endswith(TEXT_SUFFIXES) for name in names):
         return "text"
     # A README.md often lies beside other files, so files of text count only where nothing else lies. MDS is recognised
     # by the content of its index.
     ends = {kind: suffixes for kind, suffixes in _SUFFIXES.items() if kind not in ("text", "mds")}
-    counts = {kind: sum(path.lower().endswith(suffixes) for path in paths) for kind, suffixes in ends.items()}
+    counts = {kind: sum(name.endswith(suffixes) for name in names) for kind, suffixes in ends.items()}
     if len(paths) > 1:  # other libraries, too, have files that end in .idx
         there = set(paths)
         counts["megatron"] = sum(path.endswith(".idx") and f"{path[:-4]}.bin" in there for path in paths)
@@ -167,7 +185,7 @@ def _typed(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | 
 
 def _is_named_as(kind: SourceKind, path: str) -> bool:
     """Return whether a file's name is that of a kind. A file without a suffix is an image if its bytes say so."""
-    name = path.rpartition("/")[2].lower()
+    name = plain_name(path)
     return name.endswith(_SUFFIXES[kind]) or (kind == "images" and "." not in name)
 
 
@@ -221,9 +239,10 @@ def _read_labels(labels: str | os.PathLike[str]) -> folders.LabelTable:
     return folders.LabelTable(columns, types, location, os.fspath(labels))
 
 
-def _find_table(
-    kind: SourceKind, files: Files, found: Sequence[SourceFile], options: SourceOptions
-) -> tables.TableFiles | tables.JsonLines:
+_Table: TypeAlias = "tables.TableFiles | tables.JsonLines | ArrayFiles | TFRecords"
+
+
+def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], options: SourceOptions) -> _Table:
     given = options.schema
     types = given if isinstance(given, Mapping) else {}
     if kind == "jsonl":
@@ -231,7 +250,13 @@ def _find_table(
             return tables.find_jsonl(files, found, types)
         partitions = find_partitions([file.path for file in found], files.location)
         return tables.JsonLines(files, Schema.of(given), tables.split_files(found), partitions)
-    table = tables.find_tables(kind, files, found, types, accepts_damage=options.on_error != "stop")
+    table: _Table
+    if kind == "numpy":
+        table = find_arrays(files, found, types)
+    elif kind == "tfrecord":
+        table = find_tfrecords(files, found, types)
+    else:
+        table = tables.find_tables(kind, files, found, types, accepts_damage=options.on_error != "stop")
     if given is None or isinstance(given, Mapping):
         return table
     table.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
@@ -252,7 +277,10 @@ def with_schema_of(
     schema = parent.schema.with_classes(classes or {})  # the writer refuses other classes than those of the data set
     if isinstance(source, tables.JsonLines) and names <= expected:
         return replace(source, schema=schema)
-    if isinstance(source, tables.TableFiles | folders.FolderFiles | LayoutSource) and names == expected:
+    if (
+        isinstance(source, tables.TableFiles | folders.FolderFiles | LayoutSource | ArrayFiles | TFRecords)
+        and names == expected
+    ):
         return replace(source, schema=schema)
     check_same_schema(parent.schema, source.schema)
     return source

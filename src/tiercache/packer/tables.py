@@ -22,7 +22,7 @@ from pyarrow import csv
 
 from tiercache.errors import SchemaError
 from tiercache.layouts.hive import find_partitions, partition_values
-from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile
+from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, check_text, describe_start
 from tiercache.shard.schema import Column, Kind, Schema, UserType
 from tiercache.store.remote import call_threads
 
@@ -147,6 +147,7 @@ def _location_of(lines: _Lines, numbers: Sequence[int], record: int) -> str:
 
 def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> JsonLines:
     """Return the JSON lines of a source; the first 1000 records give the schema. given: types of some columns."""
+    check_text(files, found, "jsonl")
     splits = split_files(found)
     sample: list[tuple[dict[str, Any], _Lines, int]] = []
     damage = ""
@@ -458,12 +459,13 @@ _CSV_ERROR = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion er
 
 
 def _inspect_csv(files: Files, file: SourceFile) -> _Head:
+    check_text(files, [file], "csv")
     with _opened(files, file.path, lambda opened: opened, is_text=True) as opened:
         try:
             reader = _open_csv(opened, None, lambda _row: "skip")
             first = next(iter(reader), None)
         except pa.ArrowInvalid as error:
-            raise _damaged(files.location(file.path), error) from error
+            raise _damaged(files.location(file.path), error, describe_start(files, file.path)) from error
         schema = pa.schema([(f.name, pa.string() if pt.is_null(f.type) else f.type) for f in reader.schema])
         nulls = [n for n, c in zip(schema.names, first.columns if first else (), strict=False) if c.null_count]
         return _Head(schema, frozenset(nulls), (file.n_bytes,))
@@ -627,7 +629,7 @@ def _opened(files: Files, path: str, open_table: Callable[[Any], Any], *, is_tex
         try:
             table = open_table(file)
         except (pa.ArrowException, OSError) as error:
-            raise _damaged(files.location(path), error) from error
+            raise _damaged(files.location(path), error, describe_start(files, path)) from error
         if isinstance(table, pq.ParquetFile):
             with table:
                 yield table
@@ -639,8 +641,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _damaged(location: str, error: Exception) -> SchemaError:
-    return SchemaError(f"{location}: not a readable file of its format: {_first_line(error)}")
+def _damaged(location: str, error: Exception, start: str) -> SchemaError:
+    return SchemaError(f"{location}: not a readable file of its format: {_first_line(error)}; {start}")
 
 
 def _row_location(location: str, first_row: int, row: int) -> str:

@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.feather
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.image_files import png
+from tests.support.tfrecord_files import example, tfrecords
 
 from tiercache.errors import SchemaError
 from tiercache.packer.pack import PackOptions, pack, plan_pack
@@ -85,8 +87,27 @@ def jsonl(folder):
     return ROWS
 
 
+def numpy(folder):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((N, 3), np.float32), np.arange(N)
+    for name, rows in (("a", slice(0, 200)), ("b", slice(200, N))):
+        np.savez(folder / f"{name}.npz", x=x[rows], y=y[rows], text=np.char.add("t", y[rows].astype(str)))
+    return [{"x": x[i].tolist(), "y": i, "text": f"t{i}"} for i in range(N)]
+
+
+def tfrecord(folder):
+    examples = [example({"id": [i], "text": [f"t{i}".encode()], "x": np.float32([i / 2, 1])}) for i in range(N)]
+    (folder / "a.tfrecord-00000-of-00002").write_bytes(tfrecords(examples[:200]))
+    (folder / "a.tfrecord-00001-of-00002").write_bytes(gzip.compress(tfrecords(examples[200:])))
+    return [{"id": i, "text": f"t{i}".encode(), "x": [i / 2, 1]} for i in range(N)]
+
+
 SOURCES = {"images": images, "files": files, "parquet": parquet, "csv": csv_files, "feather": feather, "orc": orc}
-SOURCES |= {"jsonl": jsonl, "arrow": arrow}
+SOURCES |= {"jsonl": jsonl, "arrow": arrow, "numpy": numpy, "tfrecord": tfrecord}
+
+
+def plain(value):
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def records_of(source, split, batch_bytes=1000):
@@ -96,7 +117,7 @@ def records_of(source, split, batch_bytes=1000):
         columns = batch.columns
         rows = columns.to_pylist() if isinstance(columns, pa.RecordBatch) else None
         if rows is None:
-            rows = [{name: values[i] for name, values in columns.items()} for i in range(batch.n_records)]
+            rows = [{name: plain(values[i]) for name, values in columns.items()} for i in range(batch.n_records)]
         assert len(rows) == batch.n_records
         records += rows
     return records

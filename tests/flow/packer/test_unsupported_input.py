@@ -1,11 +1,18 @@
 """Files that pack() refuses or skips: other formats, dangling links, damaged images."""
 
+import gzip
 import io
 import json
 import os
+import re
 import struct
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.orc
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +47,16 @@ class TestOtherFormats:
     def test_files_of_another_format_are_refused_by_name_beside_files_that_can_be_packed(self, tmp_path):
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "good.jsonl").write_text('{"x": 1}\n')
-        for name in ("a.tar", "a.tar.gz", "a.tgz", "a.beton", "a.tfrecord-00000-of-00004", "a.mds", "a.h5", "a.npy"):
+        for name in (
+            "a.tar",
+            "a.tar.gz",
+            "a.tgz",
+            "a.beton",
+            "a.array_record-00000-of-00004",
+            "a.mds",
+            "a.h5",
+            "a.lance",
+        ):
             (tmp_path / "in" / name).write_bytes(bytes(600))
             with pytest.raises(SchemaError, match="this is") as caught:
                 plan_pack(tmp_path / "in", tmp_path / "other", PackOptions())
@@ -49,6 +65,41 @@ class TestOtherFormats:
             with pytest.warns(UserWarning, match=name):
                 assert pack(tmp_path / "in", tmp_path / "out", kind="jsonl", mode="overwrite").n_records == 1
             (tmp_path / "in" / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("b.csv", b"\x89PNG\r\n\x1a\n" + bytes(100), "a PNG image"),
+        ("b.csv", "a,b\n1,2\n".encode("utf-16"), "text in UTF-16"),
+        ("b.csv", b"x\0y", "no known format"),
+        ("b.csv.gz", b"a,b\n1,2\n", "text"),
+        ("b.jsonl", gzip.compress(b'{"a": 1}\n'), "gzip"),
+        ("b.jsonl", b"PAR1" + bytes(50), "Parquet"),
+        ("b.jsonl.gz", b'{"a": 1}\n', "text"),
+        ("b.parquet", b'{"a": 1}\n', "text"),
+        ("b.feather", b"a,b\n1,2\n", "text"),
+        ("b.orc", b"PK\3\4" + bytes(50), "a zip archive"),
+        ("b.parquet", b"", "the file is empty"),
+    ],
+)
+def test_a_file_whose_name_lies_is_an_error_that_says_what_its_first_bytes_are(tmp_path, name, content, found):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = pa.table({"a": range(2000)})
+    writers = {
+        "csv": pyarrow.csv.write_csv,
+        "jsonl": lambda table, path: path.write_text("".join(f'{{"a": {i}}}\n' for i in range(len(table)))),
+        "parquet": pyarrow.parquet.write_table,
+        "feather": pyarrow.feather.write_feather,
+        "orc": pyarrow.orc.write_table,
+    }
+    kind = name.split(".")[1]
+    writers[kind](table, folder / f"a.{kind}")
+    (folder / name).write_bytes(content)
+    with pytest.raises(SchemaError, match=rf"/{re.escape(name)}: .*{found}"):
+        pack(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dangling_links_pipes_and_other_files_are_named(tmp_path):

@@ -1,0 +1,52 @@
+"""Files that another library's own package has written, packed and compared with that package's own reading."""
+
+import numpy as np
+import pytest
+
+import tiercache as tc
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+def test_examples_of_tensorflow_are_packed_as_tensorflow_parses_them(tmp_path, compression):
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(0)
+    train = tf.train
+    (tmp_path / "in").mkdir()
+    number = iter(range(1000))
+    for name in ("a", "b"):
+        options = tf.io.TFRecordOptions(compression_type=compression)
+        with tf.io.TFRecordWriter(str(tmp_path / "in" / f"{name}.tfrecord"), options) as writer:
+            for i in (next(number) for _ in range(300)):
+                feature = {
+                    "id": train.Feature(int64_list=train.Int64List(value=[i - 300])),
+                    "tokens": train.Feature(int64_list=train.Int64List(value=rng.integers(-(2**63), 2**63, i % 50))),
+                    "score": train.Feature(float_list=train.FloatList(value=[i / 7])),
+                    "x": train.Feature(float_list=train.FloatList(value=rng.random(5))),
+                    "text": train.Feature(bytes_list=train.BytesList(value=[f"é{i}".encode()])),
+                    "raw": train.Feature(bytes_list=train.BytesList(value=[rng.bytes(i % 9), b"x"])),
+                }
+                if i % 3 == 0:
+                    feature["opt"] = train.Feature(int64_list=train.Int64List(value=[i]))
+                writer.write(train.Example(features=train.Features(feature=feature)).SerializeToString())
+    tc.pack(tmp_path / "in", tmp_path / "out", schema={"text": "str"})
+    spec = {name: tf.io.VarLenFeature(tf.int64) for name in ("id", "tokens", "opt")}
+    spec |= {name: tf.io.VarLenFeature(tf.float32) for name in ("score", "x")}
+    spec |= {name: tf.io.VarLenFeature(tf.string) for name in ("text", "raw")}
+    paths = [str(tmp_path / "in" / f"{name}.tfrecord") for name in ("a", "b")]
+    theirs = [
+        {name: tf.sparse.to_dense(value).numpy() for name, value in tf.io.parse_single_example(record, spec).items()}
+        for record in tf.data.TFRecordDataset(paths, compression)
+    ]
+    ours = tc.Dataset(tmp_path / "out")
+    assert len(ours) == len(theirs) == 600
+    for found, expected in zip(ours, theirs, strict=True):
+        assert [found["id"]] == expected["id"].tolist()
+        assert [found["score"]] == expected["score"].tolist()
+        assert [found["text"].encode()] == expected["text"].tolist()
+        assert list(found["raw"]) == expected["raw"].tolist()
+        assert [value for value in [found["opt"]] if value is not None] == expected["opt"].tolist()
+        for name in ("tokens", "x"):
+            assert found[name].dtype == expected[name].dtype
+            assert np.array_equal(found[name], expected[name])
