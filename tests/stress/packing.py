@@ -1,6 +1,6 @@
-"""A packing to be killed: `python -m tests.stress.packing PROGRESS SOURCE URL [POINT NTH]` appends the source.
+"""A packing to be killed: `python -m tests.stress.packing PROGRESS SOURCE URL [POINT NTH [split]]` appends the source.
 
-With a point, it kills itself when it reaches the point for the n-th time.
+With a point, it kills itself when it reaches the point for the n-th time. With "split" there are two data sets.
 """
 
 import os
@@ -16,6 +16,7 @@ from tiercache.packer.pack import pack
 N_FILES, N_LINES = 12, 150
 OPTIONS = {"mode": "append", "shard_size": "8KiB", "block_size": "1KiB", "compression": "none"}
 SCHEMA = {"x": "int64", "text": "str"}
+SHARES = {"train": 0.7, "val": 0.3}
 
 
 def record(number: int) -> dict[str, object]:
@@ -32,7 +33,7 @@ def write_source(folder: Path) -> list[dict[str, object]]:
     return [record(i) for i in range(N_FILES * N_LINES)]
 
 
-def main(progress: str, source: str, url: str, point: str = "", nth: str = "1") -> None:
+def main(progress: str, source: str, url: str, point: str = "", nth: str = "1", split: str = "") -> None:
     tables.SPLIT_BYTES = 3000
     hits = count(1)
 
@@ -43,7 +44,7 @@ def main(progress: str, source: str, url: str, point: str = "", nth: str = "1") 
     set_hook(strike)
     with Path(progress).open("a") as file:
         print("begin", file=file, flush=True)
-        pack(source, url, schema=SCHEMA, **OPTIONS)
+        pack(source, url, schema=SCHEMA, split=SHARES if split else None, **OPTIONS)
         print("end", file=file, flush=True)
 
 

@@ -139,6 +139,17 @@ def pack(
         ),
     ] = None,
     text_column: Annotated[str, option("--text-column", "NAME", "Column of the text to tokenize.")] = "text",
+    map: Annotated[  # noqa: A002 - the name of the option
+        str | None,
+        option("--map", "MODULE:FUNCTION", "Function of a record: returns a record, a list of records, or None."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        option("--split", "NAME=SHARE,...", "Parts, e.g. train=0.9,val=0.1, each a data set at URL/NAME."),
+    ] = None,
+    split_by: Annotated[
+        str | None, option("--split-by", "NAME", "Column whose equal values stay in one part of --split.")
+    ] = None,
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
@@ -171,6 +182,9 @@ def pack(
         exclude=exclude or (),
         tokenize=tokenize,
         text_column=text_column,
+        map=map,
+        split=_parse_shares(split),
+        split_by=split_by,
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
@@ -193,11 +207,28 @@ def pack(
         output.event("bad_records", {"records": n_bad, "report": report_at}, text)
 
     with output.byte_progress("packing") as advance:
-        version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes), on_bad)
-    facts = {name: value for name, value in version_facts(version).items() if name not in ("kind", "created")}
-    text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
-    text += f", {format_bytes(version.n_bytes)}"
-    output.summary({"url": target, **facts}, f"{target}: version {version.number} has {text}")
+        versions = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes), on_bad)
+    for part, version in versions.items():
+        where = f"{target.rstrip('/')}/{part}" if part else target
+        facts = {name: value for name, value in version_facts(version).items() if name not in ("kind", "created")}
+        text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
+        text += f", {format_bytes(version.n_bytes)}"
+        output.summary({"url": where, **facts}, f"{where}: version {version.number} has {text}")
+
+
+def _parse_shares(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    shares: dict[str, float] = {}
+    for pair in text.split(","):
+        name, _, share = (one.strip() for one in pair.partition("="))
+        try:
+            if name in shares:
+                raise ValueError(f"{name!r} is named twice")
+            shares[name] = float(share)
+        except ValueError as error:
+            raise ValueError(f"--split takes parts and their shares, such as train=0.9,val=0.1: {error}") from None
+    return shares
 
 
 _MOST_SKIPPED = 20

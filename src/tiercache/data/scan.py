@@ -323,19 +323,26 @@ class Split:
 
     def _by_hash(self, records: Records, name: str) -> NDArray[np.uint16]:
         """Return the part of each record, uint16[n], as the hash of its key decides."""
-        _check_column(records, name, "by_hash", (*_INTEGERS, Kind.STR, Kind.BYTES))
+        self.check_key(records.stored_schema, "by_hash")
+        return _served(
+            records, map_tables(records, [name], lambda table: self.part_of_keys(table.column(0))), np.uint16
+        )
+
+    def check_key(self, schema: Schema, argument: str) -> None:
+        """Raise SchemaError if the column of `by_hash` has no keys, or is not in a schema. argument: Its name."""
+        if self.by_hash is not None:
+            _check_kind(schema, self.by_hash, argument, (*_INTEGERS, Kind.STR, Kind.BYTES))
+
+    def part_of_keys(self, keys: pa.ChunkedArray) -> NDArray[np.uint16]:
+        """Return the part that the hash of each key decides, uint16[n]. keys: Integers, text or bytes, and nulls."""
         key, total = derive_key(self.seed, "split by hash"), sum(self.weights)
         ends = np.cumsum(np.array(self.weights[:-1], object))
         bounds = np.array([(int(end) << 64) // total for end in ends], np.uint64)
-
-        def find(values: pa.ChunkedArray) -> NDArray[np.uint16]:
-            encoded = values.dictionary_encode().combine_chunks()  # a key that occurs often is hashed once
-            hashes = [key_hash(value, key) for value in (*encoded.dictionary.to_pylist(), None)]
-            parts = np.searchsorted(bounds, np.array(hashes, np.uint64), side="right").astype(np.uint16)
-            found: NDArray[np.uint16] = parts[np.asarray(pc.fill_null(encoded.indices, len(hashes) - 1))]
-            return found
-
-        return _served(records, map_tables(records, [name], lambda table: find(table.column(0))), np.uint16)
+        encoded = keys.dictionary_encode().combine_chunks()  # a key that occurs often is hashed once
+        hashes = [key_hash(value, key) for value in (*encoded.dictionary.to_pylist(), None)]
+        parts = np.searchsorted(bounds, np.array(hashes, np.uint64), side="right").astype(np.uint16)
+        found: NDArray[np.uint16] = parts[np.asarray(pc.fill_null(encoded.indices, len(hashes) - 1))]
+        return found
 
 
 def key_hash(value: int | str | bytes | None, key: bytes) -> int:
@@ -415,7 +422,10 @@ def class_counts(records: Records, name: str) -> dict[Any, int]:
 
 def _check_column(records: Records, name: str, argument: str, kinds: Sequence[Kind]) -> Column:
     """Return a stored column. Raises SchemaError: There is none, or it has none of the kinds."""
-    schema = records.stored_schema
+    return _check_kind(records.stored_schema, name, argument, kinds)
+
+
+def _check_kind(schema: Schema, name: str, argument: str, kinds: Sequence[Kind]) -> Column:
     column = schema.columns[schema.index(name)]
     is_float = column.kind is Kind.SCALAR and not pa.types.is_integer(column.arrow.type)
     if column.kind not in kinds or is_float:

@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import pyarrow as pa
 
 from tiercache.errors import SchemaError
 from tiercache.packer.export import UploadFile
 from tiercache.packer.files import BadRecord, InputBatch
-from tiercache.shard.writer import ShardWriter
 from tiercache.store import Store, Upload
 
 OnError: TypeAlias = Literal["stop", "skip", "dead-letter"]
@@ -24,7 +23,17 @@ _PART_BYTES = 8 << 20
 _Columns: TypeAlias = Mapping[str, Sequence[Any]] | pa.RecordBatch
 
 
-def write_batch(writer: ShardWriter, batch: InputBatch, add_bad: Callable[[BadRecord], None]) -> None:
+class BatchWriter(Protocol):
+    """What write_batch() needs of a ShardWriter."""
+
+    n_records: int
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def write_batch(self, columns: _Columns) -> None: ...
+
+
+def write_batch(writer: BatchWriter, batch: InputBatch, add_bad: Callable[[BadRecord], None]) -> None:
     """Write the records of a batch that fit the schema, and pass the others, and its bad records, to add_bad."""
     for one in batch.bad:
         add_bad(one)
@@ -44,7 +53,7 @@ def write_batch(writer: ShardWriter, batch: InputBatch, add_bad: Callable[[BadRe
 
 
 def _try_to_write(
-    writer: ShardWriter, columns: _Columns, batch: InputBatch, start: int, add_bad: Callable[[BadRecord], None]
+    writer: BatchWriter, columns: _Columns, batch: InputBatch, start: int, add_bad: Callable[[BadRecord], None]
 ) -> int | None:
     """Write columns, which begin with record `start` of a batch; or those before the first bad record: its number."""
     n_before = writer.n_records

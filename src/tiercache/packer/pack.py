@@ -11,23 +11,28 @@ import logging
 import math
 import os
 import pickle
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
 from tiercache import config
 from tiercache.crash_points import crash_point
+from tiercache.data.scan import Split
 from tiercache.errors import StoreError
 from tiercache.model import parse_bytes
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
-from tiercache.packer.files import InputSplit, RecordSource, SkippedFile
+from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
+from tiercache.packer.folders import FolderFiles
 from tiercache.packer.objects import find_object, is_object
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
 from tiercache.packer.tokens import tokenized
+from tiercache.packer.transform import MapFunction, divide, map_source
 from tiercache.packer.workers import Report, run_in_processes
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
 from tiercache.shard.schema import Schema, UserType, check_same_schema
@@ -52,6 +57,7 @@ _TASKS = 64
 _MOST_SHARDS_PER_TASK = 8
 # Shards of a task may exceed the target size by this part, rather than that the last one is nearly empty.
 _SHARD_EXCESS = 0.25
+_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_OVERHEAD = 0.02  # of footers, and of columns that are not in the source
 
 
@@ -65,11 +71,19 @@ class PackOptions(SourceOptions):
     block_size: int | str = "1MiB"
     compression: str | Mapping[str, str] = "auto"
     workers: int = 1
+    map: MapFunction | str | None = None
+    split: Mapping[str, float] | None = None
+    split_by: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mode(self.mode)
+        if self.split is None and self.split_by is not None:
+            raise ValueError("split_by= names the key of split=, which is not given")
+        for name in self.parts:
+            if self.split is not None and not _PART_NAME.fullmatch(name):
+                raise ValueError(f"a part of split= is a folder below the URL, so it cannot be named {name!r}")
         if type(self.workers) is not int or self.workers < 0:
             raise ValueError(f"workers must be a number of processes, or 0 for one per CPU, got {self.workers!r}")
         _ = self.shard_options
@@ -78,6 +92,19 @@ class PackOptions(SourceOptions):
     def n_workers(self) -> int:
         """Number of processes that may be used."""
         return self.workers or config.available_cpus()
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """Share of the records by part; without a split, one part named ""."""
+        if self.division is None:
+            return {"": 1.0}
+        names, weights = self.division.names, self.division.weights
+        return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
+
+    @cached_property
+    def division(self) -> Split | None:
+        """The split, if there is one. Raises TypeError and ValueError."""
+        return None if self.split is None else Split.of(self.split, 0, None, self.split_by)
 
     @property
     def shard_options(self) -> ShardOptions:
@@ -117,14 +144,23 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
 
     Raises NotFound, CommitConflict, SchemaError, TypeError, ValueError, as `pack`.
     """
-    with closing(open_store(url, **options.storage_options)) as store:
-        parent = _check_target(store, options)
-        chosen, skipped = _find(source, inputs, options, parent if options.mode == "append" else None)
+    with _open_targets(url, options) as (store, targets):
+        parents = {part: _check_target(store, target, options) for part, target in targets.items()}
+        first = next(iter(parents.values()))
+        chosen, skipped = _find(source, inputs, options, first if options.mode == "append" else None)
+        if options.mode == "append":
+            for version in filter(None, parents.values()):
+                check_same_schema(version.schema, chosen.schema)
+        if options.division is not None:
+            options.division.check_key(chosen.schema, "split_by")
         tasks = divide_splits(chosen.splits, options.shard_options.shard_bytes)
         key = _key_of(chosen, tasks, options)
         packing = find_packing(store, key)
-        if options.mode == "create" and parent is not None and (packing is None or not packing.committed(store, "")):
-            raise data_set_exists_error(store, parent)
+        for part, target in targets.items():
+            parent = parents[part]
+            is_new = packing is None or not packing.committed(target, part)
+            if options.mode == "create" and parent is not None and is_new:
+                raise data_set_exists_error(target, parent)
         finished = frozenset() if packing is None else frozenset(packing.finished())
         if n_others := sum(records.key != key for records in list_packings(store)):
             logger.warning(
@@ -144,6 +180,16 @@ def _find(
         if parent is not None:
             check_same_schema(parent.schema, tokens.schema)
         return tokens, skipped
+    if options.map is not None:
+        # schema= and classes= describe the results; classes of a folder of images also number its labels.
+        plain, skipped = _find(source, inputs, replace(options, map=None, schema=None, classes={}), None)
+        if isinstance(plain, FolderFiles) and options.classes:
+            plain, skipped = _find(source, inputs, replace(options, map=None, schema=None), None)
+        schema = None if parent is None else parent.schema
+        mapped = map_source(plain, options.map, options.schema, options.classes, schema)
+        if options.n_workers > 1:
+            _check_picklable(mapped)
+        return mapped, skipped
     if inputs is None and not is_object(source):
         return find_source(source, options, parent)
     for name in ("kind", "labels", "label_pattern", "check_images", "include", "exclude", "source_options"):
@@ -167,16 +213,29 @@ def _check_picklable(source: RecordSource) -> None:
         ) from error
 
 
-def _check_target(store: Store, options: PackOptions) -> Version | None:
-    """Check a data set's store, and return the newest version, if any."""
-    store.require_conditional_put()  # here, because the commit comes hours later
-    parent = find_latest(store)
+@contextmanager
+def _open_targets(url: str | os.PathLike[str], options: PackOptions) -> Iterator[tuple[Store, Mapping[str, Store]]]:
+    """Yield the store with the records of the packing, and that of each part's data set."""
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(open_store(url, **options.storage_options)))
+        targets = {"": store}
+        if options.split is not None:
+            roots = {part: f"{os.fspath(url).rstrip('/')}/{part}" for part in options.parts}
+            opened = {part: open_store(root, **options.storage_options) for part, root in roots.items()}
+            targets = {part: stack.enter_context(closing(one)) for part, one in opened.items()}
+        yield store, targets
+
+
+def _check_target(store: Store, target: Store, options: PackOptions) -> Version | None:
+    """Check a data set's store, and return the newest version, if any. store: That of the packing's records."""
+    target.require_conditional_put()  # here, because the commit comes hours later
+    parent = find_latest(target)
     if options.mode == "create" and parent is not None and next(list_packings(store), None) is None:
-        raise data_set_exists_error(store, parent)
+        raise data_set_exists_error(target, parent)
     if options.mode == "append" and parent is None:
-        raise no_data_set_error(store)
+        raise no_data_set_error(target)
     if parent is not None:
-        check_writable(parent, store.url)
+        check_writable(parent, target.url)
     if options.n_workers > 1 and isinstance(store, MemoryStore):
         raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with workers=1")
     return parent
@@ -185,7 +244,7 @@ def _check_target(store: Store, options: PackOptions) -> Version | None:
 def _key_of(source: RecordSource, tasks: Sequence[Sequence[InputSplit]], options: PackOptions) -> str:
     """Return a hash of what decides the shards that are written."""
     how = (options.on_error == "dead-letter", options.mode, options.shard_options, [len(task) for task in tasks])
-    facts = (repr(source), source.schema.to_bytes(), source.splits, how)
+    facts = (repr(source), source.schema.to_bytes(), source.splits, how, options.division)
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(f"{fact!r}\n".encode(errors="surrogatepass"))
@@ -229,20 +288,22 @@ def run_pack(
     plan: PackPlan,
     on_progress: Callable[[PackProgress], None] | None = None,
     on_bad: Callable[[int, str], None] | None = None,
-) -> Version:
-    """Write the shards, then commit them and return the version.
+) -> dict[str, Version]:
+    """Write the shards, then commit them and return the version of each part; "" without a split.
 
     Until the commit no reader sees anything. After an exception, Ctrl-C or a kill, the tasks that are finished stay,
-    and another call with the same source and options continues with the others. A packing that was killed after its
-    commit commits nothing again: its version is returned.
+    and another call with the same source and options continues with the others. A part that was committed before a kill
+    is not committed again: its version is returned.
     Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
-    with closing(open_store(plan.url, **plan.options.storage_options)) as store:
-        parent = _check_target(store, plan.options)
-        packing = begin_packing(store, plan.key, {"": parent.number if parent else 0})
-        if (version := packing.committed(store, "")) is None:
+    with _open_targets(plan.url, plan.options) as (store, targets):
+        parents = {part: _check_target(store, target, plan.options) for part, target in targets.items()}
+        bases = {part: parent.number if parent else 0 for part, parent in parents.items()}
+        packing = begin_packing(store, plan.key, bases)
+        versions = {part: packing.committed(target, part) for part, target in targets.items()}
+        if None in versions.values():
             try:
-                _run_tasks(plan, packing, on_progress)
+                _run_tasks(plan, packing, targets, on_progress)
             except BaseException:
                 with suppress(StoreError):  # the first error must stay visible
                     if not packing.finished():
@@ -251,15 +312,21 @@ def run_pack(
             crash_point("packing.tasks_finished")
             if plan.options.on_error != "stop":
                 _report_bad_records(plan, packing, on_bad)
-            version = _commit(plan, packing, parent)
-            crash_point("packing.committed")
+            for part, target in targets.items():
+                versions[part] = versions[part] or _commit(plan, packing, part, target, parents[part])
+                crash_point("packing.committed")
         packing.remove()
-        return version
+        return {part: version for part, version in versions.items() if version is not None}
 
 
-def _run_tasks(plan: PackPlan, packing: Packing, on_progress: Callable[[PackProgress], None] | None) -> None:
+def _run_tasks(
+    plan: PackPlan,
+    packing: Packing,
+    targets: Mapping[str, Store],
+    on_progress: Callable[[PackProgress], None] | None,
+) -> None:
     """Run the tasks that are not finished."""
-    finished, total_bytes = _usable(packing), plan.total_bytes
+    finished, total_bytes = _usable(packing, targets), plan.total_bytes
     done = [0, sum(split.n_bytes for number in finished for split in plan.tasks[number])]
 
     def report(n_records: int, n_bytes: int) -> None:
@@ -287,14 +354,14 @@ def _report_bad_records(plan: PackPlan, packing: Packing, on_bad: Callable[[int,
         on_bad(n_bad, redact(url))
 
 
-def _commit(plan: PackPlan, packing: Packing, parent: Version | None) -> Version:
+def _commit(plan: PackPlan, packing: Packing, part: str, target: Store, parent: Version | None) -> Version:
     """Commit the shards of all tasks, unless another process that runs the same packing has committed them."""
     shards = packing.finished()  # all of them; or another process has removed some, after its commit
-    if (version := packing.committed(packing.store, "")) is not None:
+    if (version := packing.committed(target, part)) is not None:
         return version
-    infos = [info for number in range(len(plan.tasks)) for info in shards[number][""]]
+    infos = [info for number in range(len(plan.tasks)) for info in shards[number][part]]
     return Commit(
-        packing.store,
+        target,
         infos,
         schema=plan.source.schema,
         mode=plan.options.mode,
@@ -304,12 +371,17 @@ def _commit(plan: PackPlan, packing: Packing, parent: Version | None) -> Version
     ).run()
 
 
-def _usable(packing: Packing) -> set[int]:
+def _usable(packing: Packing, targets: Mapping[str, Store]) -> set[int]:
     """Return the finished tasks. The record of one whose shards have been deleted is removed: it runs again."""
     finished = packing.finished()
-    there = {info.key: info.n_bytes for info in packing.store.list("shards/")} if finished else {}
+    there = {
+        (part, info.key): info.n_bytes
+        for part, target in targets.items()
+        if finished
+        for info in target.list("shards/")
+    }
     for number, parts in list(finished.items()):
-        if any(there.get(info.name) != info.n_bytes for infos in parts.values() for info in infos):
+        if any(there.get((part, info.name)) != info.n_bytes for part, infos in parts.items() for info in infos):
             packing.forget(number)
             del finished[number]
     return set(finished)
@@ -332,23 +404,37 @@ class _Job:
         If another process has recorded the task meanwhile, that process's shards count, and these are deleted.
         """
         number, splits = task
-        options = self.options.shard_options
         n_bytes = sum(split.n_bytes for split in splits)
-        even = replace(options, shard_bytes=_even_shard_bytes(n_bytes, options))
-        with closing(open_store(self.url, **self.options.storage_options)) as store:
+        with _open_targets(self.url, self.options) as (store, targets), ExitStack() as stack:
             packing = Packing(store, self.key, self.packing_id, self.bases)
-            with ShardWriter(store, self.source.schema, even) as writer:
-                with BadRecordLog(store, packing.bad_key(number), self.options.on_error) as log:
-                    for split in splits:
-                        for batch in self.source.read(split, options.block_bytes):
-                            write_batch(writer, batch, log.add)
-                            report(batch.n_records, batch.n_bytes)
-                    log.close()
-                infos = writer.finish()
+            log = stack.enter_context(BadRecordLog(store, packing.bad_key(number), self.options.on_error))
+            writers = {
+                part: stack.enter_context(
+                    ShardWriter(targets[part], self.source.schema, self._options(share * n_bytes))
+                )
+                for part, share in self.options.parts.items()
+            }
+            for split in splits:
+                for part, batch in self._batches(split):
+                    write_batch(writers[part], batch, log.add)
+                    report(batch.n_records, batch.n_bytes)
+            log.close()
+            infos = {part: writer.finish() for part, writer in writers.items()}
             crash_point("packing.shards_written")
-            if not packing.finish(number, {"": infos}):
-                store.delete([info.name for info in infos])
+            if not packing.finish(number, infos):
+                for part, of_part in infos.items():
+                    targets[part].delete([info.name for info in of_part])
             crash_point("packing.task_recorded")
+
+    def _options(self, n_bytes: float) -> ShardOptions:
+        options = self.options.shard_options
+        return replace(options, shard_bytes=_even_shard_bytes(int(n_bytes), options))
+
+    def _batches(self, split: InputSplit) -> Iterator[tuple[str, InputBatch]]:
+        n_records = 0
+        for batch in self.source.read(split, self.options.shard_options.block_bytes):
+            yield from divide(batch, self.options.division, split, n_records)
+            n_records += batch.n_records
 
 
 def pack(
@@ -373,6 +459,9 @@ def pack(
     exclude: Sequence[str] = (),
     tokenize: str | None = None,
     text_column: str = "text",
+    map: MapFunction | str | None = None,  # noqa: A002 - the name of the option of the command
+    split: Mapping[str, float] | None = None,
+    split_by: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
@@ -428,12 +517,21 @@ def pack(
             a tokenizer.json or of its folder; or a name on the Hugging Face Hub. No special tokens are added:
             `pack_sequences(eos=)` adds the end token. None: the text stays.
         text_column: Column of the text that is replaced.
+        map: Function of a record of the source, as `dataset[i]` returns it, or "module:function". It returns a record
+            (a dict), a list of records, or None to leave the record out. If it raises, the record is a bad one.
+            `schema` states the types of the results; otherwise the first ones give them, and a column that is passed on
+            keeps its type.
+        split: Parts and their shares, such as {"train": 0.9, "val": 0.1}. Each part is a data set at URL/NAME. A hash
+            decides, so the sizes are only about the shares.
+        split_by: Column of keys (integers, text or bytes) that are hashed, so that records with equal keys stay
+            together, as `Dataset.split(by_hash=)` does. None: the record's number in its file.
         storage_options: Options of the data set's store.
         source_options: Options of the source's store.
         on_progress: Function called in this thread with a PackProgress from time to time.
 
     Returns:
-        The committed version. A UserWarning names files of the source that were skipped, such as dangling links.
+        The committed version; with `split`, that of its first part. A UserWarning names files of the source that were
+        skipped, such as dangling links.
 
     Raises:
         NotFound, CommitConflict, SchemaError, ValueError: See plan_pack() and run_pack().
@@ -456,6 +554,9 @@ def pack(
         exclude=exclude,
         tokenize=tokenize,
         text_column=text_column,
+        map=map,
+        split=split,
+        split_by=split_by,
         storage_options=storage_options or {},
         source_options=source_options or {},
     )
@@ -477,4 +578,4 @@ def pack(
     def warn(n_bad: int, report_at: str) -> None:
         warnings.warn(f"{n_bad:,} bad records were not packed; {report_at} lists them", stacklevel=4)
 
-    return run_pack(plan, on_progress, warn)
+    return next(iter(run_pack(plan, on_progress, warn).values()))

@@ -235,6 +235,48 @@ def shard_key(writer_id: str, number: int) -> str:
     return f"{SHARDS_FOLDER}{writer_id}-{number:06d}.tcs"
 
 
+def convert_batch(schema: Schema, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table, n_before: int) -> BlockData:
+    """Return a batch in stored form. n_before: Number of the first record, for errors. Raises SchemaError."""
+    if isinstance(columns, pa.RecordBatch | pa.Table):
+        if len(set(columns.schema.names)) != len(columns.schema.names):
+            raise SchemaError(f"column names must differ, got {columns.schema.names}")
+        # The metadata of a field says whether the column is in stored form.
+        columns = {
+            field.name: StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
+            for field, data in zip(columns.schema, columns.columns, strict=True)
+        }
+    check_mapping(columns)
+    _check_names(schema, columns, at_record=None)
+    given: dict[str, ColumnData] = {}
+    for name, data in columns.items():
+        column = schema.columns[schema.index(name)]
+        try:
+            given[name] = convert_column(column, data)
+        except ConversionError as error:
+            raise misfit_error(column, error, n_before + error.index) from error
+    lengths = {name: part.n for name, part in given.items()}
+    n = next(iter(lengths.values()), 0)
+    for name, length in lengths.items():
+        if length != n:
+            first = next(iter(lengths))
+            raise SchemaError(
+                f"expected {n} records, as in {first!r}, got {length}", column=name, expected=n, got=length
+            )
+    missing = [c for c in schema.columns if c.name not in given]
+    given |= {c.name: build_column_data(c, [None] * n) for c in missing}
+    return [given[name] for name in schema.names]
+
+
+def _check_names(schema: Schema, named: Mapping[str, Any], *, at_record: int | None) -> None:
+    for name in named:
+        schema.index(name)
+    for column in schema.columns:
+        if column.name not in named and not column.nullable:
+            raise SchemaError(
+                "it is missing", column=column.name, record=at_record, expected=str(column), got="nothing"
+            )
+
+
 class ShardWriter:
     """Writer of records to the objects `shards/<writer id>-<number>.tcs` of a store. For one thread of one process.
 
@@ -275,7 +317,9 @@ class ShardWriter:
             self._check_open()
         kept = self._rows.add_fast(record)
         if kept == NEEDS_CONVERSION:
-            self._check_names(record, at_record=self.n_records)
+            check_mapping(record)
+            if record.keys() != self._names:
+                _check_names(self._schema, record, at_record=self.n_records)
             kept = self._rows.add(record, self.n_records)
         self.n_records += 1
         if kept != ADDED:
@@ -297,16 +341,7 @@ class ShardWriter:
     def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
         """See Writer.write_batch. The columns are read only during the call."""
         self._check_open()
-        if isinstance(columns, pa.RecordBatch | pa.Table):
-            if len(set(columns.schema.names)) != len(columns.schema.names):
-                raise SchemaError(f"column names must differ, got {columns.schema.names}")
-            # The metadata of a field says whether the column is in stored form.
-            columns = {
-                field.name: StoredArray(data) if TYPE_KEY in (field.metadata or {}) else data
-                for field, data in zip(columns.schema, columns.columns, strict=True)
-            }
-        self._check_names(columns, at_record=None)
-        batch = self._convert(columns)
+        batch = convert_batch(self._schema, columns, self.n_records)
         if not batch[0].n:
             return
         self._ended = _BROKEN
@@ -315,38 +350,6 @@ class ShardWriter:
         self._write_blocks(self._cutter.add(batch))
         self._rows.set_room(self._cutter.room_bytes)
         self._ended = ""
-
-    def _convert(self, columns: Mapping[str, Any]) -> BlockData:
-        given: dict[str, ColumnData] = {}
-        for name, data in columns.items():
-            column = self._schema.columns[self._schema.index(name)]
-            try:
-                given[name] = convert_column(column, data)
-            except ConversionError as error:
-                raise misfit_error(column, error, self.n_records + error.index) from error
-        lengths = {name: part.n for name, part in given.items()}
-        n = next(iter(lengths.values()), 0)
-        for name, length in lengths.items():
-            if length != n:
-                first = next(iter(lengths))
-                raise SchemaError(
-                    f"expected {n} records, as in {first!r}, got {length}", column=name, expected=n, got=length
-                )
-        missing = [c for c in self._schema.columns if c.name not in given]
-        given |= {c.name: build_column_data(c, [None] * n) for c in missing}
-        return [given[name] for name in self._schema.names]
-
-    def _check_names(self, named: Mapping[str, Any], *, at_record: int | None) -> None:
-        check_mapping(named)
-        if named.keys() == self._names:
-            return
-        for name in named:
-            self._schema.index(name)
-        for column in self._schema.columns:
-            if column.name not in named and not column.nullable:
-                raise SchemaError(
-                    "it is missing", column=column.name, record=at_record, expected=str(column), got="nothing"
-                )
 
     def _check_open(self) -> None:
         if self._ended == _NEW:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.stress.kills import KillLoop, points_where
-from tests.stress.packing import OPTIONS, SCHEMA, write_source
+from tests.stress.packing import OPTIONS, SCHEMA, SHARES, write_source
 
 import tiercache as tc
 from tiercache.shard.packings import list_packings
@@ -77,6 +77,34 @@ def test_a_packing_killed_at_any_point_continues_and_keeps_what_is_finished(tmp_
             n_new, orphans = len(now.keys() - before.keys()), written.keys() - before.keys() - kept
             if point not in ("packing.committed", "packing.tasks_removed"):
                 assert n_new - len(orphans) >= len(kept)
+
+
+@pytest.mark.timeout(300)
+def test_a_split_killed_at_any_point_is_finished_with_each_record_in_one_part_once(tmp_path, warm_python):
+    source = tmp_path / "source"
+    records = write_source(source)
+    split_of = {}
+    for point in points_where(lambda name: name.startswith("packing.")):
+        for nth in ("1", "2"):
+            if point in ("packing.tasks_finished", "packing.tasks_removed") and nth == "2":
+                continue
+            url = tmp_path / f"{point}-{nth}"
+            for part in SHARES:
+                tc.Writer(url / part, schema=SCHEMA).close()
+            arguments = [str(source), str(url), point, nth, "split"]
+            loop = KillLoop(warm_python, "tests.stress.packing", tmp_path / "progress", arguments, work_s=0, seed=0)
+            code, errors = loop._run(None)
+            assert code == -signal.SIGKILL, (point, errors)
+            if (point, nth) == ("packing.committed", "1"):
+                assert [len(tc.Dataset(url / part)) > 0 for part in SHARES] == [True, False]
+            loop._command[-3:] = ["", "1", "split"]
+            loop.finish()
+            found = {part: tc.Dataset(url / part)[:]["x"].tolist() for part in SHARES}
+            assert sorted(found["train"] + found["val"]) == [record["x"] for record in records]
+            assert found == (split_of or found)
+            split_of = found
+            assert list(list_packings(open_store(url))) == []
+            assert all(list(verify_dataset(open_store(url / part))) == [] for part in SHARES)
 
 
 def kill_group(command: list[str], url: Path, after_s: float) -> int:

@@ -414,7 +414,7 @@ class TestProcesses:
             TierCacheError, match=r"a worker process died \(exit code -9\); the system may have killed it"
         ):
             run_pack(plan_pack(tmp_path / "a.jsonl", tmp_path / "out", options), kill_the_children)
-        assert run_pack(plan_pack(tmp_path / "a.jsonl", tmp_path / "out", options)).n_records == 4000
+        assert run_pack(plan_pack(tmp_path / "a.jsonl", tmp_path / "out", options))[""].n_records == 4000
         assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
 
 

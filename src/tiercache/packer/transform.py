@@ -1,0 +1,228 @@
+"""What changes the records of a source on their way into shards: a function of records, and a split into data sets."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.data.scan import Split
+from tiercache.errors import SchemaError
+from tiercache.layouts.reader import blocks_of
+from tiercache.packer.bad_records import write_batch
+from tiercache.packer.files import BadRecord, InputBatch, InputSplit, RecordSource
+from tiercache.packer.objects import identity_of, import_callable, infer_types, name_of
+from tiercache.shard.schema import Kind, Schema, UserType, check_same_schema
+from tiercache.shard.values import as_records, block_values
+from tiercache.shard.writer import convert_batch
+
+MapFunction: TypeAlias = Callable[[dict[str, Any]], Any]
+# Results from which types are known, and bytes of the source that may be read for them.
+_SAMPLE_RECORDS, _SAMPLE_BYTES = 100, 256 << 20
+_BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class MappedSource:
+    """The records that a function makes of those of a source, a files.RecordSource."""
+
+    source: RecordSource
+    function: MapFunction
+    schema: Schema
+
+    @property
+    def splits(self) -> tuple[InputSplit, ...]:
+        return self.source.splits
+
+    def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
+        for batch in self.source.read(split, batch_bytes):
+            yield _map_batch(batch, self.source.schema, self.function)[0]
+
+    def __repr__(self) -> str:
+        return f"MappedSource({self.source!r}, {identity_of(self.function)})"
+
+
+def map_source(
+    source: RecordSource,
+    function: MapFunction | str,
+    schema: Mapping[str, UserType] | pa.Schema | Schema | None,
+    classes: Mapping[str, Sequence[str]],
+    parent: Schema | None,
+) -> MappedSource:
+    """Return a source whose records are those of a function, or of "module:function".
+
+    The first results give the types that schema does not; a column that the function passes on keeps its type. parent:
+    Schema of the data set that they are appended to. Raises SchemaError, TypeError, ValueError.
+    """
+    if isinstance(function, str):
+        function = import_callable(function)
+    if not callable(function):
+        raise TypeError(f"map= must be a function of a record, or 'module:function', got {function!r}")
+    if isinstance(schema, pa.Schema | Schema):
+        mapped = Schema.of(schema)
+    elif parent is not None and schema is None:
+        mapped = parent
+    else:
+        mapped = _infer(source, function, schema or {})
+    mapped = mapped.with_classes(classes)
+    if parent is not None:
+        check_same_schema(parent, mapped)
+    return MappedSource(source, function, mapped)
+
+
+def _infer(source: RecordSource, function: MapFunction, given: Mapping[str, UserType]) -> Schema:
+    sample: list[Mapping[str, Any]] = []
+    changed: set[str] = set()
+    bad: list[BadRecord] = []
+    n_bytes = 0
+    for batch in (batch for split in source.splits for batch in source.read(split, _BATCH_BYTES)):
+        mapped, others = _map_batch(batch, source.schema, function)
+        sample += mapped.columns  # type: ignore[arg-type]  # a list
+        changed |= others
+        bad += mapped.bad
+        n_bytes += batch.n_bytes
+        if len(sample) >= _SAMPLE_RECORDS or n_bytes >= _SAMPLE_BYTES:
+            break
+    if not sample and bad:
+        raise SchemaError(f"{bad[0].location}: {bad[0].reason}", column=bad[0].column)
+    if not sample:
+        raise SchemaError(f"{name_of(function)}() returned no record of those that were tried: pass schema=")
+    plain = {column.name: column for column in source.schema.columns if column.name not in given}
+    kept = {name: column for name, column in plain.items() if name not in changed}
+    types = infer_types(sample[:_SAMPLE_RECORDS], {**given, **{name: column.arrow for name, column in kept.items()}})
+    there = dict.fromkeys([*(name for record in sample for name in record), *given])
+    for name, column in plain.items():  # other bytes of an image are an image
+        if column.kind is Kind.IMAGE and name in changed and isinstance(sample[0].get(name), bytes):
+            types[name] = f"image{'?' if column.nullable else ''}"
+    schema = Schema.of({name: types[name] for name in there})
+    return schema.with_classes({name: one.classes for name, one in kept.items() if one.classes and name in there})
+
+
+def _map_batch(batch: InputBatch, schema: Schema, function: MapFunction) -> tuple[InputBatch, set[str]]:
+    """Return the results as a batch, and the names of columns whose values are not those of the source."""
+    numbers, records, bad = _records_of(batch, schema)
+    found: list[Mapping[str, Any]] = []
+    origins: list[int] = []
+    changed: set[str] = set()
+    for number, record in zip(numbers, records, strict=True):
+        try:
+            results = function(dict(record))
+            if results is None or isinstance(results, Mapping):
+                results = [] if results is None else [results]
+            if not isinstance(results, list | tuple) or not all(isinstance(one, Mapping) for one in results):
+                expected = "a record (a dict), a list of records, or None to leave the record out"
+                raise TypeError(f"it must return {expected}, got {results!r:.80}")
+        except Exception as error:  # noqa: BLE001 - the user's code
+            bad.append(BadRecord(batch.location(number), _fault(function, error), dict(record)))
+            continue
+        for one in results:
+            changed |= {name for name, value in one.items() if name not in record or value is not record[name]}
+        found += results
+        origins += [number] * len(results)
+    mapped = InputBatch(found, len(found), batch.n_bytes, lambda i: batch.location(origins[i]), bad)
+    return mapped, changed
+
+
+def _fault(function: MapFunction, error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is that of the call
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{name_of(function)}() failed: {type(error).__name__}: {error}{where}"
+
+
+class _Values:
+    """Records of batches as `Dataset` serves them, in the place of a ShardWriter."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema, self.records, self.n_records = schema, list[Mapping[str, Any]](), 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.records.append(record)
+        self.n_records += 1
+
+    def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch) -> None:
+        data = convert_batch(self.schema, columns, self.n_records)
+        chosen, n = range(len(self.schema)), data[0].n
+        loaded = blocks_of(self.schema, "", [0], chosen, [data])
+        values = block_values(loaded, chosen, np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32))
+        self.records += as_records(values)
+        self.n_records += n
+
+
+def _records_of(batch: InputBatch, schema: Schema) -> tuple[list[int], list[Mapping[str, Any]], list[BadRecord]]:
+    """Return the good records of a batch with their numbers in it, and the bad ones."""
+    values, bad = _Values(schema), list[BadRecord]()
+    wrong: list[int] = []
+
+    def add(one: BadRecord) -> None:
+        if len(bad) >= len(batch.bad):
+            wrong.append(values.n_records + len(wrong))
+        bad.append(one)
+
+    if batch.n_records or batch.bad:
+        write_batch(values, batch, add)
+    left_out = set(wrong)
+    return [number for number in range(batch.n_records) if number not in left_out], values.records, bad
+
+
+def divide(batch: InputBatch, split: Split | None, where: InputSplit, first: int) -> Iterator[tuple[str, InputBatch]]:
+    """Yield the records of each part of a split; None: of the one part "". Bytes and bad records are the first part's.
+
+    Without a key, a record's part follows from its number in the source: where, and first, that of the batch in it.
+    """
+    if split is None:
+        yield "", batch
+        return
+    n = batch.n_records
+    if split.by_hash is None:
+        keys = pa.array([f"{where.path}:{where.start}:{first + i}" for i in range(n)], pa.string())
+    else:
+        keys = _keys_of(batch, split.by_hash)
+    parts = split.part_of_keys(pa.chunked_array([keys])) if n else np.zeros(0, np.uint16)
+    for number, name in enumerate(split.names):
+        rows = np.flatnonzero(parts == number)
+        n_bytes, bad = (0, ()) if number else (batch.n_bytes, batch.bad)
+        yield name, InputBatch(_taken(batch, rows), len(rows), n_bytes, partial(_location_of, batch, rows), bad)
+
+
+def _location_of(batch: InputBatch, rows: Any, i: int) -> str:
+    return batch.location(int(rows[i]))
+
+
+def _taken(batch: InputBatch, rows: Any) -> Any:
+    columns = batch.columns
+    if len(rows) == batch.n_records:
+        return columns
+    if isinstance(columns, list):
+        return [columns[i] for i in rows]
+    if isinstance(columns, pa.RecordBatch):
+        return columns.take(pa.array(rows))
+    return {
+        name: values.take(pa.array(rows)) if isinstance(values, pa.Array) else [values[i] for i in rows]
+        for name, values in columns.items()
+    }
+
+
+def _keys_of(batch: InputBatch, name: str) -> pa.Array:
+    """Return the keys of a batch. A value that is no key has the part of a null: the writer says what is wrong."""
+    columns = batch.columns
+    if isinstance(columns, pa.RecordBatch):
+        index = columns.schema.get_field_index(name)
+        return pa.nulls(batch.n_records, pa.string()) if index < 0 else columns.column(index)
+    found: Any = [record.get(name) for record in columns] if isinstance(columns, list) else columns.get(name)
+    if isinstance(found, pa.Array):
+        return found
+    # Keys of one column are hashed as text or bytes; an integer as its decimal digits.
+    keys = [_key(value) for value in (found if found is not None else [None] * batch.n_records)]
+    return pa.array(keys, pa.binary())
+
+
+def _key(value: Any) -> bytes | None:
+    if isinstance(value, bytes):
+        return value
+    return str(value).encode(errors="surrogatepass") if isinstance(value, str | int | np.integer) else None
