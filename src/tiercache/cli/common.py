@@ -174,6 +174,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 Advance: TypeAlias = Callable[[int, int], None]
 Figures: TypeAlias = "Callable[[ModuleType], list[Any]]"
 PROGRESS_LINE_S = 30.0
+_DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 """Callback of a progress bar; its arguments are the amount done and the total."""
 
 
@@ -239,15 +240,31 @@ class Output:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as "12 d", "3 h" or "40 s": in the largest unit of which it has at least two."""
+    for length_s, unit in _DURATION_UNITS:
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def _progress_lines(doing: str, text: Callable[[int], str]) -> Advance:
-    """Return a function that prints the progress every PROGRESS_LINE_S at most."""
-    next_s = SYSTEM_CLOCK.monotonic() + PROGRESS_LINE_S
+    """Return a function that prints the progress every PROGRESS_LINE_S at most, with the rate and the time left."""
+    start_s = SYSTEM_CLOCK.monotonic()
+    next_s = start_s + PROGRESS_LINE_S
+    n_before: int | None = None  # what an earlier run has done says nothing of the rate
 
     def advance(done: int, total: int) -> None:
-        nonlocal next_s
-        if SYSTEM_CLOCK.monotonic() >= next_s:
-            next_s = SYSTEM_CLOCK.monotonic() + PROGRESS_LINE_S
-            typer.echo(f"tiercache: {doing}: {text(done)} of {text(total)} ({done / max(total, 1):.0%})", err=True)
+        nonlocal next_s, n_before
+        now_s = SYSTEM_CLOCK.monotonic()
+        n_before = done if n_before is None else n_before
+        if now_s >= next_s:
+            next_s = now_s + PROGRESS_LINE_S
+            line = f"tiercache: {doing}: {text(done)} of {text(total)} ({done / max(total, 1):.0%})"
+            if done > n_before:
+                rate = (done - n_before) / (now_s - start_s)
+                line += f", {text(round(rate))}/s, {format_duration(max(total - done, 0) / rate)} left"
+            typer.echo(line, err=True)
 
     return advance
 

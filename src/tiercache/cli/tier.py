@@ -35,6 +35,7 @@ from tiercache.cli.common import (
     confirm,
     count,
     flag,
+    format_duration,
     option,
     printable,
     verb,
@@ -65,20 +66,10 @@ from tiercache.tier.snapshot import KINDS, READABLE, SHARD, STANDARD, ExceededLi
 from tiercache.tier.stores import Stores, missing_folder_message, unavailable_tiers
 from tiercache.tier.text_columns import first_match
 
-_DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-
 
 def format_dollars(amount: float) -> str:
     digits = 2 if amount == 0 or abs(amount) >= 0.01 else 1 - math.floor(math.log10(abs(amount)))
     return f"{amount:,.{digits}f}" if digits <= 6 and amount else "0.00"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as "12 d", "3 h" or "40 s": in the largest unit of which it has at least two."""
-    for length_s, unit in _DURATION_UNITS:
-        if seconds >= 2 * length_s:
-            return f"{seconds / length_s:,.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 def format_time(seconds: float) -> str:

@@ -92,7 +92,7 @@ def test_a_sum_that_is_rounded_to_zero_has_no_sign():
     assert [format_dollars(amount) for amount in (-0.0, -1e-9, 0.25, -0.00033)] == ["0.00", "0.00", "0.25", "-0.00033"]
 
 
-def test_without_a_terminal_the_progress_is_a_line_every_30_s(capsys, monkeypatch):
+def test_without_a_terminal_the_progress_is_a_line_every_30_s_with_the_rate_and_the_time_left(capsys, monkeypatch):
     clock = FakeClock()
     monkeypatch.setattr(common, "SYSTEM_CLOCK", clock)
     with Output(as_json=True).byte_progress("warming") as advance:
@@ -101,10 +101,16 @@ def test_without_a_terminal_the_progress_is_a_line_every_30_s(capsys, monkeypatc
             clock.advance(1)
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [
-        "tiercache: warming: 30.0 MiB of 100.0 MiB (30%)",
-        "tiercache: warming: 60.0 MiB of 100.0 MiB (60%)",
+        "tiercache: warming: 30.0 MiB of 100.0 MiB (30%), 1.0 MiB/s, 70 s left",
+        "tiercache: warming: 60.0 MiB of 100.0 MiB (60%), 1.0 MiB/s, 40 s left",
     ]
     assert captured.out == ""
+    with Output().byte_progress("packing") as advance:  # 500 MiB were packed by an earlier run
+        for done in (500, 501, 530, 530):
+            advance(done << 20, 1000 << 20)
+            clock.advance(15)
+    line = "tiercache: packing: 530.0 MiB of 1000.0 MiB (53%), 1.0 MiB/s, 8 min left"
+    assert capsys.readouterr().err.splitlines() == [line]
     with Output(quiet=True).byte_progress("warming") as advance:
         clock.advance(100)
         advance(1, 2)
