@@ -127,3 +127,26 @@ def test_a_data_set_of_mosaicml_is_read_as_its_streaming_data_set_reads_it(tmp_p
         assert found["str_decimal"] == str(expected["str_decimal"])
         for name in ("int", "str", "bytes", "float64", "uint8", "json", "str_int", "str_float"):
             assert found[name] == expected[name]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_shards_of_webdataset_are_read_as_webdataset_reads_them(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    rng = np.random.default_rng(0)
+    with webdataset.ShardWriter(str(tmp_path / "shard-%03d.tar"), maxcount=70, verbose=0) as out:
+        for i in range(200):
+            picture = rng.integers(0, 255, (8 + i % 5, 10, 3), np.uint8)
+            sample = {"__key__": f"{'x' * (i % 90)}/{i:06}", "png": picture, "cls": i % 7, "json": {"i": [i, None]}}
+            out.write(sample | ({"txt": f"täxt {i}"} if i % 3 else {}))
+    shards = sorted(map(str, tmp_path.glob("*.tar")))
+    theirs = webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8")
+    ours = tc.Dataset(tmp_path)
+    n_seen = 0
+    for found, expected in zip(ours, theirs, strict=True):
+        n_seen += 1
+        pixels = pytest.importorskip("PIL.Image").open(io.BytesIO(found["png"])).convert("RGB")
+        assert np.array_equal(np.asarray(pixels), expected["png"])
+        assert found["txt"] == expected.get("txt")
+        for name in ("__key__", "cls", "json"):
+            assert found[name] == expected[name]
+    assert n_seen == 200

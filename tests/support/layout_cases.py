@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +65,52 @@ def write_mds(folder: Path, codec: str = "") -> Mapping[str, list[Any]]:
     return mds_files.columns_of(shards)
 
 
+def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_tars(folder: Path, tar_format: int = tarfile.USTAR_FORMAT, prefix: str = "") -> Mapping[str, list[Any]]:
+    """Write 3 shards of samples, of which some lack a text; with folders of their own between them."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("__key__", "seg.png", "cls", "json", "txt", "raw")}
+    for shard in range(3):
+        with tarfile.open(folder / f"shard-{shard:03}.tar", "w", format=tar_format) as tar:
+            for i in range(shard * 100, shard * 100 + (1 if shard == 1 else 100)):
+                key = f"{prefix}part{i % 2}/sample{i:05}"
+                sample = {
+                    "seg.png": b"\x89PNG\r\n\x1a\n" + bytes([i % 251]) * (i * 37 % 2000),
+                    "cls": f"{i % 10}\n".encode(),
+                    "json": json.dumps({"i": i, "a": [None, "ä"]}).encode(),
+                    "txt": None if i % 3 == 0 else f"täxt {i}".encode(),
+                    "raw": bytes(i % 5),
+                }
+                if i % 50 == 0 and prefix:
+                    folder_of = tarfile.TarInfo(f"{prefix}folder{i}")
+                    folder_of.type = tarfile.DIRTYPE
+                    tar.addfile(folder_of)
+                for ending, content in sample.items():
+                    if content is not None:
+                        add_file(tar, f"{key}.{ending}", content)
+                add_file(tar, f"{prefix}__meta__", b"no part of a sample")
+                columns["__key__"].append(key)
+                columns["seg.png"].append(sample["seg.png"])
+                columns["cls"].append(i % 10)
+                columns["json"].append({"i": i, "a": [None, "ä"]})
+                columns["txt"].append(None if i % 3 == 0 else f"täxt {i}")
+                columns["raw"].append(sample["raw"])
+    return columns
+
+
+_TAR_TYPES = {"__key__": "str", "seg.png": "image", "cls": "int64", "json": "json", "raw": "bytes", "txt": "str?"}
+
 CASES = [
+    LayoutCase("webdataset", write_tars, _TAR_TYPES),
+    LayoutCase(
+        "webdataset-long-names",
+        partial(write_tars, tar_format=tarfile.GNU_FORMAT, prefix="a/" * 60),
+        _TAR_TYPES,
+    ),
     LayoutCase("mds", write_mds, mds_files.TYPES),
     LayoutCase("mds-zstd", partial(write_mds, codec="zstd"), mds_files.TYPES),
     LayoutCase(

@@ -21,6 +21,7 @@ from tiercache.layouts.mds import MdsLayout
 from tiercache.layouts.megatron import MegatronLayout
 from tiercache.layouts.parquet import ParquetLayout
 from tiercache.layouts.reader import SourceBytes
+from tiercache.layouts.webdataset import WebDatasetLayout
 from tiercache.model import ObjectInfo, ShardIdentity
 from tiercache.store.access import matches_glob, redact
 from tiercache.store.contract import Store
@@ -28,7 +29,7 @@ from tiercache.store.remote import call_threads
 from tiercache.store.shared_files import replace_whole
 
 # In this order. The first one that recognises its files reads them.
-LAYOUTS: tuple[type[Layout], ...] = (MdsLayout, ParquetLayout, ArrowLayout, MegatronLayout)
+LAYOUTS: tuple[type[Layout], ...] = (MdsLayout, ParquetLayout, ArrowLayout, MegatronLayout, WebDatasetLayout)
 
 _INDEX_THREADS = 16
 # Folders of data sets in other layouts rarely have more; every one of them is listed before the first batch.
