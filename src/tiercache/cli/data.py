@@ -82,7 +82,7 @@ def pack(
             "--kind",
             "KIND",
             "Kind of the input, if file names do not say it: images, files, text, parquet, csv, feather, orc, jsonl, "
-            "mds, arrow, megatron.",
+            "mds, arrow, megatron, webdataset.",
         ),
     ] = None,
     labels: Annotated[
@@ -162,8 +162,8 @@ def pack(
     """Convert images, tables, text or any files into a data set.
 
     SOURCE is a folder of images, which may have one sub-folder per class, or of text, or names tables: Parquet, CSV,
-    Feather, ORC or JSON lines; or data of other libraries: MDS, Arrow or Megatron. After Ctrl-C or a kill, the same
-    command continues.
+    Feather, ORC or JSON lines; or data of other libraries: MDS, Arrow, Megatron or WebDataset. After Ctrl-C or a kill,
+    the same command continues.
     """
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is

@@ -242,8 +242,8 @@ def _single_file(text: str, remote: bool, options: Mapping[str, Any]) -> tuple[F
 _BY_SUFFIX: Mapping[str, str] = {
     ".mds": "a shard of MosaicML Streaming (MDS), whose index.json is missing",
     ".beton": "an FFCV data set; ffcv reads it",
-    ".tar": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
-    ".tgz": "a tar archive, as WebDataset writes; webdataset or tarfile reads it",
+    ".tar": "a compressed tar archive; pack takes tars that are not compressed, as WebDataset writes",
+    ".tgz": "a compressed tar archive; pack takes tars that are not compressed, as WebDataset writes",
     ".array_record": "an ArrayRecord file; array_record reads it",
     ".arrayrecord": "an ArrayRecord file; array_record reads it",
     ".lance": "a Lance file; lance reads it",
@@ -353,6 +353,8 @@ def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError for a file in a foreign format, by its name."""
     for file in found:
         name = plain_name(file.path)
+        if name.endswith(".tar"):
+            continue
         for suffix in _COMPRESSED:
             name = name.removesuffix(suffix)
         format_name = _BY_SUFFIX.get("." + name.rpartition(".")[2]) if "." in name else None
@@ -367,6 +369,6 @@ def _name(path: str) -> str:
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
         f"{files.location(path)}: this is {what}. pack takes folders of images, text or files, Parquet, CSV, Feather, "
-        f"ORC, JSON lines, NumPy, TFRecord, MDS, Arrow and Megatron. Pack records of other formats by module:callable, "
-        f"or {remedy}"
+        f"ORC, JSON lines, NumPy, TFRecord, WebDataset, MDS, Arrow and Megatron. Pack records of other formats by "
+        f"module:callable, or {remedy}"
     )

@@ -23,7 +23,7 @@ from tiercache.store import Store, open_store
 
 # Kinds of sources, and the ends of names of their files. Parquet, and Arrow as .feather, are kinds of tables.
 LAYOUT_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"mds": ("index.json",), "arrow": (".arrow", ".ipc"), "megatron": (".idx",)}
+    {"mds": ("index.json",), "arrow": (".arrow", ".ipc"), "megatron": (".idx",), "webdataset": (".tar",)}
 )
 # Bytes of a split, if its blocks are small: tasks consist of whole splits.
 _SPLIT_BYTES = 4 << 20

@@ -45,6 +45,7 @@ SourceKind: TypeAlias = Literal[
     "mds",
     "arrow",
     "megatron",
+    "webdataset",
 ]
 SOURCE_KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 # Kinds that file names can indicate: the kind "files" is packed only on request.

@@ -48,7 +48,6 @@ class TestOtherFormats:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "good.jsonl").write_text('{"x": 1}\n')
         for name in (
-            "a.tar",
             "a.tar.gz",
             "a.tgz",
             "a.beton",
