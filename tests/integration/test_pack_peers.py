@@ -1,5 +1,7 @@
 """Files that another library's own package has written, packed and compared with that package's own reading."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -50,3 +52,52 @@ def test_examples_of_tensorflow_are_packed_as_tensorflow_parses_them(tmp_path, c
         for name in ("tokens", "x"):
             assert found[name].dtype == expected[name].dtype
             assert np.array_equal(found[name], expected[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # of LitData and of the packages that it imports
+@pytest.mark.parametrize("compression", ["", "zstd chunk", "zstd batch", "zstd sample"])
+def test_a_data_set_of_litdata_is_packed_as_its_streaming_data_set_reads_it(tmp_path, compression):
+    writer = pytest.importorskip("litdata.streaming.writer")
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    codec, _, level = compression.partition(" ")
+    how = {"compression": codec, "compression_level": level} if codec else {}
+    out = writer.BinaryWriter(str(tmp_path / "in"), chunk_size=70, **how)
+    for i in range(200):
+        picture = image.fromarray(rng.integers(0, 255, (8 + i % 5, 10, 3), np.uint8))
+        encoded = io.BytesIO()
+        picture.save(encoded, "JPEG")
+        encoded.seek(0)
+        out[i] = {
+            "int": i - 100,
+            "float": i / 7,
+            "str": f"é{i}",
+            "bytes": rng.bytes(i % 9),
+            "bool": i % 3 == 0,
+            "tensor": torch.from_numpy(rng.random((2, 1 + i % 3))),
+            "half": torch.full((2, 2), i, dtype=torch.float16),
+            "tokens": torch.arange(i % 8, dtype=torch.int32),
+            "matrix": rng.integers(0, 9, (3, 2)).astype(np.uint16),
+            "vector": rng.random(4, np.float32),
+            "jpeg": image.open(encoded),
+            "pil": picture,
+            "nested": {"a": i, "b": str(i)},
+        }
+    out.done()
+    out.merge()
+    tc.pack(tmp_path / "in", tmp_path / "out")
+    reader = pytest.importorskip("litdata").StreamingDataset(str(tmp_path / "in"), shuffle=False)
+    ours = tc.Dataset(tmp_path / "out")
+    assert len(ours) == len(reader) == 200
+    for found, expected in zip(ours, (reader[i] for i in range(200)), strict=True):
+        for name in ("int", "float", "str", "bool"):
+            assert found[name] == expected[name]
+        assert found["bytes"] == memoryview(expected["bytes"]).tobytes()
+        for name in ("tensor", "half", "tokens", "matrix", "vector"):
+            assert found[name].dtype == np.asarray(expected[name]).dtype
+            assert np.array_equal(found[name], expected[name])
+        assert np.array_equal(found["pil"], np.asarray(expected["pil"]))
+        decoded = np.asarray(image.open(io.BytesIO(found["jpeg"])))
+        assert np.array_equal(decoded.transpose(2, 0, 1), expected["jpeg"])
+        assert {"a": found["nested.a"], "b": found["nested.b"]} == expected["nested"]

@@ -39,8 +39,8 @@ _TYPES: Mapping[str, UserType] = MappingProxyType(
 _ARRAYS = ("ndarray", "pil")
 _ARRAY_DTYPES = {8 * STORED[name].itemsize + "uif".index(STORED[name].kind): name for name in _NUMBERS}
 # Modes of Pillow by dtype and number of channels; those of other modes would look the same, or have a palette.
-_MODES = {b"L": ("uint8", 1), b"LA": ("uint8", 2), b"RGB": ("uint8", 3), b"RGBA": ("uint8", 4)}
-_MODES |= {b"I;16": ("uint16", 1), b"I": ("int32", 1), b"F": ("float32", 1)}
+PILLOW_MODES = {b"L": ("uint8", 1), b"LA": ("uint8", 2), b"RGB": ("uint8", 3), b"RGBA": ("uint8", 4)}
+PILLOW_MODES |= {b"I;16": ("uint16", 1), b"I": ("int32", 1), b"F": ("float32", 1)}
 _MOST_BYTES = 1 << 32  # offsets have 32 bits
 
 
@@ -392,12 +392,14 @@ def _image_heads(
     numbers = bytes_at(memory, starts, ends, 12).view("<u4").astype(np.int64)
     at = starts + 12
     modes = [bytes(memory[a : a + min(n, 8)]) for a, n in zip(at.tolist(), numbers[:, 2].tolist(), strict=True)]
-    dtype, channels = _MODES.get(modes[0], ("", 0))
+    dtype, channels = PILLOW_MODES.get(modes[0], ("", 0))
     if not dtype:
-        raise ValueError(f"the mode {modes[0]!r} of images is not supported; those are {', '.join(map(repr, _MODES))}")
+        raise ValueError(
+            f"the mode {modes[0]!r} of images is not supported; those are {', '.join(map(repr, PILLOW_MODES))}"
+        )
     if column is not None:
         expected = column.dtype, column.shape[2] if len(column.shape) > 2 else 1
-        _check_same(column, expected, [_MODES.get(mode, mode) for mode in modes])
+        _check_same(column, expected, [PILLOW_MODES.get(mode, mode) for mode in modes])
         dtype, channels = str(expected[0]), int(expected[1] or 1)
     shapes = numbers[:, [1, 0]]
     if channels > 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import IO, Any, BinaryIO, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -256,30 +256,46 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 # Shards of TFRecord and ArrayRecord data sets are named train.tfrecord-00000-of-00010.
 _NUMBERED = re.compile(r"-\d+-of-\d+(?=$|\.gz$)")
 _START_BYTES = 4096
-_INDEX_FILE = "index.json"
-_MDS_INDEX = re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\[')
-_LITDATA_INDEX = re.compile(rb'\s*\{\s*"chunks"\s*:\s*\[')
+_READ_BYTES = 8 << 20
+INDEX_FILE = "index.json"
+_INDEXES = {
+    "mds": (
+        re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"shards"\s*:\s*\['),
+        "MosaicML Streaming (MDS)",
+    ),
+    "litdata": (re.compile(rb'\s*\{\s*"chunks"\s*:\s*\['), "LitData"),
+}
 
 
-def find_mds_index(files: Files, found: Sequence[SourceFile], kind: str | None) -> bool:
-    """Return whether these files have an index of MosaicML Streaming.
+def find_index(files: Files, found: Sequence[SourceFile], kind: str | None) -> str | None:
+    """Return the kind of the data set, "mds" or "litdata", if these files have the index of one.
 
-    Raises SchemaError if it would be packed as a JSON record, or for an index of LitData.
+    Raises SchemaError if the index would be packed as a JSON record.
     """
-    has_index = False
+    of = None
     for file in found:
-        if _name(file.path) == _INDEX_FILE:
+        if _name(file.path) == INDEX_FILE:
             with files.open(file.path) as opened:
                 start = opened.read(_START_BYTES)
-            remedy = f"leave the index out with exclude=[{_INDEX_FILE!r}]"
-            if _LITDATA_INDEX.match(start):
-                raise _refused(files, file.path, "the index of a LitData data set; litdata reads it", remedy)
-            if _MDS_INDEX.match(start):
-                if kind not in (None, "mds"):
-                    what = "the index of a MosaicML Streaming (MDS) data set, which kind='mds' packs"
-                    raise _refused(files, file.path, what, remedy)
-                has_index = True
-    return has_index
+            for indexed, (pattern, name) in _INDEXES.items():
+                if not pattern.match(start):
+                    continue
+                if kind not in (None, indexed):
+                    what = f"the index of a {name} data set, which kind={indexed!r} packs"
+                    raise _refused(files, file.path, what, f"leave the index out with exclude=[{INDEX_FILE!r}]")
+                of = indexed
+    return of
+
+
+def read_bytes(file: IO[bytes], n_bytes: int) -> bytes:
+    """Return n_bytes, or fewer at the end. A size that a damaged file states reserves no memory."""
+    if n_bytes <= _READ_BYTES:
+        return file.read(n_bytes)
+    parts = []
+    while n_bytes and (part := file.read(min(n_bytes, _READ_BYTES))):
+        parts.append(part)
+        n_bytes -= len(part)
+    return b"".join(parts)
 
 
 _SIGNATURES: Mapping[bytes, str] = {
@@ -369,6 +385,6 @@ def _name(path: str) -> str:
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
         f"{files.location(path)}: this is {what}. pack takes folders of images, text or files, Parquet, CSV, Feather, "
-        f"ORC, JSON lines, NumPy, TFRecord, WebDataset, MDS, Arrow and Megatron. Pack records of other formats by "
-        f"module:callable, or {remedy}"
+        "ORC, JSON lines, NumPy, TFRecord, WebDataset, MDS, LitData, Arrow and Megatron. Pack records of other formats "
+        f"by module:callable, or {remedy}"
     )

@@ -20,12 +20,13 @@ from tiercache.packer.files import (
     SkippedFile,
     SourceFile,
     find_files,
-    find_mds_index,
+    find_index,
     plain_name,
     refuse_foreign_files,
     selected,
 )
 from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source
+from tiercache.packer.litdata import LitDataChunks, find_litdata
 from tiercache.packer.tfrecords import TFRECORD_SUFFIXES, TFRecords, find_tfrecords
 from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
@@ -43,6 +44,7 @@ SourceKind: TypeAlias = Literal[
     "numpy",
     "tfrecord",
     "mds",
+    "litdata",
     "arrow",
     "megatron",
     "webdataset",
@@ -127,9 +129,8 @@ def find_source(
     if not chosen:
         raise NotFound(f"include= and exclude= leave none of the {len(found)} files", url=files.location(""))
 
-    kind = options.kind
-    if find_mds_index(files, chosen, kind) and kind is None:
-        kind = "mds"
+    index = cast("SourceKind | None", find_index(files, chosen, options.kind))
+    kind = options.kind or index
     if kind is None:
         refuse_foreign_files(files, chosen)
         kind = kind_of([f.path for f in chosen])
@@ -147,7 +148,7 @@ def find_source(
         typed = replace(layout, schema=_typed(layout.schema, options.schema).with_classes(options.classes))
         skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
         return with_schema_of(parent, typed, options.classes), skipped
-    if kind not in ("files", "text"):
+    if kind not in ("files", "text", "litdata"):
         # A folder also holds other files (README.md); a file that is named explicitly always counts. Spark and pyarrow
         # skip names that begin with "_".
         named = [f for f in chosen if _is_named_as(kind, f.path)]
@@ -167,6 +168,10 @@ def find_source(
             raise SchemaError("files of text have the fixed columns text and path: omit schema= and classes=")
         return with_schema_of(parent, TextFiles(files, tuple(chosen))), skipped
     table = _find_table(kind, files, chosen, options)
+    if kind == "litdata":
+        read = {split.path for split in table.splits}
+        others = {f for f in chosen if f.path not in read and not f.path.lower().endswith(".json")}
+        skipped += [SkippedFile(f.path, "the index does not list it") for f in chosen if f in others]
     table = replace(table, schema=table.schema.with_classes(options.classes))
     return with_schema_of(parent, table, options.classes), skipped
 
@@ -240,7 +245,7 @@ def _read_labels(labels: str | os.PathLike[str]) -> folders.LabelTable:
     return folders.LabelTable(columns, types, location, os.fspath(labels))
 
 
-_Table: TypeAlias = "tables.TableFiles | tables.JsonLines | ArrayFiles | TFRecords"
+_Table: TypeAlias = "tables.TableFiles | tables.JsonLines | ArrayFiles | TFRecords | LitDataChunks"
 
 
 def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], options: SourceOptions) -> _Table:
@@ -254,6 +259,8 @@ def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], opt
     table: _Table
     if kind == "numpy":
         table = find_arrays(files, found, types)
+    elif kind == "litdata":
+        table = find_litdata(files, found, types)
     elif kind == "tfrecord":
         table = find_tfrecords(files, found, types)
     else:
@@ -262,6 +269,11 @@ def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], opt
         return table
     table.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
     return replace(table, schema=Schema.of(given))
+
+
+_SameColumns: TypeAlias = (
+    tables.TableFiles | folders.FolderFiles | LayoutSource | ArrayFiles | TFRecords | LitDataChunks
+)
 
 
 def with_schema_of(
@@ -278,10 +290,7 @@ def with_schema_of(
     schema = parent.schema.with_classes(classes or {})  # the writer refuses other classes than those of the data set
     if isinstance(source, tables.JsonLines) and names <= expected:
         return replace(source, schema=schema)
-    if (
-        isinstance(source, tables.TableFiles | folders.FolderFiles | LayoutSource | ArrayFiles | TFRecords)
-        and names == expected
-    ):
+    if isinstance(source, _SameColumns) and names == expected:
         return replace(source, schema=schema)
     check_same_schema(parent.schema, source.schema)
     return source

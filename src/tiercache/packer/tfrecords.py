@@ -16,7 +16,7 @@ import pyarrow.types as pt
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import SchemaError
-from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, describe_start
+from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, describe_start, read_bytes
 from tiercache.packer.tables import say_type
 from tiercache.shard.schema import Column, Kind, Schema, UserType
 from tiercache.store.remote import call_threads
@@ -26,7 +26,6 @@ RAW_COLUMN = "bytes"
 _SAMPLE_RECORDS, _SAMPLE_BYTES = 1000, 32 << 20
 _BATCH_RECORDS = 4096
 _PARALLEL_STARTS = 16
-_READ_BYTES = 8 << 20
 _MOST_BYTES = 2**31 - 1
 _LENGTH = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -239,7 +238,7 @@ def _records(file: IO[bytes]) -> Iterator[_Record]:
     """Yield the records of a file; the last one says if the rest cannot be read."""
     number = 0
     try:
-        while start := _read(file, _LENGTH.size):
+        while start := read_bytes(file, _LENGTH.size):
             if not _is_header(start):
                 short = len(start) < _LENGTH.size
                 what = "the file ends inside the length of a record" if short else "the checksum of its length is wrong"
@@ -249,7 +248,7 @@ def _records(file: IO[bytes]) -> Iterator[_Record]:
             if n_bytes > _MOST_BYTES:
                 yield _Record(number, b"", f"it has {n_bytes:,} bytes; the most is {_MOST_BYTES:,}", ends=True)
                 return
-            data, end = _read(file, n_bytes), _read(file, _CHECKSUM.size)
+            data, end = read_bytes(file, n_bytes), read_bytes(file, _CHECKSUM.size)
             if len(end) < _CHECKSUM.size:
                 what = f"the file ends inside a record: expected {n_bytes:,} bytes, got {len(data):,}"
                 yield _Record(number, data, what, ends=True)
@@ -259,17 +258,6 @@ def _records(file: IO[bytes]) -> Iterator[_Record]:
             number += 1
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         yield _Record(number, b"", f"damaged gzip file: {error}", ends=True)
-
-
-def _read(file: IO[bytes], n_bytes: int) -> bytes:
-    """Return n_bytes, or fewer at the end. A length that a damaged file states reserves no memory."""
-    if n_bytes <= _READ_BYTES:
-        return file.read(n_bytes)
-    parts = []
-    while n_bytes and (part := file.read(min(n_bytes, _READ_BYTES))):
-        parts.append(part)
-        n_bytes -= len(part)
-    return b"".join(parts)
 
 
 def parse_example(data: bytes) -> dict[str, Feature]:

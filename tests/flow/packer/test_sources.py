@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.image_files import png
+from tests.support.litdata_files import write_litdata
 from tests.support.tfrecord_files import example, tfrecords
 
 from tiercache.errors import SchemaError
@@ -102,8 +103,14 @@ def tfrecord(folder):
     return [{"id": i, "text": f"t{i}".encode(), "x": [i / 2, 1]} for i in range(N)]
 
 
+def litdata(folder):
+    rows = [{"id": i, "text": f"t{i}", "tokens": np.arange(i % 5, dtype=np.int32)} for i in range(N)]
+    write_litdata(folder, [rows[:200], rows[200:]])
+    return [{**row, "tokens": row["tokens"].tolist()} for row in rows]
+
+
 SOURCES = {"images": images, "files": files, "parquet": parquet, "csv": csv_files, "feather": feather, "orc": orc}
-SOURCES |= {"jsonl": jsonl, "arrow": arrow, "numpy": numpy, "tfrecord": tfrecord}
+SOURCES |= {"jsonl": jsonl, "arrow": arrow, "numpy": numpy, "tfrecord": tfrecord, "litdata": litdata}
 
 
 def plain(value):
