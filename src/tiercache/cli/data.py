@@ -130,6 +130,9 @@ def pack(
     workers: Annotated[
         int, option("--workers -w", "N", "Number of processes; 0: one per CPU. The result is the same.", min=0)
     ] = 1,
+    engine: Annotated[
+        str, option("--engine", "ENGINE", "process (this machine), or ray: a Ray cluster, by default at RAY_ADDRESS.")
+    ] = "process",
     include: Include = None,
     exclude: Exclude = None,
     tokenize: Annotated[
@@ -178,6 +181,7 @@ def pack(
         block_size=parse_size("--block-size", block_size),
         compression=compression,
         workers=workers,
+        engine=engine,  # type: ignore[arg-type]
         include=include or (),
         exclude=exclude or (),
         tokenize=tokenize,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import pyarrow as pa
 
@@ -33,7 +33,7 @@ from tiercache.packer.objects import find_object, is_object
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, divide, map_source
-from tiercache.packer.workers import Report, run_in_processes
+from tiercache.packer.workers import Report, import_ray, run_in_processes, run_in_ray
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
 from tiercache.shard.schema import Schema, UserType, check_same_schema
 from tiercache.shard.versions import (
@@ -61,6 +61,10 @@ _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_OVERHEAD = 0.02  # of footers, and of columns that are not in the source
 
 
+Engine: TypeAlias = Literal["process", "ray"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackOptions(SourceOptions):
     """Options of packing. The arguments of `pack` of the same names describe them."""
@@ -71,6 +75,7 @@ class PackOptions(SourceOptions):
     block_size: int | str = "1MiB"
     compression: str | Mapping[str, str] = "auto"
     workers: int = 1
+    engine: Engine = "process"
     map: MapFunction | str | None = None
     split: Mapping[str, float] | None = None
     split_by: str | None = None
@@ -79,6 +84,12 @@ class PackOptions(SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mode(self.mode)
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.engine == "ray":
+            if self.workers != 1:
+                raise ValueError("workers= is for engine='process': Ray runs as many tasks as its cluster has CPUs")
+            import_ray()
         if self.split is None and self.split_by is not None:
             raise ValueError("split_by= names the key of split=, which is not given")
         for name in self.parts:
@@ -236,7 +247,7 @@ def _check_target(store: Store, target: Store, options: PackOptions) -> Version 
         raise no_data_set_error(target)
     if parent is not None:
         check_writable(parent, target.url)
-    if options.n_workers > 1 and isinstance(store, MemoryStore):
+    if (options.n_workers > 1 or options.engine == "ray") and isinstance(store, MemoryStore):
         raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with workers=1")
     return parent
 
@@ -336,7 +347,9 @@ def _run_tasks(
 
     job = _Job(plan.source, plan.url, plan.options, packing.id, plan.key, packing.bases)
     left = [(number, splits) for number, splits in enumerate(plan.tasks) if number not in finished]
-    if plan.n_workers > 1:
+    if plan.options.engine == "ray":
+        run_in_ray(job.run, left, report)
+    elif plan.n_workers > 1:
         run_in_processes(job.run, left, plan.n_workers, report)
     else:
         for task in left:
@@ -455,6 +468,7 @@ def pack(
     block_size: int | str = "1MiB",
     compression: str | Mapping[str, str] = "auto",
     workers: int = 1,
+    engine: Engine = "process",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tokenize: str | None = None,
@@ -511,6 +525,9 @@ def pack(
         compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping from columns to these.
         workers: Number of processes; 0: one per CPU. The shards are the same for any number. Each process writes whole
             shards, so one process packs records that fill one shard. An iterable is read by one process.
+        engine: "process": `workers` processes of this machine; "ray": tasks of the Ray cluster to which this process is
+            connected, or that RAY_ADDRESS names, or that Ray starts here. All of its machines must reach the source and
+            the data set. The shards are the same.
         include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
         exclude: Globs of files that are not packed.
         tokenize: Tokenizer of the text, which is replaced by the column "tokens": "bytes"; "tiktoken:gpt2"; the path of
@@ -550,6 +567,7 @@ def pack(
         block_size=block_size,
         compression=compression,
         workers=workers,
+        engine=engine,
         include=include,
         exclude=exclude,
         tokenize=tokenize,

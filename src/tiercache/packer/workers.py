@@ -1,7 +1,8 @@
-"""Worker processes that run tasks and report their progress."""
+"""Worker processes that run tasks and report their progress: on this machine, or those of a Ray cluster."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias, cast
 
 from tiercache.errors import TierCacheError
 
+Work: TypeAlias = "Callable[[Any, Report], object]"
 Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records and bytes
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
 # an abort does.
@@ -97,3 +99,52 @@ def _serve(connection: Connection, work: Callable[[Any, Report], object]) -> Non
             except Exception as error:  # noqa: BLE001 - top-level function of a process: the error goes to the parent
                 answer = ("failed", error)
             connection.send(answer)
+
+
+def run_in_ray(work: Work, tasks: Sequence[Any], report: Report) -> None:
+    """Run work(task, report) for all tasks on the Ray cluster of this process, which starts one if it has none.
+
+    Ray places the tasks, and runs those of a worker that died again, so work() may run more than once for a task.
+    Progress is that of whole tasks. An exception of work is raised after the others have been cancelled.
+    """
+    ray = import_ray()
+    starts = not ray.is_initialized()
+    if starts:
+        ray.init()  # RAY_ADDRESS names a cluster; without it, Ray starts one on this machine
+    try:
+        function, shared = ray.remote(_run_in_ray), ray.put(work)
+        left = [function.remote(shared, task) for task in tasks]
+        try:
+            while left:
+                done, left = ray.wait(left)
+                report(*ray.get(done[0]))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise TierCacheError(f"a task failed in Ray: {error}; the same command continues") from error
+        finally:
+            for one in left:
+                ray.cancel(one)
+            if left:
+                ray.wait(left, num_returns=len(left), timeout=_STOP_S)
+    finally:
+        if starts:
+            ray.shutdown()
+
+
+def import_ray() -> Any:
+    """Return the package ray. Raises ValueError, which says what to install."""
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ValueError("engine='ray' needs the package ray: pip install 'tiercache-data[ray]'") from error
+
+
+def _run_in_ray(work: Work, task: Any) -> tuple[int, int]:
+    done = [0, 0]
+
+    def report(n_records: int, n_bytes: int) -> None:
+        done[:] = done[0] + n_records, done[1] + n_bytes
+
+    work(task, report)
+    return done[0], done[1]

@@ -1,12 +1,14 @@
 """Kinds of sources, and how the work is shared out."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.packer.files import InputSplit
-from tiercache.packer.pack import PackOptions, divide_splits, plan_pack
+from tiercache.packer.pack import PackOptions, divide_splits, pack, plan_pack
 from tiercache.packer.sources import find_source, kind_of
 
 
@@ -60,3 +62,11 @@ def test_a_task_is_worth_one_to_eight_shards():
     assert len(divide_splits(parts, 1000)) == 10
     assert len(divide_splits(parts, 100)) == 64
     assert len(divide_splits(parts, 10)) == 125
+
+
+def test_an_engine_that_is_not_there_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'tiercache-data\[ray\]'"):
+        pack([{"x": 1}], tmp_path / "out", engine="ray")
+    with pytest.raises(ValueError, match="engine must be one of process, ray, got 'spark'"):
+        pack([{"x": 1}], tmp_path / "out", engine="spark")
