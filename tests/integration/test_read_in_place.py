@@ -16,7 +16,8 @@ def own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "default-cache"))
 
 
-def test_a_saved_data_set_of_hugging_face_is_read_as_datasets_reads_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["saved", "parquet", "packed parquet"])
+def test_a_data_set_of_hugging_face_is_read_as_datasets_reads_it(tmp_path, monkeypatch, form):
     datasets = pytest.importorskip("datasets")
     image = pytest.importorskip("PIL.Image")
     monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)  # it leaves a thread
@@ -36,7 +37,7 @@ def test_a_saved_data_set_of_hugging_face_is_read_as_datasets_reads_it(tmp_path,
     )
     rows = [
         {
-            "image": image.fromarray(rng.integers(0, 255, (8, 9, 3), np.uint8)),
+            "image": None if i % 9 == 0 else image.fromarray(rng.integers(0, 255, (8, 9, 3), np.uint8)),
             "label": i % 2,
             "tokens": list(range(i % 7)),
             "grid": rng.random((2, 3)).tolist(),
@@ -47,14 +48,25 @@ def test_a_saved_data_set_of_hugging_face_is_read_as_datasets_reads_it(tmp_path,
         }
         for i in range(700)
     ]
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved", num_shards=3)
-    theirs = datasets.load_from_disk(str(tmp_path / "saved"))
-    ours = tc.Dataset(tmp_path / "saved")
+    written = datasets.Dataset.from_list(rows, features=features)
+    if form == "saved":
+        written.save_to_disk(tmp_path / "saved", num_shards=3)
+        theirs = datasets.load_from_disk(str(tmp_path / "saved"))
+    else:
+        (tmp_path / "saved").mkdir()
+        written.to_parquet(tmp_path / "saved" / "a.parquet", batch_size=100)
+        theirs = datasets.load_dataset(str(tmp_path / "saved"), split="train", cache_dir=str(tmp_path / "theirs"))
+    if form == "packed parquet":
+        tc.pack(tmp_path / "saved", tmp_path / "packed")
+    ours = tc.Dataset(tmp_path / ("packed" if form == "packed parquet" else "saved"))
     assert len(ours) == len(theirs) == 700
     assert ours.schema.columns[ours.schema.index("label")].classes == ("cat", "dog")
     for found, expected in zip(ours, theirs, strict=True):
-        pixels = np.asarray(image.open(io.BytesIO(found["image"])))
-        assert np.array_equal(pixels, np.asarray(expected["image"]))
+        if expected["image"] is None:
+            assert found["image"] is None
+        else:
+            pixels = np.asarray(image.open(io.BytesIO(found["image"])))
+            assert np.array_equal(pixels, np.asarray(expected["image"]))
         for name in ("tokens", "grid", "track"):
             assert np.array_equal(found[name], np.array(expected[name], found[name].dtype).reshape(found[name].shape))
         for name in ("label", "text", "opt", "pair"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather as feather
+import pyarrow.parquet as pq
 from tests.support.layout_cases import LayoutCase
 
 MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
@@ -183,10 +184,27 @@ def write_feather(folder: Path) -> Mapping[str, list[Any]]:
     return found
 
 
+def write_hf_parquet(folder: Path) -> Mapping[str, list[Any]]:
+    """Parquet files as Dataset.push_to_hub() writes them, with a null among the images."""
+    columns = hf_columns(0, 300)
+    columns["image"][7] = None
+    table = hf_table(columns)
+    for number in range(2):
+        part = table.slice(150 * number, 150)
+        pq.write_table(part, folder / f"train-{number:05d}-of-00002.parquet", row_group_size=60)
+    return columns
+
+
 CASES = [
     LayoutCase("megatron", write_megatron, {"tokens": "uint16[*]"}),
     LayoutCase("multimodal", write_multimodal, {"tokens": "int32[*]", "mode": "int8"}),
     LayoutCase("hugging-face", write_saved, _HF_TYPES),
     LayoutCase("large-batches", write_large_batches, _HF_TYPES),
+    LayoutCase(
+        "hugging-face-parquet",
+        write_hf_parquet,
+        # The statistics of Parquet do not tell empty lists from nulls.
+        _HF_TYPES | {"image": "image?", "tokens": "int32[*]?", "track": "int16[*, 2]?", "words": "list<str?>?"},
+    ),
     LayoutCase("feather", write_feather, {"id": "int64", "kind": "str", "text": "str"}),
 ]

@@ -20,18 +20,19 @@ from tiercache.layouts.contract import (
     FileBytes,
     FileIndex,
     Folder,
-    Layout,
     LayoutFile,
     Numbers,
     merged,
 )
-from tiercache.layouts.hugging_face import array_of, features_of, hf_features_schema
+from tiercache.layouts.hive import PartitionedLayout
+from tiercache.layouts.hugging_face import array_of, check_classes, features_of, hf_features_schema, is_file
 from tiercache.model import ByteRange, ObjectInfo
+from tiercache.shard.schema import Column, Kind, Schema
 
 _OLD_MAGIC = b"FEA1"
 
 
-class ArrowLayout(Layout):
+class ArrowLayout(PartitionedLayout):
     name = "Arrow"
     suffixes: ClassVar = (".arrow", ".feather", ".ipc")
 
@@ -39,7 +40,7 @@ class ArrowLayout(Layout):
     def find(cls, folder: Folder) -> ArrowLayout | None:
         """Return the Arrow files of a folder; of a data set that `datasets` has saved, those that state.json names.
 
-        A column is nullable if a record batch says that it has nulls.
+        A column is nullable if a record batch says that it has nulls. Lists with nulls inside are Arrow lists.
         """
         objects = [info for info in folder.objects if info.key.lower().endswith(cls.suffixes)]
         if not objects:
@@ -50,12 +51,16 @@ class ArrowLayout(Layout):
         locate = f"{folder.url.rstrip('/')}/{{}}".format
         for info, schema in zip(objects, schemas, strict=True):
             _check_same(locate(info.key), schema, locate(objects[0].key), schemas[0])
-        with_nulls = np.any([index.parts["with_nulls"] for index in made], axis=0)
+        with_nulls, null_elements = np.any([index.parts["with_nulls"] for index in made], axis=0)
         fields = [field.with_nullable(bool(flag)) for field, flag in zip(schemas[0], with_nulls, strict=True)]
+        columns = list(hf_features_schema(features_of(schemas[0]), pa.schema(fields)).columns)
+        for i in np.flatnonzero(null_elements).tolist():
+            if columns[i].kind is Kind.RAGGED and len(columns[i].shape) == 1:
+                columns[i] = Column.of(columns[i].name, f"list<{columns[i].dtype}?>{'?' * columns[i].nullable}")
         files = [LayoutFile(info, index) for info, index in zip(objects, made, strict=True)]
-        return cls(hf_features_schema(features_of(schemas[0]), pa.schema(fields)), files)
+        return cls(Schema(columns), files, folder)
 
-    def ranges(self, file: LayoutFile, blocks: Sequence[int], columns: Sequence[str]) -> list[ByteRange]:
+    def stored_ranges(self, file: LayoutFile, blocks: Sequence[int], columns: Sequence[str]) -> list[ByteRange]:
         parts = file.index.parts
         if not len(parts["buffers"]):
             batches = dict.fromkeys(parts["batches"][list(blocks)].tolist())
@@ -63,7 +68,7 @@ class ArrowLayout(Layout):
         schema = _schema_of(file)
         return merged([one for block in blocks for one in _rows(file, schema, block, columns)[0].ranges])
 
-    def read(self, file: LayoutFile, data: FileBytes, block: int, columns: Sequence[str]) -> Mapping[str, Any]:
+    def read_stored(self, file: LayoutFile, data: FileBytes, block: int, columns: Sequence[str]) -> Mapping[str, Any]:
         schema = data.once("schema", lambda: _schema_of(file))
         arrays = self._read_rows if len(file.index.parts["buffers"]) else _read_batch
         found = arrays(file, data, schema, block, columns)
@@ -178,16 +183,17 @@ def _count_nodes(arrow_type: pa.DataType) -> int:
 
 
 def _with_nulls(schema: pa.Schema, batches: Sequence[Message], first_nodes: Numbers) -> NDArray[np.bool_]:
-    """Return which columns have nulls. Those of images are in the first child, their bytes."""
-    features, found = features_of(schema), []
-    for field, node in zip(schema, first_nodes.tolist(), strict=False):
-        n_nodes = 2 if field.name in features and children_of(field.type) and _is_file(features[field.name]) else 1
-        found.append(any(batch.nodes[node : node + n_nodes, 1].any() for batch in batches))
-    return np.array(found, bool)
+    """Return which columns have nulls, and which have nulls in their first child: bool[2, n_columns].
 
-
-def _is_file(feature: object) -> bool:
-    return isinstance(feature, dict) and feature.get("_type") in ("Image", "Audio", "Video")
+    The nulls of images are those of the first child, their bytes.
+    """
+    features, found = features_of(schema), np.zeros((2, len(schema)), bool)
+    for i, (field, node) in enumerate(zip(schema, first_nodes.tolist(), strict=False)):
+        found[0, i] = any(batch.nodes[node, 1] for batch in batches)
+        if children_of(field.type):
+            found[1, i] = any(batch.nodes[node + 1, 1] for batch in batches)
+            found[0, i] |= found[1, i] and is_file(features.get(field.name))
+    return found
 
 
 def _raw_bytes(data: FileBytes, batch: Message) -> int:
@@ -252,8 +258,9 @@ def _saved(folder: Folder, objects: Sequence[ObjectInfo]) -> list[ObjectInfo]:
 
 
 def _check_same(location: str, schema: pa.Schema, first_location: str, first: pa.Schema) -> None:
-    if schema.equals(first):
+    if schema.equals(first, check_metadata=True):
         return
+    check_classes(location, features_of(schema), first_location, features_of(first))
     for field, expected in zip(schema, first, strict=False):
         if (field.name, field.type) != (expected.name, expected.type):
             message = f"{location}: expected {expected.name}: {expected.type} as in {first_location}, got {field.type}"

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from urllib.parse import unquote
 
+import pyarrow as pa
+
 from tiercache.errors import SchemaError
+from tiercache.layouts.contract import FileBytes, Folder, Layout, LayoutFile
+from tiercache.model import ByteRange
 from tiercache.shard.schema import FLOATS, INTEGERS, Column, Kind, Schema, UserType
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -76,3 +82,34 @@ def _value(path: str, column: Column, text: str | None) -> object:
             f"{path}: expected {column} in the name of the folder, got {text!r}", column=column.name
         ) from None
     return text
+
+
+class PartitionedLayout(Layout):
+    """Layout of tables, whose folders may name partition columns: these follow the columns that the files store."""
+
+    def __init__(self, stored: Schema, files: Sequence[LayoutFile], folder: Folder) -> None:
+        keys = [file.info.key for file in files]
+        self._partitions = find_partitions(keys, f"{folder.url.rstrip('/')}/{{}}".format, stored.names)
+        super().__init__(Schema([*stored.columns, *Schema.of(self._partitions).columns]), files)
+
+    @abstractmethod
+    def stored_ranges(self, file: LayoutFile, blocks: Sequence[int], columns: Sequence[str]) -> list[ByteRange]:
+        """See Layout.ranges."""
+
+    @abstractmethod
+    def read_stored(self, file: LayoutFile, data: FileBytes, block: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        """See Layout.read. columns: One or more."""
+
+    def ranges(self, file: LayoutFile, blocks: Sequence[int], columns: Sequence[str]) -> list[ByteRange]:
+        return self.stored_ranges(file, blocks, [name for name in columns if name not in self._partitions])
+
+    def read(self, file: LayoutFile, data: FileBytes, block: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        stored = [name for name in columns if name not in self._partitions]
+        found = dict(self.read_stored(file, data, block, stored)) if stored else {}
+        if len(stored) < len(columns):
+            constants = partition_values(file.info.key, self._partitions, self.schema)
+            for column in self.schema.columns:
+                if column.name in constants:
+                    value = pa.scalar(constants[column.name], column.storage_type)
+                    found[column.name] = pa.repeat(value, int(file.index.n_records[block]))
+        return found

@@ -35,6 +35,22 @@ def features_of(schema: pa.Schema) -> Mapping[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
+def is_file(feature: object) -> bool:
+    """Return whether a feature is a file: `datasets` stores it as a struct of its bytes and its path."""
+    return isinstance(feature, dict) and feature.get("_type") in _FILES
+
+
+def check_classes(location: str, features: Mapping[str, Any], first_location: str, first: Mapping[str, Any]) -> None:
+    """Raise SchemaError if the classes of two files of a data set have different names, so that labels would differ."""
+    for column in features.keys() & first.keys():
+        names, expected = (
+            one[column].get("names") if isinstance(one[column], dict) else None for one in (features, first)
+        )
+        if names != expected:
+            message = f"{location}: expected the classes {expected} as in {first_location}, got {names}"
+            raise SchemaError(message, column=column)
+
+
 def hf_features_schema(features: Mapping[str, Any], schema: pa.Schema) -> Schema:
     """Return the schema of records that `datasets` has written; array_of() returns their values.
 

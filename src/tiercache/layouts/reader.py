@@ -190,7 +190,8 @@ def converted(
                 one = convert_column(column, values)
         except ConversionError as error:
             raise SchemaError(
-                f"{data.url}, block {block}, record {error.index}: expected {error.expected}, got {error.got}",
+                f"{data.url}, block {block}, record {error.index}: expected {error.expected}, got {error.got}; "
+                f"pack() takes a type that has such values: tiercache.pack(source, url, schema={{{name!r}: ...}})",
                 column=name,
             ) from error
         if one.n != n_records:

@@ -22,8 +22,12 @@ from pyarrow import csv
 
 from tiercache.errors import SchemaError
 from tiercache.layouts.hive import find_partitions, partition_values
+from tiercache.layouts.hugging_face import array_of, features_of
+from tiercache.layouts.parquet import check_names, columns_with_nulls, stored_schema
+from tiercache.layouts.reader import blocks_of
 from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, check_text, describe_start
 from tiercache.shard.schema import Column, Kind, Schema, UserType
+from tiercache.shard.shard_file import ColumnData
 from tiercache.store.remote import call_threads
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
@@ -276,6 +280,7 @@ class TableFiles:
     schema: Schema
     splits: tuple[InputSplit, ...]
     partitions: Mapping[str, UserType]
+    stored: Schema  # columns that `datasets` has written, in the types that array_of() gives them
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         """Yield the rows of a split, with dictionaries decoded."""
@@ -294,7 +299,8 @@ class TableFiles:
                 for start in range(0, len(item), rows):
                     batch = item.slice(start, rows)
                     where = partial(_row_location, location, row)
-                    yield InputBatch(self._columns(batch, constants), len(batch), batch.nbytes, where, bad)
+                    columns = self._columns(batch, constants, location)
+                    yield InputBatch(columns, len(batch), batch.nbytes, where, bad)
                     row, bad = row + len(batch), []
         except SchemaError as error:
             bad.append(BadRecord(self.files.location(split.path), error.message.removeprefix(f"{location}: ")))
@@ -303,16 +309,25 @@ class TableFiles:
         if bad:
             yield InputBatch({}, 0, 0, str, bad)
 
-    def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object]) -> pa.RecordBatch:
+    def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object], location: str) -> pa.RecordBatch:
         """Return the columns of a batch in the order of the schema: stored columns and partition columns."""
         columns = []
         for column in self.schema.columns:
             if column.name in constants:
                 value = constants[column.name]
-                columns.append(pa.array([value] * len(batch), column.storage_type if value is None else None))
+                found = pa.array([value] * len(batch), column.storage_type if value is None else None)
             else:
-                stored = batch[column.name]
-                columns.append(stored.dictionary_decode() if pt.is_dictionary(stored.type) else stored)
+                found = batch[column.name]
+                found = found.dictionary_decode() if pt.is_dictionary(found.type) else found
+            if column.name in self.stored.names:
+                i = self.stored.index(column.name)
+                found = array_of(self.stored.columns[i], found, location)
+                if isinstance(found, ColumnData):
+                    loaded = blocks_of(self.stored, location, (0,), (i,), [[found]])
+                    found = pa.ExtensionArray.from_storage(
+                        self.stored.columns[i].arrow.type, loaded.array(0, i).storage
+                    )
+            columns.append(found)
         return pa.RecordBatch.from_arrays(columns, names=list(self.schema.names))
 
 
@@ -347,12 +362,14 @@ def find_tables(
     whole = [(file, head) for file, head in heads if head is not None]
     if not whole:
         raise errors[0]
-    first, schema = whole[0][0], whole[0][1].schema
-    for file, head in whole[1:]:
-        schema = _common_schema(files.location(file.path), head.schema, files.location(first.path), schema, format_name)
-    with_nulls = set().union(*(head.with_nulls for _, head in whole))
-    types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in schema}
-    partitions = find_partitions([file.path for file in found], files.location, schema.names)
+    first, schemas = whole[0][0], [head.schema for _, head in whole]
+    locations = [files.location(file.path) for file, _ in whole]
+    if format_name == "csv":
+        schemas = _widened(locations, schemas)
+    with_nulls = set[str]().union(*(head.with_nulls for _, head in whole))
+    stored = stored_schema(locations, schemas, with_nulls)
+    types: dict[str, UserType] = {column.name: column.arrow for column in stored.columns}
+    partitions = find_partitions([file.path for file in found], files.location, stored.names)
     types |= partitions
     if new := [name for name in given if name not in types]:
         raise SchemaError(f"{files.location(first.path)}: no such column; there are {', '.join(types)}", column=new[0])
@@ -361,7 +378,10 @@ def find_tables(
         for file, head in heads
         for i, n_bytes in enumerate((file.n_bytes,) if head is None else head.piece_bytes)
     ]
-    return TableFiles(format_name, files, Schema.of(types | dict(given)), tuple(splits), partitions)
+    kept = {column.name: column.classes for column in stored.columns if column.classes and column.name not in given}
+    schema = Schema.of(types | dict(given)).with_classes(kept)
+    written = [name for name in features_of(schemas[0]) if name in stored.names]
+    return TableFiles(format_name, files, schema, tuple(splits), partitions, stored.select(written))
 
 
 class _Head(NamedTuple):
@@ -384,20 +404,10 @@ class _Format(NamedTuple):
 def _inspect_parquet(files: Files, file: SourceFile) -> _Head:
     with _opened(files, file.path, _open_parquet) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
-        _check_names(files.location(file.path), schema.names)
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        with_nulls: set[str] = set()
-        for group in groups:
-            if not group.num_rows:  # has no statistics
-                continue
-            no_nulls = {
-                _top_name(chunk.path_in_schema, schema)
-                for chunk in (group.column(i) for i in range(group.num_columns))
-                if chunk.statistics is not None and chunk.statistics.has_null_count and not chunk.statistics.null_count
-            }  # a null counts as a null of every leaf
-            with_nulls |= {field.name for field in schema if field.nullable} - no_nulls
-        sizes = tuple(group.total_byte_size for group in groups)
-        return _Head(schema.remove_metadata(), frozenset(with_nulls), sizes)
+        location = files.location(file.path)
+        _check_names(location, schema.names)
+        sizes = tuple(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        return _Head(schema, frozenset(columns_with_nulls(metadata, schema, location)), sizes)
 
 
 def _read_parquet(
@@ -616,13 +626,6 @@ def _check_names(location: str, names: Sequence[str]) -> None:
         raise SchemaError(f"{location}: the file has two columns with this name", column=twice)
 
 
-def _top_name(path: str, schema: pa.Schema) -> str:
-    """Return the top-level column of a leaf's dotted path; column names may contain dots themselves."""
-    segments = path.split(".")
-    names = [".".join(segments[:n]) for n in range(len(segments), 0, -1)]
-    return next(name for name in names if name in schema.names)
-
-
 @contextmanager
 def _opened(files: Files, path: str, open_table: Callable[[Any], Any], *, is_text: bool = False) -> Iterator[Any]:
     with _opened_lines(files, path) if is_text else files.open(path) as file:
@@ -649,22 +652,16 @@ def _row_location(location: str, first_row: int, row: int) -> str:
     return f"{location}, row {first_row + row}"
 
 
-def _common_schema(
-    location: str, schema: pa.Schema, first_location: str, first: pa.Schema, format_name: str
-) -> pa.Schema:
-    """Return the schema that fits two files. The types of CSV files are guesses: int64 and float64 become float64."""
-    if sorted(schema.names) != sorted(first.names):
-        differ = sorted(set(schema.names) ^ set(first.names)) or schema.names
-        raise SchemaError(f"{location}: its columns differ from those of {first_location}: {', '.join(differ)}")
-    fields = []
-    for field in first:
-        found = schema.field(field.name).type
-        if found != field.type:
-            if format_name != "csv":
-                raise SchemaError(
-                    f"{location}: expected {field.type} as in {first_location}, got {found}", column=field.name
-                )
-            numbers = {pa.int64(), pa.float64()}
-            field = field.with_type(pa.float64() if {found, field.type} == numbers else pa.string())
-        fields.append(field)
-    return pa.schema(fields)
+def _widened(locations: Sequence[str], schemas: Sequence[pa.Schema]) -> list[pa.Schema]:
+    """Return schemas of CSV files, whose types are guesses, with common types: float64 for all numbers, else text."""
+    first = schemas[0]
+    for location, schema in zip(locations, schemas, strict=True):
+        check_names(location, schema, locations[0], first)
+        fields = []
+        for field in first:
+            types = {field.type, schema.field(field.name).type}
+            if len(types) > 1:
+                field = field.with_type(pa.float64() if types == {pa.int64(), pa.float64()} else pa.string())
+            fields.append(field)
+        first = pa.schema(fields)
+    return [first] * len(schemas)

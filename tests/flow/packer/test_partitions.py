@@ -1,8 +1,13 @@
-"""Hive partitions: the folders of a source name columns."""
+"""Hive partitions: the folders of a source name columns, packed and in place."""
 
+import json
 from contextlib import closing
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.dataset as ds
+import pyarrow.feather
+import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 
@@ -54,10 +59,32 @@ def test_a_stored_column_takes_precedence_and_files_with_different_partition_col
         plan_pack(tmp_path / "in", tmp_path / "out", PackOptions(mode="overwrite"))
 
 
-def test_partitions_of_json_lines_become_columns(tmp_path):
-    for day in (1, 2):
-        (tmp_path / "in" / f"day={day}").mkdir(parents=True)
-        (tmp_path / "in" / f"day={day}" / "a.jsonl").write_text('{"x": 5}\n')
+def write_json_lines(table, path):
+    path.write_text("".join(json.dumps(record) + "\n" for record in table.to_pylist()))
+
+
+WRITERS = {
+    "parquet": pq.write_table,
+    "feather": pyarrow.feather.write_feather,
+    "orc": pyarrow.orc.write_table,
+    "csv": pyarrow.csv.write_csv,
+    "jsonl": write_json_lines,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_partitions_of_all_tables_are_those_that_pyarrow_finds(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    folders = ("day=1/site=a%20b%2Fc", "day=1/site=__HIVE_DEFAULT_PARTITION__", "day=-2/site=%C3%A9=%25")
+    for number, folder in enumerate(folders):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        WRITERS[kind](pa.table({"x": [number, number]}), tmp_path / "in" / folder / f"a.{kind}")
+    found = ds.dataset(tmp_path / "in", format="json" if kind == "jsonl" else kind, partitioning="hive").to_table()
+    expected = sorted((r["x"], r["day"], r["site"]) for r in found.to_pylist())
+    assert {row[2] for row in expected} == {"a b/c", None, "é=%"}
+    assert pa.types.is_integer(found.schema.field("day").type)
     pack(tmp_path / "in", tmp_path / "out")
-    with closing(tc.Dataset(tmp_path / "out")) as dataset:
-        assert [(dataset[i]["x"], dataset[i]["day"]) for i in range(2)] == [(5, 1), (5, 2)]
+    in_place = [tc.Dataset(tmp_path / "in")] if kind in ("parquet", "feather") else []
+    for dataset in [tc.Dataset(tmp_path / "out"), *in_place]:
+        assert [str(column) for column in dataset.schema.columns] == ["int64", "int64", "str?"]
+        assert sorted((r["x"], r["day"], r["site"]) for r in dataset) == expected
