@@ -135,6 +135,7 @@ def pack(
     ] = "process",
     include: Include = None,
     exclude: Exclude = None,
+    columns: Columns = None,
     tokenize: Annotated[
         str | None,
         option(
@@ -184,6 +185,7 @@ def pack(
         engine=engine,  # type: ignore[arg-type]
         include=include or (),
         exclude=exclude or (),
+        columns=parse_columns(columns) or (),
         tokenize=tokenize,
         text_column=text_column,
         map=map,

@@ -126,8 +126,8 @@ def matching(source: Records, expression: pc.Expression) -> Selection:
         names = [source.schema.names[0]]
 
     def matches_of(table: pa.Table) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
-        with _explained(source.stored_schema, expression):
-            flags = _evaluate(table, expression)
+        with explained(source.stored_schema, expression):
+            flags = evaluate(table, expression)
         starts, first = runs_of(np.flatnonzero(flags))
         return len(flags), starts, np.diff(first)
 
@@ -190,22 +190,22 @@ def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
             schema, expression, "name columns, as in pyarrow.compute.field('label'), instead of numbering them"
         )
     empty = pa.table({column.name: pa.array([], column.storage_type) for column in schema.columns})
-    with _explained(schema, expression):
-        _evaluate(empty, expression)
+    with explained(schema, expression):
+        evaluate(empty, expression)
     return [name for name in schema.names if not _can_do_without(empty, expression, name)]
 
 
 def _can_do_without(empty: pa.Table, expression: pc.Expression, name: str) -> bool:
     # Arrow does not report which fields an expression names: they are those without which binding fails (0.1 ms each).
     try:
-        _evaluate(empty.drop_columns([name]), expression)
+        evaluate(empty.drop_columns([name]), expression)
     except pa.ArrowException:
         return False
     return True
 
 
 @contextmanager
-def _explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
+def explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
     """Convert Arrow's errors about an expression or its values (a division by zero) into SchemaError."""
     try:
         yield
@@ -224,7 +224,7 @@ def _cannot(schema: Schema, expression: pc.Expression, reason: str) -> SchemaErr
     return SchemaError(message, expected="an expression that is true or false", got=str(expression))
 
 
-def _evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
+def evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
     """Return bool[n]: whether the expression is true for each row. Raises ArrowException, or TypeError."""
     from pyarrow import acero
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, cast
 import pyarrow as pa
 
 from tiercache.errors import SchemaError
-from tiercache.packer.files import InputBatch, InputSplit
+from tiercache.packer.files import InputBatch, InputSplit, RecordSource
 from tiercache.shard.conversion import as_table, infer_batch, infer_records
 from tiercache.shard.schema import Schema, UserType, check_same_schema
 
@@ -143,6 +143,18 @@ def find_object(
     starts = range(0, units.n_units, step)
     runs = [(start, min(start + step, units.n_units)) for start in starts]
     return ObjectSource(units, whole, tuple(units.split(s, e, (e - s) * unit_bytes) for s, e in runs))
+
+
+def narrow_object(source: RecordSource, schema: Schema) -> RecordSource:
+    """Return the source with the columns of a schema, if a data set that has a choice of columns is its object."""
+    units = source.units if isinstance(source, ObjectSource) else None
+    if isinstance(units, _DataSets) and units.made_by is None:
+        chosen: _Data = _DataSets([one.select_columns(schema.names) for one in units.datasets])
+    elif isinstance(units, _HuggingFace) and units.made_by is None:
+        chosen = _HuggingFace(units.dataset.select_columns(list(schema.names)))
+    else:
+        return source
+    return ObjectSource(chosen, schema, cast("ObjectSource", source).splits)
 
 
 def is_object(source: object) -> bool:

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tiercache import config
 from tiercache.crash_points import crash_point
@@ -30,9 +31,9 @@ from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, writ
 from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
 from tiercache.packer.folders import FolderFiles
 from tiercache.packer.objects import find_object, is_object
-from tiercache.packer.sources import SourceKind, SourceOptions, find_source
+from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of
 from tiercache.packer.tokens import tokenized
-from tiercache.packer.transform import MapFunction, divide, map_source
+from tiercache.packer.transform import MapFunction, divide, map_source, select_source
 from tiercache.packer.workers import Report, import_ray, run_in_processes, run_in_ray
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
 from tiercache.shard.schema import Schema, UserType, check_same_schema
@@ -201,6 +202,13 @@ def _find(
         if options.n_workers > 1:
             _check_picklable(mapped)
         return mapped, skipped
+    if options.columns or options.filter is not None:
+        plain, skipped = _find(source, inputs, replace(options, columns=(), filter=None), None)
+        selected = select_source(plain, options.columns, options.filter, narrow)
+        if isinstance(plain, FolderFiles) and parent is not None:  # the numbers of classes must be the same, too
+            check_same_schema(parent.schema, selected.schema)
+            return selected, skipped
+        return with_schema_of(parent, selected, options.classes), skipped
     if inputs is None and not is_object(source):
         return find_source(source, options, parent)
     for name in ("kind", "labels", "label_pattern", "check_images", "include", "exclude", "source_options"):
@@ -428,9 +436,13 @@ class _Job:
                 for part, share in self.options.parts.items()
             }
             for split in splits:
+                left_bytes = split.n_bytes
                 for part, batch in self._batches(split):
                     write_batch(writers[part], batch, log.add)
-                    report(batch.n_records, batch.n_bytes)
+                    done_bytes = min(batch.n_bytes, left_bytes)  # sizes in memory are not those of files
+                    left_bytes -= done_bytes
+                    report(batch.n_records, done_bytes)
+                report(0, left_bytes)
             log.close()
             infos = {part: writer.finish() for part, writer in writers.items()}
             crash_point("packing.shards_written")
@@ -471,6 +483,8 @@ def pack(
     engine: Engine = "process",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    filter: pc.Expression | None = None,  # noqa: A002 - as in Dataset.filter()
     tokenize: str | None = None,
     text_column: str = "text",
     map: MapFunction | str | None = None,  # noqa: A002 - the name of the option of the command
@@ -530,6 +544,10 @@ def pack(
             the data set. The shards are the same.
         include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
         exclude: Globs of files that are not packed.
+        columns: Names of the columns of the source to pack, in this order; empty: all. Others are not read, where the
+            format allows it.
+        filter: Condition over the columns of the source, also those that are not packed; only records for which it is
+            true are packed, such as pyarrow.compute.field("year") >= 2020.
         tokenize: Tokenizer of the text, which is replaced by the column "tokens": "bytes"; "tiktoken:gpt2"; the path of
             a tokenizer.json or of its folder; or a name on the Hugging Face Hub. No special tokens are added:
             `pack_sequences(eos=)` adds the end token. None: the text stays.
@@ -570,6 +588,8 @@ def pack(
         engine=engine,
         include=include,
         exclude=exclude,
+        columns=columns,
+        filter=filter,
         tokenize=tokenize,
         text_column=text_column,
         map=map,

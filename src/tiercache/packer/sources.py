@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.hive import find_partitions
@@ -27,8 +28,10 @@ from tiercache.packer.files import (
 )
 from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source
 from tiercache.packer.litdata import LitDataChunks, find_litdata
+from tiercache.packer.objects import narrow_object
 from tiercache.packer.tfrecords import TFRECORD_SUFFIXES, TFRecords, find_tfrecords
 from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
+from tiercache.packer.transform import SelectedSource
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 
@@ -76,6 +79,8 @@ class SourceOptions:
     on_error: OnError = "stop"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    filter: pc.Expression | None = None
     tokenize: str | None = None
     text_column: str = "text"
     source_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
@@ -87,9 +92,14 @@ class SourceOptions:
             raise ValueError("labels= and label_pattern= both state the labels of the files: give one of them")
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {self.on_error!r}")
-        for name in ("include", "exclude"):
+        for name, of in (("include", "globs"), ("exclude", "globs"), ("columns", "names")):
             if isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a sequence of globs, got the str {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a sequence of {of}, got the str {getattr(self, name)!r}")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns= names a column twice: {', '.join(self.columns)}")
+        if self.filter is not None and not isinstance(self.filter, pc.Expression):
+            expected = "an expression of pyarrow, such as pyarrow.compute.field('label') == 3"
+            raise TypeError(f"filter must be {expected}, got {self.filter!r}")
 
 
 def kind_of(paths: Sequence[str]) -> SourceKind:
@@ -276,6 +286,11 @@ _SameColumns: TypeAlias = (
 )
 
 
+def narrow(source: RecordSource, schema: Schema) -> RecordSource:
+    """Return a source that reads only some of its columns, those of a schema; the source itself if it cannot."""
+    return replace(source, schema=schema) if isinstance(source, _SameColumns) else narrow_object(source, schema)
+
+
 def with_schema_of(
     parent: Version | None, source: RecordSource, classes: Mapping[str, Sequence[str]] | None = None
 ) -> RecordSource:
@@ -290,7 +305,7 @@ def with_schema_of(
     schema = parent.schema.with_classes(classes or {})  # the writer refuses other classes than those of the data set
     if isinstance(source, tables.JsonLines) and names <= expected:
         return replace(source, schema=schema)
-    if isinstance(source, _SameColumns) and names == expected:
+    if isinstance(source, _SameColumns | SelectedSource) and names == expected:
         return replace(source, schema=schema)
     check_same_schema(parent.schema, source.schema)
     return source

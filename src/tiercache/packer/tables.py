@@ -432,8 +432,15 @@ def _inspect_feather(files: Files, file: SourceFile) -> _Head:
 def _read_feather(
     files: Files, split: InputSplit, columns: Sequence[Column], _batch_bytes: int
 ) -> Iterator[pa.RecordBatch]:
-    with _opened(files, split.path, pa.ipc.open_file) as feather:
-        yield feather.get_batch(split.start).select([column.name for column in columns])
+    names = [column.name for column in columns]
+
+    def open_columns(file: BinaryIO) -> Any:
+        schema = pa.ipc.open_file(file).schema
+        chosen = [schema.get_field_index(name) for name in names]
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=chosen))
+
+    with _opened(files, split.path, open_columns) as feather:
+        yield feather.get_batch(split.start).select(names)
 
 
 def _open_orc(file: BinaryIO) -> Any:

@@ -1,18 +1,24 @@
-"""What changes the records of a source on their way into shards: a function of records, and a split into data sets."""
+"""What changes the records of a source on their way into shards.
+
+A selection of columns and records, a function of records, and a split into data sets.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from tiercache.data.scan import Split
+from tiercache.data.scan import Split, columns_of, evaluate, explained
 from tiercache.errors import SchemaError
 from tiercache.layouts.reader import blocks_of
 from tiercache.packer.bad_records import write_batch
@@ -26,6 +32,95 @@ MapFunction: TypeAlias = Callable[[dict[str, Any]], Any]
 # Results from which types are known, and bytes of the source that may be read for them.
 _SAMPLE_RECORDS, _SAMPLE_BYTES = 100, 256 << 20
 _BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SelectedSource:
+    """Columns of a source, and those records that make a filter true, a files.RecordSource.
+
+    source has these columns, and those that the filter names.
+    """
+
+    source: RecordSource
+    schema: Schema
+    filter: pc.Expression | None
+
+    @property
+    def splits(self) -> tuple[InputSplit, ...]:
+        return self.source.splits
+
+    def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
+        keys = () if self.filter is None else columns_of(self.source.schema, self.filter)
+        for batch in self.source.read(split, batch_bytes):
+            if not batch.n_records:
+                yield batch
+                continue
+            kept, bad = np.arange(batch.n_records), list[BadRecord]()
+            if self.filter is not None:
+                # Arrow needs some column to know the number of records, also for a constant.
+                kept, bad = self._matching(batch, self.source.schema.select(keys or self.source.schema.names[:1]))
+            chosen = _taken(batch, kept, self.schema.names)
+            yield replace(chosen, bad=[*chosen.bad, *bad])
+
+    def _matching(self, batch: InputBatch, keys: Schema) -> tuple[np.ndarray[Any, Any], list[BadRecord]]:
+        """Return the numbers of the records that make the filter true, and those whose values do not fit it."""
+        try:
+            return np.flatnonzero(self._flags(batch, keys, slice(None))), []
+        except _MISFITS:
+            kept, bad = list[int](), list[BadRecord]()
+        for i in range(batch.n_records):
+            row = slice(i, i + 1)
+            try:
+                if self._flags(batch, keys, row)[0]:
+                    kept.append(i)
+            except _MISFITS as error:
+                content = {name: _values_of(batch, name, row)[0] for name in keys.names}
+                reason = f"its values do not fit the filter: {str(error).partition(chr(10))[0]}"
+                bad.append(BadRecord(batch.location(i), reason, content))
+        return np.array(kept, np.int64), bad
+
+    def _flags(self, batch: InputBatch, keys: Schema, rows: slice) -> np.ndarray[Any, Any]:
+        arrays = {}
+        for column in keys.columns:
+            values = _values_of(batch, column.name, rows)
+            if isinstance(values, pa.Array):
+                plain = values.storage if isinstance(values.type, pa.BaseExtensionType) else values
+                arrays[column.name] = plain.cast(column.storage_type)
+            else:
+                arrays[column.name] = pa.array(list(values), column.storage_type)
+        with explained(keys, self.filter):
+            return evaluate(pa.table(arrays), self.filter)
+
+    def __repr__(self) -> str:
+        # Arrow shortens the text of an expression with many values.
+        digest = None if self.filter is None else hashlib.sha256(pickle.dumps(self.filter)).hexdigest()
+        return f"SelectedSource({self.source!r}, {self.schema.names}, {self.filter}, {digest})"
+
+
+_MISFITS = (SchemaError, pa.ArrowException, TypeError, ValueError, OverflowError)
+
+
+def _values_of(batch: InputBatch, name: str, rows: slice) -> Any:
+    if isinstance(batch.columns, list):
+        return [record.get(name) for record in batch.columns[rows]]
+    return batch.columns[name][rows]
+
+
+def select_source(
+    source: RecordSource,
+    columns: Sequence[str],
+    expression: pc.Expression | None,
+    narrow: Callable[[RecordSource, Schema], RecordSource],
+) -> SelectedSource:
+    """Return a source with some columns, in this order (empty: all), and the records that make an expression true.
+
+    narrow: Returns a source that reads only the columns of a schema, where the source can. Raises SchemaError.
+    """
+    whole = source.schema
+    schema = whole.select(columns) if columns else whole
+    keys = [] if expression is None else columns_of(whole, expression)
+    needed = whole.select(list(dict.fromkeys([*schema.names, *keys])))
+    return SelectedSource(narrow(source, needed), schema, expression)
 
 
 @dataclass(frozen=True)
@@ -186,26 +281,37 @@ def divide(batch: InputBatch, split: Split | None, where: InputSplit, first: int
     parts = split.part_of_keys(pa.chunked_array([keys])) if n else np.zeros(0, np.uint16)
     for number, name in enumerate(split.names):
         rows = np.flatnonzero(parts == number)
-        n_bytes, bad = (0, ()) if number else (batch.n_bytes, batch.bad)
-        yield name, InputBatch(_taken(batch, rows), len(rows), n_bytes, partial(_location_of, batch, rows), bad)
+        of_part = _taken(batch, rows)
+        yield name, replace(of_part, n_bytes=0, bad=()) if number else of_part
 
 
 def _location_of(batch: InputBatch, rows: Any, i: int) -> str:
     return batch.location(int(rows[i]))
 
 
-def _taken(batch: InputBatch, rows: Any) -> Any:
-    columns = batch.columns
-    if len(rows) == batch.n_records:
-        return columns
-    if isinstance(columns, list):
-        return [columns[i] for i in rows]
-    if isinstance(columns, pa.RecordBatch):
-        return columns.take(pa.array(rows))
-    return {
-        name: values.take(pa.array(rows)) if isinstance(values, pa.Array) else [values[i] for i in rows]
-        for name, values in columns.items()
-    }
+def _taken(batch: InputBatch, rows: np.ndarray[Any, Any], names: Sequence[str] | None = None) -> InputBatch:
+    """Return some records of a batch, with some columns (None: all). Its bytes and bad records stay the same."""
+    found: Any = batch.columns
+    if names is not None and isinstance(found, list):
+        found = [{name: record[name] for name in names if name in record} for record in found]
+    elif names is not None:
+        found = (
+            found.select(list(names)) if isinstance(found, pa.RecordBatch) else {name: found[name] for name in names}
+        )
+    if len(rows) < batch.n_records:
+        if isinstance(found, pa.RecordBatch):
+            found = found.take(pa.array(rows))
+        elif isinstance(found, list):
+            found = [found[i] for i in rows]
+        else:
+            found = {name: _taken_values(values, rows) for name, values in found.items()}
+    return InputBatch(found, len(rows), batch.n_bytes, partial(_location_of, batch, rows), batch.bad)
+
+
+def _taken_values(values: Any, rows: np.ndarray[Any, Any]) -> Any:
+    if isinstance(values, pa.Array):
+        return values.take(pa.array(rows))
+    return values[rows] if isinstance(values, np.ndarray) else [values[i] for i in rows]
 
 
 def _keys_of(batch: InputBatch, name: str) -> pa.Array:

@@ -5,9 +5,11 @@ import gzip
 import json
 import pickle
 import random
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.feather
 import pyarrow.orc
@@ -18,10 +20,14 @@ from hypothesis import strategies as st
 from tests.support.image_files import png
 from tests.support.litdata_files import write_litdata
 from tests.support.tfrecord_files import example, tfrecords
+from typer.testing import CliRunner
 
-from tiercache.errors import SchemaError
+import tiercache as tc
+from tiercache.cli.app import app
+from tiercache.errors import CorruptShard, SchemaError
 from tiercache.packer.pack import PackOptions, pack, plan_pack
-from tiercache.packer.sources import SourceOptions, find_source
+from tiercache.packer.sources import SourceOptions, find_source, narrow
+from tiercache.packer.transform import select_source
 from tiercache.shard.schema import Schema
 from tiercache.store import open_store
 
@@ -169,6 +175,144 @@ class TestEverySource:
         root = source.files.root
         version = pack(root, tmp_path / "out", kind="files" if "bytes" in source.schema.names else None)
         assert version.n_records == len(expected)
+
+    def test_columns_and_a_filter_select_the_values_that_the_whole_source_has(self, made):
+        source, expected = made
+        key = next(name for name in ("path", "id", "y") if name in expected[0])
+        other = next(name for name in expected[0] if name != key)
+        some = [record[key] for record in expected[::7]]
+        selected = select_source(source, [other], pc.field(key).isin(some), narrow)
+        assert selected.schema.names == (other,)
+        copy = pickle.loads(pickle.dumps(selected))
+        assert repr(copy) == repr(selected)
+        found = [record for split in copy.splits for record in records_of(copy, split)]
+        assert found == [{other: record[other]} for record in expected[::7]]
+        batches = [batch for split in copy.splits for batch in source.read(split, 1000)]
+        places = [batch.location(i) for batch in batches for i in range(batch.n_records)]
+        chosen = [b.location(i) for split in copy.splits for b in copy.read(split, 1000) for i in range(b.n_records)]
+        assert chosen == places[::7]
+
+
+def upper(record):
+    return {"text": record["text"].upper()}
+
+
+class TestSelection:
+    @pytest.mark.parametrize("kind", ["parquet", "feather", "orc"])
+    def test_columns_that_are_not_selected_are_not_read(self, tmp_path, kind):
+        noise = [random.Random(i).randbytes(500).hex() for i in range(500)]
+        table = pa.table({"id": range(500), "noise": noise})
+        path = tmp_path / f"a.{kind}"
+        write, options = {
+            "parquet": (pq.write_table, {}),
+            "feather": (pa.feather.write_feather, {"chunksize": 250}),
+            "orc": (pa.orc.write_table, {"stripe_size": 100_000, "batch_size": 100}),
+        }[kind]
+        write(table, path, compression="zstd", **options)
+        data = bytearray(path.read_bytes())
+        start, end = len(data) * 6 // 10, len(data) * 9 // 10  # the first record batch, or stripe, is inspected
+        data[start:end] = bytes(end - start)
+        path.write_bytes(data)
+        with pytest.raises(SchemaError, match="not readable"):
+            pack(path, tmp_path / "whole", kind=kind, schema={"id": "int64?", "noise": "str?"})
+        pack(path, tmp_path / "out", columns=["id"], filter=pc.field("id") >= 100)
+        found = list(tc.Dataset(tmp_path / "out"))
+        assert found == [{"id": i} for i in range(100, 500)]
+
+    def test_columns_of_a_data_set_that_are_not_selected_are_not_read(self, tmp_path):
+        rows = [{"id": i, "noise": random.Random(i).randbytes(5000)} for i in range(200)]
+        pack(rows, tmp_path / "set", block_size=50_000, compression="none")
+        (path,) = (tmp_path / "set" / "shards").glob("*.tcs")
+        path.write_bytes(path.read_bytes().replace(rows[160]["noise"], bytes(5000)))  # 100 records are inspected
+        with closing(tc.Dataset(tmp_path / "set")) as dataset:
+            with pytest.raises(CorruptShard):
+                pack(dataset, tmp_path / "whole")
+            pack(dataset, tmp_path / "out", columns=["id"], filter=pc.field("id") > 20)
+        assert list(tc.Dataset(tmp_path / "out")) == [{"id": i} for i in range(21, 200)]
+
+    def test_a_filter_is_applied_before_a_function_and_a_value_that_does_not_fit_it_is_a_bad_record(self, tmp_path):
+        rows = [{"id": i, "n": i % 5 if i != 7 else "seven"} for i in range(20)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"schema": {"n": "int64"}, "filter": pc.field("n") == 2, "columns": ["id"]}
+        with pytest.raises(SchemaError, match=r"line 8: its values do not fit the filter: .*seven"):
+            pack(tmp_path / "a.jsonl", tmp_path / "other", **options)
+        with pytest.warns(UserWarning, match="1 bad records"):
+            pack(tmp_path / "a.jsonl", tmp_path / "out", on_error="skip", **options)
+        assert [record["id"] for record in tc.Dataset(tmp_path / "out")] == [2, 12, 17]
+        pack([{"id": i} for i in range(4)], tmp_path / "objects", filter=pc.bit_wise_and(pc.field("id"), 1) == 1)
+        assert [record["id"] for record in tc.Dataset(tmp_path / "objects")] == [1, 3]
+
+    def test_appending_needs_the_columns_of_the_data_set_after_the_selection(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ROWS)
+        out = tmp_path / "out"
+        pack(tmp_path / "a.csv", out, columns=["score", "id"], schema={"id": "int16"}, workers=2)
+        pack(tmp_path / "a.csv", out, columns=["id", "score"], filter=pc.field("id") == 5, mode="append")
+        assert tc.Dataset(out)[N] == {"score": 2.5, "id": 5}
+        with pytest.raises(SchemaError, match="text"):
+            pack(tmp_path / "a.csv", out, filter=pc.field("id") == 5, mode="append")
+
+    def test_a_selection_comes_before_a_function_tokens_and_a_split(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ROWS)
+        given = {
+            "columns": ["text"],
+            "filter": pc.bit_wise_and(pc.field("id"), 1) == 0,
+            "map": "tests.flow.packer.test_sources:upper",
+            "tokenize": "bytes",
+            "split": {"a": 0.5, "b": 0.5},
+        }
+        expected = sorted(list(row["text"].upper().encode()) for row in ROWS if row["id"] % 2 == 0)
+        for workers in (1, 2):
+            out = tmp_path / f"out-{workers}"
+            pack(tmp_path / "a.csv", out, workers=workers, shard_size=2000, block_size=500, **given)
+            found = [record["tokens"].tolist() for part in "ab" for record in tc.Dataset(out / part)]
+            assert sorted(found) == expected
+
+    def test_other_columns_and_another_filter_are_another_packing(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        for i in range(5):
+            write_csv(tmp_path / "in" / f"{i}.csv", ROWS)
+        sizes = {"shard_size": 1000, "block_size": 300}
+        many = list(range(0, N, 2))
+        given = {"columns": ["id"], "filter": pc.field("id").isin(many)}
+
+        def stop(progress):
+            if progress.n_bytes > progress.total_bytes // 2:  # also if columns are not read
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            pack(tmp_path / "in", tmp_path / "out", on_progress=stop, **given, **sizes)
+        for other, is_same in (
+            ({}, True),
+            ({"columns": ["id", "score"]}, False),
+            ({"filter": pc.field("id").isin([*many[:50], 1, *many[51:]])}, False),
+            ({"filter": None}, False),
+        ):
+            plan = plan_pack(tmp_path / "in", tmp_path / "out", PackOptions(**given | other, **sizes))
+            assert bool(plan.finished) is is_same, other
+        pack(tmp_path / "in", tmp_path / "out", **given, **sizes)
+        assert [record["id"] for record in tc.Dataset(tmp_path / "out")] == many * 5
+
+    def test_the_command_packs_columns(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ROWS)
+        done = CliRunner().invoke(
+            app, ["pack", str(tmp_path / "a.csv"), str(tmp_path / "out"), "--columns", "score,id"]
+        )
+        assert done.exit_code == 0, done.stderr
+        assert tc.Dataset(tmp_path / "out").schema.names == ("score", "id")
+
+    def test_what_there_is_not_is_refused_before_anything_is_written(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ROWS)
+        for options, error, match in (
+            ({"columns": ["nope"]}, SchemaError, "nope"),
+            ({"columns": "id"}, TypeError, "columns must be a sequence of names"),
+            ({"columns": ["id", "id"]}, ValueError, "columns= names a column twice"),
+            ({"filter": pc.field("nope") == 1}, SchemaError, "there is no such column; there are id, text, score"),
+            ({"filter": pc.field("id") + 1}, SchemaError, "cannot evaluate"),
+            ({"filter": "id = 1"}, TypeError, "filter must be an expression of pyarrow"),
+        ):
+            with pytest.raises(error, match=match):
+                pack(tmp_path / "a.csv", tmp_path / "out", **options)
+            assert not (tmp_path / "out").exists()
 
 
 class TestTables:
