@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tiercache.data.packing import pack_sequences
     from tiercache.data.versions import Versions
     from tiercache.images.decode_image import DecodeImage
+    from tiercache.integrations import ray as ray
     from tiercache.keep import Keep
     from tiercache.load.collate import CutMix, MixUp, collate
     from tiercache.load.loader import DataLoader
@@ -104,20 +105,24 @@ _HOMES = {
     "rng": "tiercache.transform_rng",
 }
 
-_TORCH = ("torch", "torchdata")
+# What must be installed for a library that is missing.
+_EXTRAS = {"torch": "torch", "torchdata": "torch", "ray": "ray"}
+
+
+_RAY = "tiercache.integrations.ray"  # a module: not among the names of a star import, which would need Ray
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module on its first use (PEP 562)."""
-    if name not in _HOMES:
+    if name not in _HOMES and name != "ray":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        value = getattr(import_module(_HOMES[name]), name)
+        value = import_module(_RAY) if name == "ray" else getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if library not in _TORCH:
+        if library not in _EXTRAS:
             raise
-        message = f"tiercache.{name} needs {library}, which is not installed: {install_command('torch')}"
+        message = f"tiercache.{name} needs {library}, which is not installed: {install_command(_EXTRAS[library])}"
         raise ModuleNotFoundError(message, name=error.name) from error
     globals()[name] = value
     return value

@@ -99,6 +99,13 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = tiercache.Lodaer
 
 
+def test_the_module_for_ray_is_an_attribute_that_says_what_to_install_without_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "tiercache.integrations.ray", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"tiercache.ray needs ray, .* pip install 'tiercache-data\[ray\]'"):
+        _ = tiercache.ray
+
+
 def test_no_public_name_is_that_of_a_module_which_would_replace_it_when_it_is_imported():
     modules = {path.stem for path in Path(tiercache.__file__).parent.iterdir()}
     assert not modules & set(tiercache.__all__)

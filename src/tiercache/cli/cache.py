@@ -7,11 +7,12 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -24,6 +25,7 @@ from tiercache.cli.common import (
     CacheDir,
     CacheSize,
     DryRun,
+    EngineName,
     Exclude,
     Include,
     Jobs,
@@ -42,13 +44,15 @@ from tiercache.cli.common import (
 from tiercache.cli.data import OpenDataSet, open_data_set_store, shorten
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.images.decoder import image_checker
-from tiercache.model import format_bytes
+from tiercache.model import ShardInfo, format_bytes
 from tiercache.packer.files import selected
+from tiercache.packer.workers import call_in_ray, check_engine
 from tiercache.peers import server
 from tiercache.peers.server import PeerService, ServerOptions
-from tiercache.shard.verify import Finding, ImageChecker, ShardCheck, check_shards, finding_of, open_whole
-from tiercache.shard.versions import latest
+from tiercache.shard.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
+from tiercache.shard.versions import Version, latest
 from tiercache.store import Store, redact
+from tiercache.store.access import absolute_url
 
 if TYPE_CHECKING:
     from tiercache.cache.many_copies import CopyCheck
@@ -265,19 +269,22 @@ def verify(
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
+    engine: EngineName = "process",
     storage_option: StorageOptions = None,
 ) -> None:
     """Check every byte of a data set, or of copies in the cache.
 
     Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
-    is corrupt and was not removed.
+    is corrupt and was not removed. With --engine ray, tasks on a Ray cluster check shards of a data set, -j in each.
     """
     jobs = jobs or config.available_cpus()
+    check_engine(engine)
     scope = Scope(url, include, exclude, storage_option)
     if cached or repair or cache_dir is not None:
-        if sample is not None or at is not None or decode:
+        if sample is not None or at is not None or decode or engine == "ray":
             raise ValueError(
-                "--sample, --at and --decode apply to data sets, and cannot be given for copies in the cache"
+                "--sample, --at, --decode and --engine ray apply to data sets, and cannot be given for copies in the "
+                "cache"
             )
         with open_existing_cache(cache_dir, cache_size) as cache:
             _verify_cached(output, cache, scope, jobs, repair=repair)
@@ -285,7 +292,36 @@ def verify(
         raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     else:
         with open_data_set_store(url, storage_option) as store:
-            _verify_data_set(output, store, at, scope, sample, jobs, image_checker if decode else None)
+            check: _Checks = partial(check_shards, jobs=jobs, images=image_checker if decode else None)
+            if engine == "ray":
+                check = partial(_check_in_ray, absolute_url(url), storage_option, check, jobs)
+            _verify_data_set(output, store, at, scope, sample, check)
+
+
+_Checks: TypeAlias = Callable[[Store, Version, Sequence[ShardInfo]], Iterator[ShardCheck]]
+
+
+def _check_in_ray(
+    url: str,
+    storage_options: Sequence[str] | None,
+    check: _Checks,
+    jobs: int,
+    _store: Store,
+    version: Version,
+    infos: Sequence[ShardInfo],
+) -> Iterator[ShardCheck]:
+    """Verify shards in tasks of Ray, `jobs` in each."""
+    tasks = [infos[i : i + jobs] for i in range(0, len(infos), jobs)]
+    with closing(call_in_ray(partial(_check_task, url, storage_options, check, version), tasks)) as results:
+        for checks in results:
+            yield from checks
+
+
+def _check_task(
+    url: str, storage_options: Sequence[str] | None, check: _Checks, version: Version, infos: Sequence[ShardInfo]
+) -> list[ShardCheck]:
+    with open_data_set_store(url, storage_options) as store:
+        return list(check(store, version, infos))
 
 
 def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, repair: bool) -> None:
@@ -323,8 +359,7 @@ def _verify_data_set(
     at: str | None,
     scope: Scope,
     sample: str | None,
-    jobs: int,
-    images: ImageChecker | None,
+    check_shards_of: _Checks,
 ) -> None:
     """Verify manifest, segments and a random fraction of the shards. Exits with CORRUPT or PARTIAL."""
     checks: list[ShardCheck] = []
@@ -343,7 +378,7 @@ def _verify_data_set(
     infos = [data_set.shards.info(i) for i in numbers]
     total_bytes = sum(info.n_bytes for info in infos)
     with output.byte_progress("verifying") as advance:
-        for check in check_shards(store, data_set.version, infos, jobs=jobs, images=images):
+        for check in check_shards_of(store, data_set.version, infos):
             checks.append(check)
             advance(sum(c.info.n_bytes for c in checks), total_bytes)
             for finding in check.findings:

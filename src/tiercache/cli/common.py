@@ -58,6 +58,9 @@ Yes: TypeAlias = Annotated[bool, flag("--yes -y", "Do not ask for confirmation."
 Jobs: TypeAlias = Annotated[
     int, typer.Option("--jobs", "-j", min=0, help="Number of shards to process at a time; 0: one per CPU.")
 ]
+EngineName: TypeAlias = Annotated[
+    str, option("--engine", "ENGINE", "process (this machine), or ray: a Ray cluster, by default at RAY_ADDRESS.")
+]
 Include: TypeAlias = Annotated[
     list[str] | None,
     option("--include", "GLOB", "Only names that match, e.g. '*.jpg' or 'train/**'. May be repeated."),

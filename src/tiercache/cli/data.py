@@ -16,6 +16,7 @@ import typer
 from tiercache.cli.common import (
     Columns,
     DryRun,
+    EngineName,
     Exclude,
     Include,
     Jobs,
@@ -130,9 +131,7 @@ def pack(
     workers: Annotated[
         int, option("--workers -w", "N", "Number of processes; 0: one per CPU. The result is the same.", min=0)
     ] = 1,
-    engine: Annotated[
-        str, option("--engine", "ENGINE", "process (this machine), or ray: a Ray cluster, by default at RAY_ADDRESS.")
-    ] = "process",
+    engine: EngineName = "process",
     include: Include = None,
     exclude: Exclude = None,
     columns: Columns = None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -18,6 +20,7 @@ from tiercache.cli.common import (
     CacheSize,
     Columns,
     DryRun,
+    EngineName,
     Exclude,
     Include,
     Jobs,
@@ -36,18 +39,21 @@ from tiercache.cli.common import (
 from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store
 from tiercache.load.epoch import OrderShare
 from tiercache.load.loader_options import LoaderOptions
-from tiercache.model import ByteRange, format_bytes
+from tiercache.model import ByteRange, ShardIdentity, format_bytes
 from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.rank_plan import RankPlan
 from tiercache.order.window import DatasetSizes, OrderOptions
 from tiercache.packer.files import selected
+from tiercache.packer.workers import call_in_ray, check_engine
 from tiercache.shard.source import column_ranges, fetch_footer
-from tiercache.store import LocalStore
+from tiercache.store import LocalStore, Store
+from tiercache.store.access import absolute_url
 from tiercache.store.remote import call_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.cache.many_copies import MissingCopies, WarmProgress, WarmReport
     from tiercache.order.window import BlockSizes
     from tiercache.shard.versions import ShardTable
 
@@ -267,62 +273,105 @@ def warm(
     jobs: Jobs = 4,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
+    engine: EngineName = "process",
     storage_option: StorageOptions = None,
     dry_run: DryRun = False,
 ) -> None:
     """Copy a data set, or a part of it, from its store into the cache.
 
     The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
-    reads them: --rank selects the ranks, and --limit the amount.
+    reads them: --rank selects the ranks, and --limit the amount. With --engine ray, each machine of a Ray cluster
+    copies it into its own cache.
     """
+    check_engine(engine)
+    if engine == "ray" and dry_run:
+        raise ValueError("--dry-run looks at the cache of this machine, and cannot be combined with --engine ray")
     if pin and columns is not None:
         raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
     training = parse_training(seed, rank, placement)
     names = parse_columns(columns)
-    with (
-        Cache.default(path=cache_dir, size=cache_size) as cache,
-        open_data_set_store(url, storage_option) as inner,
-    ):
-        if isinstance(inner, LocalStore) and cache_dir is None:
+    with open_data_set_store(url, storage_option) as store:
+        if isinstance(store, LocalStore) and cache_dir is None:
             raise ValueError(
-                f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
+                f"{store.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
             )
-        data_set = open_data_set(inner, at)
+        shown = store.url
+        data_set = open_data_set(store, at)
         shards = select_shards(data_set.shards, include, exclude, training, limit)
         dataset_id = data_set.version.dataset_id
         objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
         objects += data_set.shards.objects(dataset_id, shards)
-        ranges: Mapping[str, Sequence[ByteRange]] = {}
-        if names is not None:
-            ranges = read_column_ranges(data_set, shards, names)
-        store = cache.store(inner)
-        n_bytes = sum(
-            sum(r.n_bytes for r in ranges[key]) if key in ranges else identity.n_bytes for key, identity in objects
-        )
-        facts: dict[str, Any] = {"url": store.url, "objects": len(objects), "bytes": n_bytes}
-        in_part = f" ({len(ranges):,} of them in part)" if ranges else ""
-        text = f"{count(len(objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
-        if dry_run:
-            found = cache.find_missing(store, objects, ranges=ranges)
-            n_missing = len(found.missing)
-            facts |= {"fetched": n_missing, "bytes_fetched": found.missing_bytes, "fits": found.fits, "dry_run": True}
-            short = "" if found.fits else "; the cache has not enough space for them"
-            missing = f"{count(n_missing, 'object')}, {format_bytes(found.missing_bytes)}"
-            output.summary(facts, f"would fetch {missing}{f', and pin {text}' if pin else ''}{short}")
-            return
-        with output.byte_progress("warming") as advance:
-            report = cache.warm(
-                store,
-                objects,
-                ranges=ranges,
-                jobs=jobs or config.available_cpus(),
-                on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
-            )
-        if pin:
-            cache.pin(store, objects)
+        ranges = {} if names is None else read_column_ranges(data_set, shards, names)
+    n_bytes = sum(
+        sum(r.n_bytes for r in ranges[key]) if key in ranges else identity.n_bytes for key, identity in objects
+    )
+    warming = _Warming(absolute_url(url), storage_option, cache_dir, cache_size, objects, ranges, jobs, pin)
+    facts: dict[str, Any] = {"url": shown, "objects": len(objects), "bytes": n_bytes}
+    in_part = f" ({len(ranges):,} of them in part)" if ranges else ""
+    text = f"{count(len(objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
+    if dry_run:
+        found = warming.find_missing()
+        n_missing = len(found.missing)
+        facts |= {"fetched": n_missing, "bytes_fetched": found.missing_bytes, "fits": found.fits, "dry_run": True}
+        short = "" if found.fits else "; the cache has not enough space for them"
+        missing = f"{count(n_missing, 'object')}, {format_bytes(found.missing_bytes)}"
+        output.summary(facts, f"would fetch {missing}{f', and pin {text}' if pin else ''}{short}")
+        return
+    is_pinned = "pinned in" if pin else "in"
+    if engine == "ray":
+        n_machines = n_fetched = bytes_fetched = 0
+        with closing(call_in_ray(_Warming.run_on, [warming], on_each_machine=True)) as results:
+            for host, report in results:
+                n_machines, n_fetched = n_machines + 1, n_fetched + report.n_fetched
+                bytes_fetched += report.bytes_fetched
+                one = {"host": host, "fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
+                output.event("machine", one, f"{host}: {format_bytes(report.bytes_fetched)} fetched")
+        facts |= {"fetched": n_fetched, "bytes_fetched": bytes_fetched, "machines": n_machines}
+        fetched = f"{format_bytes(bytes_fetched)} fetched now"
+        output.summary(facts, f"{text} are {is_pinned} the caches of {count(n_machines, 'machine')}, {fetched}")
+        return
+    with output.byte_progress("warming") as advance:
+        report = warming.run(lambda p: advance(p.bytes_done, p.bytes_wanted))
     facts |= {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
     fetched = f"{format_bytes(report.bytes_fetched)} of them fetched now"
-    output.summary(facts, f"{text} are {'pinned in' if pin else 'in'} the cache, {fetched}")
+    output.summary(facts, f"{text} are {is_pinned} the cache, {fetched}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Warming:
+    """Objects, or ranges of them, for the cache of this machine, or of another one. Picklable."""
+
+    url: str
+    storage_options: Sequence[str] | None
+    cache_dir: str | None
+    cache_size: str | None
+    objects: Sequence[tuple[str, ShardIdentity]]
+    ranges: Mapping[str, Sequence[ByteRange]]
+    jobs: int
+    pin: bool
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Cache, Store]]:
+        with (
+            Cache.default(path=self.cache_dir, size=self.cache_size) as cache,
+            open_data_set_store(self.url, self.storage_options) as inner,
+        ):
+            yield cache, cache.store(inner)
+
+    def find_missing(self) -> MissingCopies:
+        with self._opened() as (cache, store):
+            return cache.find_missing(store, self.objects, ranges=self.ranges)
+
+    def run(self, on_progress: Callable[[WarmProgress], None] | None = None) -> WarmReport:
+        jobs = self.jobs or config.available_cpus()
+        with self._opened() as (cache, store):
+            report = cache.warm(store, self.objects, ranges=self.ranges, jobs=jobs, on_progress=on_progress)
+            if self.pin:
+                cache.pin(store, self.objects)
+            return report
+
+    def run_on(self) -> tuple[str, WarmReport]:
+        return socket.gethostname(), self.run()
 
 
 # Footers are a few KiB, so the time to read them is round trips.

@@ -50,6 +50,7 @@ from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
 from tiercache.shard.blocks import Verify, check_verify
 from tiercache.shard.values import ColumnValues, as_records, parse_casts
+from tiercache.store.access import absolute_url
 from tiercache.transform_rng import use_fresh_key
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Dataset:
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
-        location = DatasetLocation(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
+        location = DatasetLocation(absolute_url(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
         opened = Records((open_leaf(location, version, columns),))
         spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
         self.__setstate__(((opened.spec, transform, spec, batch_transform), {}))

@@ -1,6 +1,6 @@
 """Ray Data: `read_dataset(url)` is a `ray.data.Dataset`, and `ds.write_datasink(DatasetSink(url))` writes one.
 
-`tiercache.pack(engine="ray")` packs a source by Ray's tasks; it does not need this module.
+It is also the attribute `tiercache.ray`. `tiercache.pack(engine="ray")` packs a source by Ray's tasks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tiercache.shard.versions import (
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import open_store
+from tiercache.store.access import absolute_url
 
 
 def read_dataset(data: str | os.PathLike[str] | Dataset, *, parallelism: int = -1, **options: Any) -> ray.data.Dataset:
@@ -123,7 +124,7 @@ class DatasetSink(Datasink):  # type: ignore[misc]
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         check_mode(mode)
-        self._url, self._mode, self._storage_options = os.fspath(url), mode, dict(storage_options or {})
+        self._url, self._mode, self._storage_options = absolute_url(url), mode, dict(storage_options or {})
         self._schema = None if schema is None else Schema.of(schema)
         self._shard_options = ShardOptions(parse_bytes(shard_size), parse_bytes(block_size), compression)
         self.version: Version | None = None

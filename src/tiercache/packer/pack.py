@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,7 +34,7 @@ from tiercache.packer.objects import find_object, is_object
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, divide, map_source, select_source
-from tiercache.packer.workers import Report, import_ray, run_in_processes, run_in_ray
+from tiercache.packer.workers import Engine, Report, check_engine, run_in_processes, run_in_ray
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
 from tiercache.shard.schema import Schema, UserType, check_same_schema
 from tiercache.shard.versions import (
@@ -49,6 +49,7 @@ from tiercache.shard.versions import (
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore, Store, open_store, redact, split_url
+from tiercache.store.access import absolute_url
 
 logger = logging.getLogger("tiercache")
 
@@ -60,10 +61,6 @@ _MOST_SHARDS_PER_TASK = 8
 _SHARD_EXCESS = 0.25
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_OVERHEAD = 0.02  # of footers, and of columns that are not in the source
-
-
-Engine: TypeAlias = Literal["process", "ray"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +82,9 @@ class PackOptions(SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mode(self.mode)
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
-        if self.engine == "ray":
-            if self.workers != 1:
-                raise ValueError("workers= is for engine='process': Ray runs as many tasks as its cluster has CPUs")
-            import_ray()
+        if self.engine == "ray" and self.workers != 1:
+            raise ValueError("workers= is for engine='process': Ray runs as many tasks as its cluster has CPUs")
+        check_engine(self.engine)
         if self.split is None and self.split_by is not None:
             raise ValueError("split_by= names the key of split=, which is not given")
         for name in self.parts:
@@ -353,7 +347,7 @@ def _run_tasks(
         if on_progress is not None:
             on_progress(PackProgress(done[0], done[1], total_bytes))
 
-    job = _Job(plan.source, plan.url, plan.options, packing.id, plan.key, packing.bases)
+    job = _Job(plan.source, absolute_url(plan.url), plan.options, packing.id, plan.key, packing.bases)
     left = [(number, splits) for number, splits in enumerate(plan.tasks) if number not in finished]
     if plan.options.engine == "ray":
         run_in_ray(job.run, left, report)

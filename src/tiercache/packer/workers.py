@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import importlib
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from tiercache.errors import TierCacheError
 
+T = TypeVar("T")
 Work: TypeAlias = "Callable[[Any, Report], object]"
 Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records and bytes
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
 # an abort does.
 _STOP_S = 10.0
+
+
+Engine: TypeAlias = Literal["process", "ray"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+
+def check_engine(engine: str) -> None:
+    """Raise ValueError for an unknown engine, and for one whose package is not installed."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "ray":
+        import_ray()
 
 
 def run_in_processes(
@@ -102,22 +116,42 @@ def _serve(connection: Connection, work: Callable[[Any, Report], object]) -> Non
 
 
 def run_in_ray(work: Work, tasks: Sequence[Any], report: Report) -> None:
-    """Run work(task, report) for all tasks on the Ray cluster of this process, which starts one if it has none.
+    """Run work(task, report) for all tasks as tasks of Ray. Progress is that of whole tasks."""
+    with closing(call_in_ray(partial(_counted, work), tasks)) as results:
+        for done in results:
+            report(*done)
 
-    Ray places the tasks, and runs those of a worker that died again, so work() may run more than once for a task.
-    Progress is that of whole tasks. An exception of work is raised after the others have been cancelled.
+
+def call_in_ray(
+    function: Callable[[Any], T], tasks: Sequence[Any], *, on_each_machine: bool = False
+) -> Generator[T, None, None]:
+    """Yield function(task) for all tasks, as they end, from the Ray cluster of this process, or one that Ray starts.
+
+    Ray places the tasks, and repeats those of a worker that died, so the function may run more than once for a task.
+    An exception of the function is raised after the others have been cancelled.
+
+    Args:
+        function: Function that Ray's workers can import or unpickle.
+        tasks: Arguments of the calls.
+        on_each_machine: Whether each task runs on each machine of the cluster.
     """
     ray = import_ray()
     starts = not ray.is_initialized()
     if starts:
         ray.init()  # RAY_ADDRESS names a cluster; without it, Ray starts one on this machine
     try:
-        function, shared = ray.remote(_run_in_ray), ray.put(work)
-        left = [function.remote(shared, task) for task in tasks]
+        remote, shared = ray.remote(_call), ray.put(function)
+        places = [remote]
+        if on_each_machine:
+            strategies = importlib.import_module("ray.util.scheduling_strategies")
+            nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+            pins = [strategies.NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+            places = [remote.options(num_cpus=0, scheduling_strategy=pin) for pin in pins]
+        left = [place.remote(shared, task) for task in tasks for place in places]
         try:
             while left:
                 done, left = ray.wait(left)
-                report(*ray.get(done[0]))
+                yield ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError as error:
@@ -140,7 +174,11 @@ def import_ray() -> Any:
         raise ValueError("engine='ray' needs the package ray: pip install 'tiercache-data[ray]'") from error
 
 
-def _run_in_ray(work: Work, task: Any) -> tuple[int, int]:
+def _call(function: Callable[[Any], T], task: Any) -> T:
+    return function(task)
+
+
+def _counted(work: Work, task: Any) -> tuple[int, int]:
     done = [0, 0]
 
     def report(n_records: int, n_bytes: int) -> None:

@@ -459,6 +459,12 @@ def plain_url(url: str) -> str:
     return os.path.realpath(unquote(rest) if found and "%" in rest else rest if found else url)
 
 
+def absolute_url(url: str | os.PathLike[str]) -> str:
+    """Return the URL, with an absolute path for a local one: it means the same in processes with other folders."""
+    parsed = ParsedUrl.parse(url)
+    return os.fspath(url) if parsed.scheme else os.path.abspath(parsed.path)  # noqa: PTH100 - resolve() follows links
+
+
 def scheme_of(url: str) -> str:
     """Return the scheme of a URL in lower case; "" for a local path."""
     scheme, found, _ = url.partition("://")

@@ -9,42 +9,13 @@ from pathlib import Path
 
 import pytest
 from tests.stress.kills import KillLoop, points_where
-from tests.stress.packing import OPTIONS, SCHEMA, SHARES, write_source
+from tests.stress.packing import OPTIONS, SCHEMA, SHARES, Target, write_source
 
 import tiercache as tc
 from tiercache.shard.packings import list_packings
 from tiercache.shard.verify import verify_dataset
 from tiercache.store import open_store
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
-
-
-class Target:
-    """A data set to which a source is appended again and again, and the records that it must have."""
-
-    def __init__(self, folder: Path) -> None:
-        self.source, self.url = folder / "source", folder / "set"
-        self.records = write_source(self.source)
-        self.n_packings = 0
-        tc.Writer(self.url, schema=SCHEMA).close()
-
-    def check(self, *, finished: bool) -> None:
-        """Every version has whole packings; after a run that was not killed there is one more, and no record is left.
-
-        What a killed run has committed counts as the next run's, which must not append it again; except if the kill
-        came when all was done.
-        """
-        dataset, left = tc.Dataset(self.url), list(list_packings(open_store(self.url)))
-        n_found, rest = divmod(len(dataset), len(self.records))
-        assert rest == 0
-        if finished:
-            assert left == []
-        self.n_packings += finished or (not left and n_found == self.n_packings + 1)
-        assert n_found - self.n_packings in ({0, 1} if left else {0})
-        found = dataset[:]
-        assert found["x"].tolist() == [record["x"] for record in self.records] * n_found
-        assert found["text"] == [record["text"] for record in self.records] * n_found
-        dataset.close()
-        assert list(verify_dataset(open_store(self.url))) == []
 
 
 def shards(url: Path) -> dict[str, int]:

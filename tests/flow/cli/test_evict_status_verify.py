@@ -118,6 +118,6 @@ class TestVerify:
     def test_flags_of_verify_for_stores_are_usage_errors(self, tiercache, data_set, cache):
         assert "verify needs a URL, or --cached" in tiercache("verify", code=2).err
         assert (
-            "--sample, --at and --decode apply to data sets"
+            "--sample, --at, --decode and --engine ray apply to data sets"
             in tiercache("verify", *cache, "--sample", "5%", code=2).err
         )
