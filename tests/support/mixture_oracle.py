@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice, product
 from typing import Any, Literal
 from unittest import mock
 
@@ -178,27 +177,33 @@ def mixed_sequence(data: Mixed, epoch: int) -> list[Record]:
     return [streams[p % data.n_streams][p // data.n_streams] for p in range(sum(data.shares))]
 
 
-def sequence_numbers(data: Mixed, served: list[Record]) -> Iterator[list[int]]:
-    """Which records of each sequence of each part were served, sorted, by their numbers in the endless sequence.
+def check_sequences(data: Mixed, segments: list[list[Record]]) -> None:
+    """Check that every sequence of each part is served from its first record on, without a gap or a repetition.
 
-    The sequences of a part are its streams, or, if it has none, every n-th of its records. The k-th time that a record
-    is served is its turn in the part's k-th own epoch.
+    The sequences of a part are its streams, or, if it has none, every n-th of its records. Over a segment, which is an
+    epoch or what changes of the weights cut it into, each stream of the mixture draws from one sequence of a part, and
+    the next stream from the next one.
     """
+    n = data.n_streams
     for number, (part, how) in enumerate(zip(data.parts, data.own_options(), strict=True)):
-        has_streams = how.streams == data.n_streams
-        times = Counter(record for record in served if data.part_of(record) == number)
-        n_turns = max(times.values(), default=0)
-        for stream in range(how.streams):
-            own = [
-                (data.spec.first_shards[number] + shard, block, row)
-                if times[data.spec.first_shards[number] + shard, block, row] > turn
-                else None
-                for turn, records in enumerate(islice(own_records(part, how, stream), n_turns))
-                for shard, block, row in records
-            ]
-            found = [place for place, record in enumerate(own) if record is not None]
-            if has_streams:
-                yield found
-            else:
-                for first in range(data.n_streams):
-                    yield [place // data.n_streams for place in found if place % data.n_streams == first]
+        drawn = [[[r for r in segment[s::n] if data.part_of(r) == number] for s in range(n)] for segment in segments]
+        n_drawn = sum(len(records) for streams in drawn for records in streams)
+        has_streams, first = how.streams == n, data.spec.first_shards[number]
+
+        def sequence(start: int, part: Shards = part, how: OrderOptions = how) -> Iterator[list[Record]]:
+            return chain.from_iterable(own_records(part, how, start))
+
+        whole = [] if has_streams else list(islice(sequence(0), n_drawn * n))
+        sequences = [list(islice(sequence(s), n_drawn)) if has_streams else whole[s::n] for s in range(n)]
+        sequences = [[(first + shard, *row) for shard, *row in records] for records in sequences]
+        # The same records may be next in several sequences: all ways in which they can have been served are followed.
+        ways = {(0,) * n}
+        for streams in drawn:
+            found = set()
+            for way, shift in product(ways, range(n)):
+                turned = streams[shift:] + streams[:shift]
+                ends = tuple(at + len(records) for at, records in zip(way, turned, strict=True))
+                if all(s[at:end] == r for s, at, end, r in zip(sequences, way, ends, turned, strict=True)):
+                    found.add(ends)
+            assert found, f"part {number}: {streams} are not the next records of its sequences, {ways}"
+            ways = found
