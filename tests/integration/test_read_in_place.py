@@ -4,9 +4,13 @@ import io
 from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import tiercache as tc
+from tiercache.errors import SchemaError
+from tiercache.layouts.splits import choose_split
 
 pytestmark = pytest.mark.integration
 
@@ -162,3 +166,47 @@ def test_shards_of_webdataset_are_read_as_webdataset_reads_them(tmp_path):
         for name in ("__key__", "cls", "json"):
             assert found[name] == expected[name]
     assert n_seen == 200
+
+
+_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "a/*.parquet"
+  - split: extra
+    path: [b/1.parquet, "c/**"]
+- config_name: other
+  data_dir: d
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "card"),
+    [
+        (
+            [f"data/{name}.parquet" for name in ("train-00000-of-00002", "train-00001-of-00002", "few-00000-of-00001")],
+            "",
+        ),
+        (["train/1.parquet", "train/x/2.parquet", "my-test/1.parquet", "dev_2/3.parquet"], ""),
+        (["train.parquet", "x.eval.parquet", "validation-0.parquet"], ""),
+        (["one.parquet", "two/three.parquet"], ""),
+        (["a/1.parquet", "a/2.parquet", "b/1.parquet", "c/d/1.parquet", "d/1.parquet", "b/2.parquet"], _CARD),
+    ],
+)
+def test_splits_are_those_that_datasets_finds(tmp_path, monkeypatch, names, card):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)  # it leaves a thread
+    folder = tmp_path / "data"
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"x": [number]}), folder / name)
+    (folder / "README.md").write_text(card)
+    theirs = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "theirs"))
+    for split in theirs:
+        found = choose_split(str(folder), sorted(names), [split] if len(theirs) > 1 else [], lambda: card)
+        assert sorted(names.index(name) for name in found) == sorted(theirs[split]["x"])
+    if len(theirs) > 1:
+        with pytest.raises(SchemaError, match=", ".join(sorted(theirs)).replace(", ", "|")):
+            tc.Dataset(folder)

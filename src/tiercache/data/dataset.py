@@ -96,7 +96,8 @@ class Dataset:
     same records in another form (docs/guide/datasets.md).
 
     Args:
-        url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set.
+        url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set; or
+            `hf://datasets/OWNER/NAME/SPLIT` for files on the Hugging Face Hub (docs/guide/in-place.md).
         cache: Cache through which the data set is read. None: local folders are read in place and `memory://` directly;
             everything else is read through `Cache.default()`. False: no cache.
         columns: Names of the columns to serve, in order. None: all columns.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +25,8 @@ from tiercache.model import ByteRange, ShardIdentity, ShardInfo, SourcePart
 from tiercache.order.window import BlockSizes
 from tiercache.shard.reader import OpenShard
 from tiercache.shard.versions import ShardTable, Version, table_of
-from tiercache.store.access import split_glob, split_url
+from tiercache.store import folders_above, pin_revision, without_commit
+from tiercache.store.access import redact, scheme_of, split_glob, split_url
 
 # Column ranges of at least 15/16 of a file are not fetched by ranges; see shard/source.py:column_ranges.
 _MOST, _OF = 15, 16
@@ -31,8 +35,11 @@ _MOST, _OF = 15, 16
 def open_leaf(location: DatasetLocation, version: int | str | None, columns: Sequence[str] | None) -> OpenedVersion:
     """Return a version of the data set at a URL; or the data set of another library there, if it has no version.
 
-    Raises as `Dataset`.
+    A URL of the Hugging Face Hub names a commit from here on: every process and epoch reads the same files. Raises as
+    `Dataset`.
     """
+    url = location.url
+    location = replace(location, url=pin_revision(location.url, location.storage_options))
     try:
         return OpenedVersion(location, version, columns)
     except NotFound as error:
@@ -40,12 +47,25 @@ def open_leaf(location: DatasetLocation, version: int | str | None, columns: Seq
             raise
         found = _find(location)
         if found is None:
+            if error.details.get("has_files"):
+                error.message += f"; {_say_pack(url)}"
             raise
         place, layout = found
         try:
             return OpenedLayout(place, layout, columns)
         except NotFound as lost:
             raise lost from error
+
+
+def _say_pack(url: str) -> str:
+    """Return how files that are no data set become one. url: As the user wrote it, for example "photos"."""
+    source, name = redact(url).rstrip("/"), redact(url).rstrip("/").rpartition("/")[2]
+    folder = source.removesuffix(name) if scheme_of(url) not in ("hf", "http", "https") else ""  # not written to
+    target = f"{folder}{name.partition('.')[0] or name}-packed"
+    return (
+        f"pack them: `tiercache pack {shlex.quote(source)} {shlex.quote(target)}`, or "
+        f"tiercache.pack({source!r}, {target!r}); tiercache.Writer writes any other records"
+    )
 
 
 def _find(location: DatasetLocation) -> tuple[DatasetLocation, Layout] | None:
@@ -68,15 +88,20 @@ def _find(location: DatasetLocation) -> tuple[DatasetLocation, Layout] | None:
         except ValueError:
             return None
         only = names_of(name)
-    place = replace(location, url=root)
-    stores = VersionStores(place)
-    try:
-        layout = find_layout(StoreFolder(stores.store, _index_folder(stores), only=only, globs=globs))
-    except StoreError:
-        return None
-    finally:
-        stores.close()
-    return None if layout is None else (place, layout)
+    above = [] if globs else list(folders_above(location.url))
+    for url, split in ((root, list[str]()), *above):
+        place = replace(location, url=url)
+        stores = VersionStores(place)
+        try:
+            folder = StoreFolder(stores.store, _index_folder(stores), only=() if split else only, globs=globs)
+            layout = find_layout(folder, split)
+        except StoreError:
+            return None
+        finally:
+            stores.close()
+        if layout is not None:
+            return place, layout
+    return None
 
 
 def _index_folder(stores: VersionStores) -> Path:
@@ -127,6 +152,10 @@ class OpenedLayout(OpenedVersion):
         stores = VersionStores(location)
         dataset_id = dataset_id_of(stores.inner.url)
         table = FileTable(layout, dataset_id)
+        fingerprint = layout.fingerprint
+        if without_commit(location.url) != location.url:  # the Hub tells the content of each file by its ETag
+            etags = [file.info.etag for file in layout.files]
+            fingerprint = hashlib.sha256(json.dumps([fingerprint, etags]).encode()).hexdigest()[:32]
         manifest = Version(
             dataset_id=dataset_id,
             number=0,
@@ -136,7 +165,7 @@ class OpenedLayout(OpenedVersion):
             writer="",
             nonce="",
             created="",
-            fingerprint=layout.fingerprint,
+            fingerprint=fingerprint,
             n_records=int(table.first_record[-1]),
             n_bytes=int(table.n_bytes.sum()),
             segments=(),
@@ -146,7 +175,7 @@ class OpenedLayout(OpenedVersion):
     @property
     def part(self) -> SourcePart:
         """See OpenedVersion.part. A copy of the files elsewhere is the same data set: names and sizes identify it."""
-        return SourcePart(self.layout.fingerprint, 0, self.layout.fingerprint)
+        return SourcePart(self.manifest.fingerprint, 0, self.manifest.fingerprint)
 
     def _make_spec(self) -> LeafSpec:
         return LayoutSpec(self.location, self.layout, self.schema.names)

@@ -21,8 +21,10 @@ from tiercache.layouts.mds import MdsLayout
 from tiercache.layouts.megatron import MegatronLayout
 from tiercache.layouts.parquet import ParquetLayout
 from tiercache.layouts.reader import SourceBytes
+from tiercache.layouts.splits import choose_split
 from tiercache.layouts.webdataset import WebDatasetLayout
 from tiercache.model import ObjectInfo, ShardIdentity
+from tiercache.store import without_commit
 from tiercache.store.access import matches_glob, redact
 from tiercache.store.contract import Store
 from tiercache.store.remote import call_threads
@@ -36,11 +38,17 @@ _INDEX_THREADS = 16
 MOST_FILES = 1_000_000
 
 
-def find_layout(folder: StoreFolder) -> Layout | None:
+# Files of records, whose names and README.md may say to which split they belong: the first of these that there are.
+_OF_SPLITS = (ParquetLayout.suffixes, ArrowLayout.suffixes, (".tar",))
+
+
+def find_layout(folder: StoreFolder, split: Sequence[str] = ()) -> Layout | None:
     """Return the data set of another library that a folder holds; None: its files have no known layout.
 
-    Raises NotFound if the folder cannot be listed, and SchemaError for a layout that cannot be read.
+    split: Names of a split or a configuration, or both, of the files of the folder. Raises NotFound if the folder
+    cannot be listed, and SchemaError for a layout that cannot be read, and for files of several splits.
     """
+    folder = folder.of_split(split)
     for layout in LAYOUTS:
         found = layout.find(folder)
         if found is not None:
@@ -55,7 +63,7 @@ def names_of(name: str) -> list[str]:
 
 def dataset_id_of(url: str) -> str:
     """Return the id under which the cache keeps the files below a URL: 32 hex digits."""
-    return hashlib.sha256(f"layout {redact(url)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"layout {redact(without_commit(url))}".encode()).hexdigest()[:32]
 
 
 def identity_of(dataset_id: str, info: ObjectInfo) -> ShardIdentity:
@@ -75,13 +83,20 @@ class StoreFolder:
     """The files below a store's URL. See `Folder`.
 
     indexes: Folder of the kept indexes; None: none are kept. only: Keys of the files to read, of which some may not
-    exist; globs: the segments of the keys of the files to read, with wildcards; without both, all files are read.
+    exist; globs: the segments of the keys of the files to read, with wildcards; listed: the files themselves, instead
+    of a listing. Without them, all files are read.
     """
 
     def __init__(
-        self, store: Store, indexes: Path | None, *, only: Sequence[str] = (), globs: Sequence[str] = ()
+        self,
+        store: Store,
+        indexes: Path | None,
+        *,
+        only: Sequence[str] = (),
+        globs: Sequence[str] = (),
+        listed: Sequence[ObjectInfo] | None = None,
     ) -> None:
-        self._store, self._indexes, self._only, self._globs = store, indexes, only, globs
+        self._store, self._indexes, self._only, self._globs, self._listed = store, indexes, only, globs, listed
         self._dataset_id = dataset_id_of(store.url)
 
     @property
@@ -90,6 +105,8 @@ class StoreFolder:
 
     @cached_property
     def objects(self) -> Sequence[ObjectInfo]:
+        if self._listed is not None:
+            return self._listed
         found = []
         for key in self._only:
             with suppress(NotFound):
@@ -102,6 +119,22 @@ class StoreFolder:
                 if len(found) > MOST_FILES:
                     raise SchemaError(f"{self.url}: it holds more than {MOST_FILES:,} files: open a folder below it")
         return sorted(found, key=lambda info: info.key.split("/"))
+
+    def of_split(self, names: Sequence[str]) -> StoreFolder:
+        """Return the folder with the files of one split, see choose_split(). Files that the URL names are all read."""
+        by_key = {info.key: info for info in self.objects}
+        keys = next((some for ends in _OF_SPLITS if (some := [k for k in by_key if k.lower().endswith(ends)])), [])
+        if self._only or self._globs or "state.json" in {key.rpartition("/")[2] for key in by_key} or not keys:
+            return self
+
+        def readme() -> str:
+            info = by_key.get("README.md")
+            return "" if info is None else bytes(self.open(info).read_one(0, info.n_bytes)).decode(errors="replace")
+
+        chosen = choose_split(self.url.rstrip("/"), keys, names, readme)
+        if len(chosen) == len(keys):
+            return self
+        return StoreFolder(self._store, self._indexes, listed=[by_key[key] for key in chosen])
 
     def open(self, info: ObjectInfo) -> FileBytes:
         return open_bytes(self._store, self._dataset_id, info)

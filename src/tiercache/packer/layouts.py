@@ -93,23 +93,11 @@ def _runs_of_blocks(file: LayoutFile) -> Iterator[InputSplit]:
         yield InputSplit(file.info.key, start, end, int(sizes[start:end].sum()))
 
 
-class _Chosen(StoreFolder):
-    """Files of a source that are packed, with the listing that it had when it was inspected."""
-
-    def __init__(self, store: Store, found: Sequence[SourceFile]) -> None:
-        super().__init__(store, None)
-        self._found = [ObjectInfo(file.path, file.n_bytes) for file in found]
-
-    @cached_property
-    def objects(self) -> Sequence[ObjectInfo]:
-        return self._found
-
-
 def find_layout_source(files: Files, found: Sequence[SourceFile], kind: str) -> LayoutSource:
     """Return these files as a data set of a layout. Raises SchemaError if they are none, or if it cannot be read."""
     layout = next(one for one in LAYOUTS if one.name.lower() == kind)
     with closing(_open(files)) as store:
-        folder: StoreFolder = _Chosen(store, found)
+        folder = StoreFolder(store, None, listed=[ObjectInfo(file.path, file.n_bytes) for file in found])
         if len(found) == 1:  # a URL may name one of the files of a layout
             folder = StoreFolder(store, None, only=names_of(found[0].path))
         data = layout.find(folder)

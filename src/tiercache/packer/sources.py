@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.hive import find_partitions
+from tiercache.layouts.splits import choose_split
 from tiercache.packer import folders, images, tables
 from tiercache.packer.arrays import ARRAY_SUFFIXES, ArrayFiles, find_arrays
 from tiercache.packer.bad_records import ON_ERROR, OnError
@@ -34,6 +36,8 @@ from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.packer.transform import SelectedSource
 from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
+from tiercache.store import folders_above, pin_revision
+from tiercache.store.access import split_glob
 
 SourceKind: TypeAlias = Literal[
     "images",
@@ -64,6 +68,8 @@ _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     **cast("dict[SourceKind, tuple[str, ...]]", LAYOUT_SUFFIXES),
 }
 _FOLDER_KINDS = ("images", "files")
+# Kinds whose files may say by their names, or in a README.md, to which split they belong.
+_SPLIT_KINDS = ("parquet", "csv", "feather", "orc", "jsonl", "arrow", "webdataset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,7 @@ def find_source(
 
     parent is the version that is appended to. Raises NotFound, ValueError, SchemaError.
     """
-    files, found, skipped = find_files(source, options.source_options)
+    files, found, skipped, split = _find_files(source, options.source_options)
     if options.labels is not None:
         labels_path = os.path.abspath(options.labels)  # noqa: PTH100 -- the labels may lie beside the images
         found = [f for f in found if files.location(f.path) not in (labels_path, os.fspath(options.labels))]
@@ -144,6 +150,8 @@ def find_source(
     if kind is None:
         refuse_foreign_files(files, chosen)
         kind = kind_of([f.path for f in chosen])
+    chooses = not (options.include or options.exclude or split_glob(os.fspath(source))[1])
+    chosen = _of_split(files, chosen, kind, split) if chooses else chosen
     given_for = {name: getattr(options, name) for name in ("labels", "label_pattern", "check_images")}
     if kind not in _FOLDER_KINDS and (useless := [name for name, value in given_for.items() if value]):
         raise ValueError(f"{useless[0]}= applies to folders of images or files, not to the kind {kind!r}")
@@ -184,6 +192,38 @@ def find_source(
         skipped += [SkippedFile(f.path, "the index does not list it") for f in chosen if f in others]
     table = replace(table, schema=table.schema.with_classes(options.classes))
     return with_schema_of(parent, table, options.classes), skipped
+
+
+def _find_files(
+    source: str | os.PathLike[str], storage_options: Mapping[str, Any]
+) -> tuple[Files, list[SourceFile], list[SkippedFile], list[str]]:
+    """Return what find_files() finds; on the Hub, of a folder above, and the names of a split of its files."""
+    source = pin_revision(os.fspath(source), storage_options)
+    try:
+        return *find_files(source, storage_options), []
+    except NotFound:
+        for root, names in folders_above(source):
+            with suppress(NotFound):
+                return *find_files(root, storage_options), names
+        raise
+
+
+def _of_split(files: Files, found: Sequence[SourceFile], kind: SourceKind, names: Sequence[str]) -> list[SourceFile]:
+    """Return the files without those of other splits. Raises SchemaError if several splits would be mixed."""
+    if kind not in _SPLIT_KINDS:
+        return list(found)
+    keys = [file.path for file in found if _is_named_as(kind, file.path)]
+
+    def readme() -> str:
+        there = any(file.path == "README.md" for file in found)
+        return files.read_many(["README.md"])[0].decode(errors="replace") if there else ""
+
+    if any(file.path.rpartition("/")[2] == "state.json" for file in found) or not keys:
+        return list(found)
+    others = set(keys) - set(choose_split(files.location("").rstrip("/"), keys, names, readme))
+    if files.root.startswith("hf://"):  # each repository has it
+        others.add("README.md")
+    return [file for file in found if file.path not in others]
 
 
 def _typed(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | None) -> Schema:

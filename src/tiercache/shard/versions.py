@@ -777,12 +777,18 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
 _MOST_LISTED = 5000
 _MOST_NAMED = 5
 _DEEPEST = 3  # folders between a data set and an object of it, and one more
+_OTHER_FILES, _A_FILE = "it has other files", "it is a file, and a data set is a folder"
 _OF_A_DATA_SET = re.compile(r"(?:(.*)/)?_tiercache/(?:latest|versions/.+)")
 
 
 def no_version_error(store: Store) -> NotFound:
-    """Return the error of a URL without a data set, which says what was found there, and what to do."""
-    return NotFound(f"no data set here: {_found_instead(store)}", url=store.url)
+    """Return the error of a URL without a data set, which says what was found there.
+
+    has_files in its details: Whether these are files of another kind, which may be packed.
+    """
+    found = _found_instead(store)
+    has_files = found.startswith((_OTHER_FILES, _A_FILE))
+    return NotFound(f"no data set here: {found}", url=store.url, has_files=has_files)
 
 
 def _found_instead(store: Store) -> str:
@@ -806,10 +812,7 @@ def _found_instead(store: Store) -> str:
     if keys:
         endings = Counter(f".{key.rpartition('.')[2]}" for key in keys if "." in key.rpartition("/")[2])
         kinds = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(3))
-        return (
-            f"it has other files, such as {keys[0]}{f' ({kinds})' if kinds else ''}; `tiercache pack` makes a data set "
-            "of images, Parquet files and JSON lines, and tiercache.Writer of any other records"
-        )
+        return f"{_OTHER_FILES}, such as {keys[0]}{f' ({kinds})' if kinds else ''}"
     return _found_above(store)
 
 
@@ -835,7 +838,7 @@ def _found_above(store: Store) -> str:
     with closing(folder), suppress(StoreError):
         with suppress(NotFound):
             folder.head(name)
-            return "it is a file, and a data set is a folder; `tiercache pack` makes a data set of files"
+            return _A_FILE
         names = _data_sets(_first_keys(folder))
         if near := get_close_matches(name, names, n=1):
             return f"it is empty, or does not exist; did you mean {folder.url_of(near[0])}?"

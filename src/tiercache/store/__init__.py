@@ -14,7 +14,7 @@ from typing import Any
 
 from tiercache.store.access import CLOUDS, CallOptions, CloudOptions, ParsedUrl, redact, split_url
 from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, StoreFile, Upload, check_key
-from tiercache.store.fsspec import FsspecStore, check_scheme
+from tiercache.store.fsspec import FsspecStore, check_scheme, folders_above, pin_revision, without_commit
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.store.obstore import BucketFolder, CloudStore
@@ -32,9 +32,12 @@ __all__ = [
     "StoreFile",
     "Upload",
     "check_key",
+    "folders_above",
     "open_store",
+    "pin_revision",
     "redact",
     "split_url",
+    "without_commit",
 ]
 
 

@@ -19,7 +19,7 @@ def test_a_url_with_wildcards_opens_the_files_that_match(tmp_path, monkeypatch):
             )
     assert len(tc.Dataset(tmp_path / "data" / "train-*")) == 6
     assert len(tc.Dataset(tmp_path / "*" / "test-*.parquet")) == 10
-    assert len(tc.Dataset(tmp_path / "data")) == 16
+    assert len(tc.Dataset(tmp_path / "data" / "*")) == 16
     with pytest.raises(NotFound):
         tc.Dataset(tmp_path / "data" / "validation-*")
 
