@@ -146,6 +146,14 @@ def pack(
         str | None,
         option("--map", "MODULE:FUNCTION", "Function of a record: returns a record, a list of records, or None."),
     ] = None,
+    resize: Annotated[
+        int | None,
+        option("--resize", "N", "Make images smaller whose shorter side has more than N pixels.", min=1),
+    ] = None,
+    encode: Annotated[
+        str | None,
+        option("--encode", "HOW", "Encoding of images: jpeg:90, png, webp:80; images that have it are kept."),
+    ] = None,
     split: Annotated[
         str | None,
         option("--split", "NAME=SHARE,...", "Parts, e.g. train=0.9,val=0.1, each a data set at URL/NAME."),
@@ -188,6 +196,8 @@ def pack(
         tokenize=tokenize,
         text_column=text_column,
         map=map,
+        resize=resize,
+        encode=encode,
         split=_parse_shares(split),
         split_by=split_by,
         storage_options=parse_storage_options(storage_option),

@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -250,10 +251,35 @@ def in_layout(stored: Any, options: DecodeImage) -> Any:
 def jpeg_orientation(data: Any, pillow: Any) -> int:
     """Return the EXIF orientation of a JPEG, 1 to 8; 1 if it states none, or Pillow cannot read it."""
     try:
-        with pillow.open(io.BytesIO(data)) as image:
-            return _valid_orientation(image.getexif().get(_ORIENTATION, 1))
-    except (*_PILLOW_ERRORS, Warning, pillow.DecompressionBombError):
+        with open_by_pillow(pillow, data) as image:
+            return orientation_of(image)
+    except DecodeError:
         return 1
+
+
+def orientation_of(image: Any) -> int:
+    """Return the EXIF orientation of an image of Pillow, 1 to 8. Raises what Pillow raises for damaged EXIF."""
+    return _valid_orientation(image.getexif().get(_ORIENTATION, 1))
+
+
+@contextmanager
+def open_by_pillow(pillow: Any, data: Any) -> Iterator[Any]:
+    """Open an image by Pillow. Its errors, inside the block too, are raised as DecodeError."""
+    try:
+        with pillow.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":  # Pillow would start Ghostscript to run the program in it
+                raise ValueError("EPS is not supported: an EPS file is a program that draws an image")
+            yield image
+    except import_module("PIL").UnidentifiedImageError as error:
+        start = bytes(memoryview(data)[:12])
+        raise DecodeError(f"not an image in a supported format: it starts with {start!r}") from error
+    except (*_PILLOW_ERRORS, Warning, pillow.DecompressionBombError) as error:
+        raise DecodeError(str(error) or type(error).__name__) from error
+
+
+def eight_bits(image: Any) -> NDArray[np.uint8]:
+    """Return the grey values of an image of Pillow with 16 bits. Pillow itself would clip them."""
+    return (np.asarray(image) >> 8).astype(np.uint8)
 
 
 def _valid_orientation(found: Any) -> int:
@@ -279,21 +305,13 @@ def declared_pixels(data: Any) -> int:
 
 def _decode_pillow(pillow: Any, data: Any, *, with_orientation: bool) -> tuple[NDArray[np.uint8], int]:
     """Return the image, and the EXIF orientation that is still to be applied, if asked. Raises DecodeError."""
-    try:
-        with pillow.open(io.BytesIO(data)) as image:
-            if image.format == "EPS":  # Pillow would start Ghostscript to run the program in it
-                raise ValueError("EPS is not supported: an EPS file is a program that draws an image")
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values
-                picture = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            else:
-                picture = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-            # After the pixels: Pillow turns a TIFF itself when it reads them, and then drops the tag.
-            return picture, _valid_orientation(image.getexif().get(_ORIENTATION, 1)) if with_orientation else 1
-    except import_module("PIL").UnidentifiedImageError as error:
-        start = bytes(memoryview(data)[:12])
-        raise DecodeError(f"not an image in a supported format: it starts with {start!r}") from error
-    except (*_PILLOW_ERRORS, Warning, pillow.DecompressionBombError) as error:
-        raise DecodeError(str(error) or type(error).__name__) from error
+    with open_by_pillow(pillow, data) as image:
+        if image.mode.startswith("I;16"):
+            picture = np.repeat(eight_bits(image)[:, :, None], 3, axis=2)
+        else:
+            picture = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        # After the pixels: Pillow turns a TIFF itself when it reads them, and then drops the tag.
+        return picture, orientation_of(image) if with_orientation else 1
 
 
 Explain = Callable[[str, int, str], Exception]

@@ -1,9 +1,16 @@
-"""Checks of encoded images by their header and their end, without decoding them."""
+"""Images on their way into shards: checks by their header and end, without decoding; other sizes and encodings."""
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tiercache.errors import SchemaError
+from tiercache.images.decoder import eight_bits, load_libraries, open_by_pillow, orientation_of
+from tiercache.shard.schema import Image, Kind, Schema
 
 _STARTS = {
     b"\xff\xd8\xff": "jpeg",
@@ -106,3 +113,90 @@ def check_image(data: bytes, encoding: str | None) -> str | None:
         return f"this is a {found}, but the column holds {encoding} images only"
     damage = find_damage(data, found)
     return None if damage is None else f"incomplete {found}: {damage}"
+
+
+_WRITTEN = {"jpeg": 90, "png": None, "webp": 80}  # with the default of the quality
+# By EXIF orientation, the names of Pillow's transpositions.
+_TRANSPOSED = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+_PROFILES = {"L": b"GRAY", "LA": b"GRAY", "RGB": b"RGB ", "RGBA": b"RGB "}  # colour spaces of ICC profiles, by mode
+
+
+@dataclass(frozen=True)
+class ImageRecoder:
+    """Makes the images of a record smaller, and encodes them anew. An image that needs neither is kept as it is.
+
+    columns: Columns of images. resize: Greatest length of the shorter side, in pixels. encoding: None: that of the
+    image, or PNG if that is not written. quality: None: a default.
+    """
+
+    columns: tuple[str, ...]
+    resize: int | None
+    encoding: str | None
+    quality: int | None
+
+    def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record with other images. Raises DecodeError."""
+        return {
+            name: self.recode(value) if name in self.columns and value is not None else value
+            for name, value in record.items()
+        }
+
+    def recode(self, data: bytes) -> bytes:
+        """Return an encoded image. Raises DecodeError."""
+        pillow, found = load_libraries()[2], sniff(data)
+        with open_by_pillow(pillow, data) as image:
+            shorter = min(image.size)
+            is_large = self.resize is not None and shorter > self.resize
+            if not is_large and self.encoding in (None, found):
+                return data
+            encoding = self.encoding or (found if found in _WRITTEN else "png")
+            image.load()
+            turn = _TRANSPOSED.get(orientation_of(image))
+            shown = _in_mode_of(encoding, image.transpose(pillow.Transpose[turn]) if turn else image, pillow)
+            if self.resize is not None and is_large:
+                width, height = (int(self.resize * side / shorter) for side in shown.size)
+                shown = shown.resize((width, height), pillow.Resampling.BILINEAR)
+            profile = image.info.get("icc_profile") or b""
+            shown.info = {}  # else, Pillow writes some of it
+            options: dict[str, Any] = {"quality": self.quality or _WRITTEN[encoding]} if encoding != "png" else {}
+            if profile[16:20] == _PROFILES.get(shown.mode):
+                options["icc_profile"] = profile
+            stream = io.BytesIO()
+            shown.save(stream, encoding, **options)
+            return stream.getvalue()
+
+
+def _in_mode_of(encoding: str, image: Any, pillow: Any) -> Any:
+    """Return an image of Pillow with the colours, grey values and alpha that an encoding stores."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers of 32 bits, which {encoding} does not store")
+    if image.mode.startswith("I;16"):
+        return image if encoding == "png" else pillow.fromarray(eight_bits(image))
+    mode = "L" if image.getbands()[0] in ("1", "L") and image.mode != "LAB" else "RGB"
+    if image.has_transparency_data and encoding != "jpeg":
+        mode += "A"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def parse_encode(text: str) -> tuple[str, int | None]:
+    """Return the encoding and the quality of a text such as "jpeg:90" or "png". Raises ValueError."""
+    name, found, quality = text.partition(":")
+    if name not in _WRITTEN or (found and (_WRITTEN[name] is None or quality not in map(str, range(1, 101)))):
+        raise ValueError(f"encode must be jpeg, png or webp; jpeg and webp take a quality, as in jpeg:90, got {text!r}")
+    return name, int(quality) if found else None
+
+
+def recoded(schema: Schema, resize: int | None, encode: str | None) -> tuple[ImageRecoder, dict[str, Image]]:
+    """Return what changes the images of records, and the types of their columns. Raises SchemaError, ValueError."""
+    load_libraries()
+    encoding, quality = (None, None) if encode is None else parse_encode(encode)
+    columns = [column for column in schema.columns if column.kind is Kind.IMAGE]
+    if not columns:
+        listed = ", ".join(f"{column.name}: {column}" for column in schema.columns)
+        raise SchemaError(f"resize= and encode= change columns of images, and there is none among {listed}")
+    kept = {c.name: c.encoding if encode is None and c.encoding in _WRITTEN else encoding for c in columns}
+    types = {column.name: Image(kept[column.name], column.nullable) for column in columns}
+    return ImageRecoder(tuple(kept), resize, encoding, quality), types

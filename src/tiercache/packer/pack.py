@@ -30,13 +30,14 @@ from tiercache.model import parse_bytes
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
 from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
 from tiercache.packer.folders import FolderFiles
+from tiercache.packer.images import parse_encode, recoded
 from tiercache.packer.objects import find_object, is_object
-from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of
+from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of, with_types
 from tiercache.packer.tokens import tokenized
-from tiercache.packer.transform import MapFunction, divide, map_source, select_source
+from tiercache.packer.transform import MapFunction, MappedSource, divide, map_source, select_source
 from tiercache.packer.workers import Engine, Report, check_engine, run_in_processes, run_in_ray
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
-from tiercache.shard.schema import Schema, UserType, check_same_schema
+from tiercache.shard.schema import Image, Kind, Schema, UserType, check_same_schema
 from tiercache.shard.versions import (
     Commit,
     Version,
@@ -75,6 +76,8 @@ class PackOptions(SourceOptions):
     workers: int = 1
     engine: Engine = "process"
     map: MapFunction | str | None = None
+    resize: int | None = None
+    encode: str | None = None
     split: Mapping[str, float] | None = None
     split_by: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
@@ -85,6 +88,10 @@ class PackOptions(SourceOptions):
         if self.engine == "ray" and self.workers != 1:
             raise ValueError("workers= is for engine='process': Ray runs as many tasks as its cluster has CPUs")
         check_engine(self.engine)
+        if self.resize is not None and (type(self.resize) is not int or self.resize < 1):
+            raise ValueError(f"resize must be a number of pixels, got {self.resize!r}")
+        if self.encode is not None:
+            parse_encode(self.encode)
         if self.split is None and self.split_by is not None:
             raise ValueError("split_by= names the key of split=, which is not given")
         for name in self.parts:
@@ -153,7 +160,8 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
     with _open_targets(url, options) as (store, targets):
         parents = {part: _check_target(store, target, options) for part, target in targets.items()}
         first = next(iter(parents.values()))
-        chosen, skipped = _find(source, inputs, options, first if options.mode == "append" else None)
+        find = _find if options.resize is None and options.encode is None else _find_images
+        chosen, skipped = find(source, inputs, options, first if options.mode == "append" else None)
         if options.mode == "append":
             for version in filter(None, parents.values()):
                 check_same_schema(version.schema, chosen.schema)
@@ -214,6 +222,24 @@ def _find(
     if options.n_workers > 1 and found.units.n_units > 1:  # also if there is little data, which one process packs
         _check_picklable(found)
     return found, []
+
+
+def _find_images(
+    source: Any, inputs: object, options: PackOptions, parent: Version | None
+) -> tuple[RecordSource, list[SkippedFile]]:
+    """Find a source whose images are changed. Before that, they may have other encodings than the data set's."""
+    before = parent
+    if parent is not None:
+        any_image = {c.name: Image(None, c.nullable) for c in parent.schema.columns if c.kind is Kind.IMAGE}
+        before = replace(parent, schema_bytes=with_types(parent.schema, any_image).to_bytes())
+    plain, skipped = _find(source, inputs, replace(options, resize=None, encode=None), before)
+    function, types = recoded(plain.schema, options.resize, options.encode)
+    schema = with_types(plain.schema, types)
+    if parent is not None:
+        mixed = {c.name for c in parent.schema.columns if c.kind is Kind.IMAGE and c.encoding is None}
+        schema = with_types(schema, {name: Image(None, one.nullable) for name, one in types.items() if name in mixed})
+        check_same_schema(parent.schema, schema)
+    return MappedSource(plain, function, schema), skipped
 
 
 def _check_picklable(source: RecordSource) -> None:
@@ -482,6 +508,8 @@ def pack(
     tokenize: str | None = None,
     text_column: str = "text",
     map: MapFunction | str | None = None,  # noqa: A002 - the name of the option of the command
+    resize: int | None = None,
+    encode: str | None = None,
     split: Mapping[str, float] | None = None,
     split_by: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -550,6 +578,10 @@ def pack(
             (a dict), a list of records, or None to leave the record out. If it raises, the record is a bad one.
             `schema` states the types of the results; otherwise the first ones give them, and a column that is passed on
             keeps its type.
+        resize: Greatest length of the shorter side of images, in pixels. A larger image becomes smaller, as by
+            torchvision's Resize, and is encoded anew.
+        encode: Encoding of images: "jpeg", "png" or "webp", with a quality, as in "jpeg:90", or without. None: that
+            which they have. An image that has the encoding and the size is kept byte for byte.
         split: Parts and their shares, such as {"train": 0.9, "val": 0.1}. Each part is a data set at URL/NAME. A hash
             decides, so the sizes are only about the shares.
         split_by: Column of keys (integers, text or bytes) that are hashed, so that records with equal keys stay
@@ -587,6 +619,8 @@ def pack(
         tokenize=tokenize,
         text_column=text_column,
         map=map,
+        resize=resize,
+        encode=encode,
         split=split,
         split_by=split_by,
         storage_options=storage_options or {},

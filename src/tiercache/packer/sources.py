@@ -163,7 +163,7 @@ def find_source(
             for f in chosen
             if f.path not in read and not f.path.lower().endswith(".json")  # what describes the data set
         ]
-        typed = replace(layout, schema=_typed(layout.schema, options.schema).with_classes(options.classes))
+        typed = replace(layout, schema=with_types(layout.schema, options.schema).with_classes(options.classes))
         skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
         return with_schema_of(parent, typed, options.classes), skipped
     if kind not in ("files", "text", "litdata"):
@@ -226,7 +226,7 @@ def _of_split(files: Files, found: Sequence[SourceFile], kind: SourceKind, names
     return [file for file in found if file.path not in others]
 
 
-def _typed(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | None) -> Schema:
+def with_types(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | None) -> Schema:
     """Return a schema with the types that are given: of some columns, or of all that are packed."""
     if given is None:
         return schema

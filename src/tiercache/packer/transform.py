@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from tiercache.data.scan import Split, columns_of, evaluate, explained
 from tiercache.errors import SchemaError
+from tiercache.images.decoder import DecodeError
 from tiercache.layouts.reader import blocks_of
 from tiercache.packer.bad_records import write_batch
 from tiercache.packer.files import BadRecord, InputBatch, InputSplit, RecordSource
@@ -214,7 +215,8 @@ def _map_batch(batch: InputBatch, schema: Schema, function: MapFunction) -> tupl
                 expected = "a record (a dict), a list of records, or None to leave the record out"
                 raise TypeError(f"it must return {expected}, got {results!r:.80}")
         except Exception as error:  # noqa: BLE001 - the user's code
-            bad.append(BadRecord(batch.location(number), _fault(function, error), dict(record)))
+            reason = f"an image cannot be decoded: {error}" if isinstance(error, DecodeError) else None
+            bad.append(BadRecord(batch.location(number), reason or _fault(function, error), dict(record)))
             continue
         for one in results:
             changed |= {name for name, value in one.items() if name not in record or value is not record[name]}
