@@ -188,7 +188,5 @@ def test_wrong_options_say_what_is_expected(tmp_path):
         pack(tmp_path, tmp_path / "out", encode="png:9")
     with pytest.raises(ValueError, match="resize must be a number of pixels, got 0"):
         pack(tmp_path, tmp_path / "out", resize=0)
-    with pytest.raises(
-        SchemaError, match="change columns of images, and there is none among x: int64"
-    ):
+    with pytest.raises(SchemaError, match=r"change columns of images, .* none among x: int64"):
         pack([{"x": 1}], tmp_path / "out", resize=10)
