@@ -152,7 +152,7 @@ class Dataset:
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
         location = DatasetLocation(absolute_url(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
-        opened = Records((open_leaf(location, version, columns),))
+        opened = Records((open_leaf(location, version, columns, os.fspath(url)),))
         spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
         self.__setstate__(((opened.spec, transform, spec, batch_transform), {}))
         self._opened = opened

@@ -32,13 +32,14 @@ from tiercache.store.access import redact, scheme_of, split_glob, split_url
 _MOST, _OF = 15, 16
 
 
-def open_leaf(location: DatasetLocation, version: int | str | None, columns: Sequence[str] | None) -> OpenedVersion:
+def open_leaf(
+    location: DatasetLocation, version: int | str | None, columns: Sequence[str] | None, given: str
+) -> OpenedVersion:
     """Return a version of the data set at a URL; or the data set of another library there, if it has no version.
 
-    A URL of the Hugging Face Hub names a commit from here on: every process and epoch reads the same files. Raises as
-    `Dataset`.
+    A URL of the Hugging Face Hub names a commit from here on: every process and epoch reads the same files. given: URL
+    as the user wrote it. Raises as `Dataset`.
     """
-    url = location.url
     location = replace(location, url=pin_revision(location.url, location.storage_options))
     try:
         return OpenedVersion(location, version, columns)
@@ -48,7 +49,7 @@ def open_leaf(location: DatasetLocation, version: int | str | None, columns: Seq
         found = _find(location)
         if found is None:
             if error.details.get("has_files"):
-                error.message += f"; {_say_pack(url)}"
+                error.message += f"; {_say_pack(given)}"
             raise
         place, layout = found
         try:
@@ -58,7 +59,7 @@ def open_leaf(location: DatasetLocation, version: int | str | None, columns: Seq
 
 
 def _say_pack(url: str) -> str:
-    """Return how files that are no data set become one. url: As the user wrote it, for example "photos"."""
+    """Return how files that are no data set become one. url: As the user wrote it."""
     source, name = redact(url).rstrip("/"), redact(url).rstrip("/").rpartition("/")[2]
     folder = source.removesuffix(name) if scheme_of(url) not in ("hf", "http", "https") else ""  # not written to
     target = f"{folder}{name.partition('.')[0] or name}-packed"

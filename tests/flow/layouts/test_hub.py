@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.errors import NotFound, SchemaError, StoreError
+from tiercache.store import open_store
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +126,7 @@ def test_what_is_in_the_cache_serves_the_next_commit_too(hub):
 def test_a_process_lists_a_commit_once(hub):
     hub.push("owner/name", FILES)
     assert numbers(opened(hub, f"{REPOSITORY}/train")) == list(range(100))
-    assert len(hub.requests("recursive=true")) == 1
+    assert len([path for path in hub.requests("tree") if "recursive=true" in path.lower()]) == 1
     assert len([path for path in hub.requests("/api/") if "tree" not in path]) <= 4
 
 
@@ -259,6 +260,15 @@ def test_files_that_are_no_data_set_are_an_error_that_names_the_command_for_them
         assert done.exit_code == 0, done.output
         assert numbers(tc.Dataset(command[3].strip("'"))) == [5]
         assert f"tiercache.pack({source!r}, " in str(caught.value)
+
+
+def test_the_command_for_files_of_a_store_has_its_url():
+    with closing(open_store("memory://photos-of-a-test/a")) as store:
+        store.put("1.npy", b"x")
+    with pytest.raises(
+        NotFound, match=r"\.pack\('memory://photos-of-a-test/a', 'memory://photos-of-a-test/a-packed'\)"
+    ):
+        tc.Dataset("memory://photos-of-a-test/a")
 
 
 def test_the_command_for_files_of_the_hub_writes_beside_the_user(hub):
