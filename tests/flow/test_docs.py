@@ -9,7 +9,8 @@ from tests.support import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+# The rest of the first line may say what an example needs that is not among the packages of a developer.
+FENCE = re.compile(r"^```(\w*)( with [^\n]*)?[^\n]*\n(.*?)^```", re.M | re.S)
 
 
 def name_of(path: Path) -> str:
@@ -17,7 +18,7 @@ def name_of(path: Path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return [code for lang, code in FENCE.findall(path.read_text()) if lang == language]
+    return [code for lang, needs, code in FENCE.findall(path.read_text()) if lang == language and not needs]
 
 
 def anchors(path: Path) -> set[str]:

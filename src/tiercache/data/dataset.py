@@ -470,33 +470,27 @@ class Dataset:
             raise ValueError("cannot select from a mixture: select from the data sets before mix()")
         return source
 
-    def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
-        """Yield the data set as Arrow record batches, in order.
+    def to_arrow(self, batch_size: int = 4096) -> pa.RecordBatchReader:
+        """Return a reader of the data set as Arrow record batches, in order, which DuckDB, polars and pyarrow take.
 
-        Types are the stored types; `cast` has no effect. Arrays are read-only. A batch that lies within one block
-        refers to the shard's memory; other batches are copies. Arrays stay valid while anything refers to them.
+        It is an iterator of record batches, and reads in bounded memory. Types are the stored types; `cast`, `decode`
+        and a transform have no effect. Arrays are read-only. A batch that lies within one block refers to the shard's
+        memory; other batches are copies. Arrays stay valid while anything refers to them.
 
         Args:
             batch_size: Number of records per batch; the last batch may be shorter.
 
         Raises:
-            ValueError: batch_size is below 1.
+            ValueError: batch_size is below 1, or these are packed rows.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        table = None
-        for block in arrow_batches(self._source):
-            part = pa.Table.from_batches([block])
-            table = part if table is None or not table.num_rows else pa.concat_tables([table, part])
-            while table.num_rows >= batch_size:
-                yield _one_batch(table.slice(0, batch_size))
-                table = table.slice(batch_size)
-        if table is not None and table.num_rows:
-            yield _one_batch(table)
+        source = self._source
+        return pa.RecordBatchReader.from_batches(source.schema.arrow, _batches_of(arrow_batches(source), batch_size))
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the whole data set as a pandas DataFrame in memory. Raises ImportError without pandas."""
-        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self._source.schema.arrow).to_pandas()
+        frame: pd.DataFrame = self.to_arrow().read_all().to_pandas()
         return frame
 
     def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
@@ -782,6 +776,18 @@ def _names(columns: Iterable[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError("columns is empty: name one or more")
     return names
+
+
+def _batches_of(blocks: Iterable[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
+    table = None
+    for block in blocks:
+        part = pa.Table.from_batches([block])
+        table = part if table is None or not table.num_rows else pa.concat_tables([table, part])
+        while table.num_rows >= batch_size:
+            yield _one_batch(table.slice(0, batch_size))
+            table = table.slice(batch_size)
+    if table is not None and table.num_rows:
+        yield _one_batch(table)
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:

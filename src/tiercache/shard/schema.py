@@ -177,43 +177,49 @@ def _check_shape(shape: object) -> tuple[int | None, ...]:
     return dimensions
 
 
+# A type that comes from elsewhere keeps its storage type: Arrow reads memory by it, and polars, for example, passes on
+# bytes as binary_view.
+
+
 class BFloat16Type(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
     """Arrow type of bfloat16 numbers, stored as their 16 bits."""
 
-    def __init__(self) -> None:
-        super().__init__(pa.uint16(), "tiercache.bfloat16")
+    def __init__(self, storage_type: pa.DataType | None = None) -> None:
+        super().__init__(storage_type or pa.uint16(), "tiercache.bfloat16")
 
     def __arrow_ext_serialize__(self) -> bytes:
         return b""
 
     @classmethod
     def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> BFloat16Type:
-        return cls()
+        return cls(storage_type)
 
 
 class ImageType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
     """Arrow type of encoded images, stored as bytes."""
 
-    def __init__(self, encoding: str) -> None:
+    def __init__(self, encoding: str, storage_type: pa.DataType | None = None) -> None:
         self.encoding = encoding
-        super().__init__(pa.large_binary(), "tiercache.image")
+        super().__init__(storage_type or pa.large_binary(), "tiercache.image")
 
     def __arrow_ext_serialize__(self) -> bytes:
         return json.dumps({"encoding": self.encoding}).encode()
 
     @classmethod
     def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> ImageType:
-        return cls(str(json.loads(serialized)["encoding"]))
+        return cls(str(json.loads(serialized)["encoding"]), storage_type)
 
 
 class RaggedType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
     """Arrow type of ragged arrays: struct<data: large_list<T>, shape: fixed_size_list<int32>[n_dimensions]>."""
 
-    def __init__(self, value_type: pa.DataType, shape: tuple[int | None, ...]) -> None:
+    def __init__(
+        self, value_type: pa.DataType, shape: tuple[int | None, ...], storage_type: pa.DataType | None = None
+    ) -> None:
         self.value_type = value_type
         self.shape = shape
         fields = [pa.field("data", pa.large_list(value_type)), pa.field("shape", pa.list_(pa.int32(), len(shape)))]
-        super().__init__(pa.struct(fields), "tiercache.variable_shape_tensor")
+        super().__init__(storage_type or pa.struct(fields), "tiercache.variable_shape_tensor")
 
     def __arrow_ext_serialize__(self) -> bytes:
         return json.dumps({"uniform_shape": list(self.shape)}).encode()
@@ -221,7 +227,7 @@ class RaggedType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no ty
     @classmethod
     def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> RaggedType:
         shape: list[Any] = json.loads(serialized)["uniform_shape"]
-        return cls(storage_type.field("data").type.value_type, tuple(shape))
+        return cls(storage_type.field("data").type.value_type, tuple(shape), storage_type)
 
 
 def register_extension_types() -> None:
@@ -362,6 +368,12 @@ def _type_of_fixed_list(arrow_type: pa.DataType) -> UserType:
 
 def _type_of_extension(arrow_type: pa.BaseExtensionType) -> UserType:
     name = arrow_type.extension_name
+    if isinstance(arrow_type, BFloat16Type):
+        return "bfloat16"
+    if isinstance(arrow_type, ImageType):
+        return Image(arrow_type.encoding or None)
+    if isinstance(arrow_type, RaggedType):
+        return Ragged(_element_name(arrow_type.value_type), arrow_type.shape)
     if name == "arrow.fixed_shape_tensor" and arrow_type.permutation is None:
         return Tensor(_element_name(arrow_type.value_type), tuple(arrow_type.shape))
     if name == "arrow.json":

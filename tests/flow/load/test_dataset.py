@@ -89,6 +89,56 @@ def test_arrow_batches_and_pandas_hold_everything_in_order(dataset):
     assert frame["id"].tolist() == list(range(150))
 
 
+def test_to_arrow_is_a_reader_that_any_library_takes_by_the_c_stream_interface(dataset):
+    reader = dataset.to_arrow()
+    assert hasattr(reader, "__arrow_c_stream__")
+    assert reader.schema == dataset.schema.arrow
+    assert pa.table(reader)["id"].to_pylist() == list(range(150))
+    assert dataset.take(0).to_arrow().read_all().schema == dataset.schema.arrow
+
+
+def test_arrow_that_lost_the_metadata_of_its_fields_is_packed_with_the_types_of_its_columns(tmp_path):
+    """As polars passes it on: extension types with their names, and fields without metadata."""
+    schema = {"half": "bfloat16", "boxes": "float32[*, 2]", "picture": "image<png>", "photo": "image", "x": "int8[2]"}
+    records = [{"half": 1.5, "boxes": np.ones((i, 2)), "picture": b"a", "photo": b"b", "x": [i, 2]} for i in range(5)]
+    with tc.Writer(tmp_path / "one", schema=schema) as writer:
+        for record in records:
+            writer.write(record)
+    dataset = tc.Dataset(tmp_path / "one")
+    table = dataset.to_arrow().read_all()
+    bare = pa.schema([field.remove_metadata() for field in table.schema])
+    tc.pack(pa.Table.from_arrays(table.columns, schema=bare), tmp_path / "two")
+    again = tc.Dataset(tmp_path / "two")
+    assert again.schema == dataset.schema
+    assert again.to_arrow().read_all().equals(table)
+
+
+def test_extension_types_over_other_memory_than_ours_are_read_by_their_own_storage(tmp_path):
+    """As polars exports them, and as a forged file may have them."""
+    png = b'{"encoding": "png"}'
+    ragged = pa.struct([("data", pa.list_(pa.int16())), ("shape", pa.list_(pa.int32(), 1))])
+
+    def table_of(name, described, array):
+        metadata = {"ARROW:extension:name": f"tiercache.{name}", "ARROW:extension:metadata": described}
+        schema = pa.schema([pa.field("c", array.type, metadata=metadata)])
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as stream:
+            stream.write_batch(pa.record_batch([array], schema=schema))
+        return pa.ipc.open_stream(sink.getvalue()).read_all()
+
+    long = [b"x" * 100, b"y"]
+    tc.pack(table_of("image", png, pa.array(long, pa.binary_view())), tmp_path / "image")
+    assert [record["c"] for record in tc.Dataset(tmp_path / "image")] == long
+    rows = [{"data": [1, 2], "shape": [2]}, {"data": [], "shape": [0]}]
+    tensors = table_of("variable_shape_tensor", b'{"uniform_shape": [null]}', pa.array(rows, ragged))
+    tc.pack(tensors, tmp_path / "ragged")
+    assert [record["c"].tolist() for record in tc.Dataset(tmp_path / "ragged")] == [[1, 2], []]
+    with pytest.raises(tc.SchemaError, match="image<png>"):
+        tc.pack(table_of("image", png, pa.array([1, 2], pa.int8())), tmp_path / "forged")
+    with pytest.raises(tc.SchemaError, match="expected uint16, got an Arrow array of string"):
+        tc.pack(table_of("bfloat16", b"", pa.array(["a"])), tmp_path / "forged")
+
+
 def test_selected_columns_and_their_order_apply_to_every_way_of_reading(dataset):
     chosen = dataset.select_columns(["text", "id"])
     assert chosen.column_names == ["text", "id"]
