@@ -24,6 +24,7 @@ VERBS = {
     "export": ("cli.data", "Write a data set as Parquet files with standard Arrow types."),
     "versions": ("cli.versions", "List the versions of a data set, with their tags."),
     "tag": ("cli.versions", "Give a version of a data set a name, or remove a name."),
+    "drop": ("cli.versions", "Make a version of a data set without some records or columns."),
     "gc": ("cli.versions", "Remove what no version of a data set needs: leftovers of killed writers, old versions."),
     "verify": ("cli.cache", "Check every byte of a data set, or of copies in the cache."),
     "warm": ("cli.warm", "Copy a data set, or a part of it, from its store into the cache."),

@@ -1,4 +1,4 @@
-"""The verbs for the versions of a data set: versions, tag and gc."""
+"""The verbs for the versions of a data set: versions, tag, drop and gc."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from typing import Annotated
 
 from tiercache.cli.common import (
     DryRun,
+    Jobs,
     Output,
     StorageOptions,
     Url,
     VersionNumber,
     argument,
     count,
+    errors_name,
     flag,
     option,
     parse_age,
     verb,
 )
 from tiercache.cli.data import open_data_set_store, version_facts
+from tiercache.cli.expressions import parse_condition
+from tiercache.data.drop import drop as drop_from
 from tiercache.model import format_bytes
 from tiercache.shard.gc import collect_garbage
 from tiercache.shard.versions import delete_tag, put_tag, read_versions
@@ -64,6 +68,53 @@ def tag(
         found = delete_tag(store, name) if delete else put_tag(store, name, at, replace=replace)
         text = f"deleted the tag {name} of version {found.number}" if delete else f"{name} is version {found.number}"
         output.summary({"url": store.url, "tag": name, "version": found.number, "deleted": delete}, text)
+
+
+@verb(after_ctrl_c="nothing was dropped; run the same command again")
+def drop(
+    output: Output,
+    url: Url,
+    where: Annotated[
+        str | None,
+        option(
+            "--where", "CONDITION", "Drop the records for which it is true, e.g. \"label == 3 and split != 'val'\"."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None, option("--column", "NAME", "Drop a column of all records. May be repeated.")
+    ] = None,
+    jobs: Jobs = 4,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a version of a data set without some records or columns.
+
+    CONDITION has comparisons of columns and values, `in` and `not in` with a list of values, `is None`, and `and`, `or`
+    and `not`; a comparison with a null is not true. Earlier versions keep everything until `gc` removes them.
+    """
+    with errors_name("--where"):
+        condition = None if where is None else parse_condition(where)
+    with open_data_set_store(url, storage_option) as store, output.byte_progress("dropping") as advance:
+        report = drop_from(store, condition, columns or (), jobs=jobs, dry_run=dry_run, on_progress=advance)
+    facts = {
+        "url": store.url,
+        "version": report.version.number,
+        "dropped": report.n_records,
+        "columns": columns or [],
+        "rewritten": report.n_rewritten,
+        "removed": report.n_removed,
+    }
+    if not (report.n_records or columns):
+        output.summary(facts, f"no record matches: version {report.version.number} stays the newest")
+        return
+    what = [count(report.n_records, "record")] if where is not None else []
+    what += [count(len(columns), "column")] if columns else []
+    text = f"{' and '.join(what)}: {count(report.n_rewritten, 'shard')} rewritten, {report.n_removed} left out"
+    if dry_run:
+        output.summary(facts | {"dry_run": True}, f"would drop {text}")
+    else:
+        left = f"version {report.version.number} has {count(report.version.n_records, 'record')}"
+        output.summary(facts, f"dropped {text}; {left}")
 
 
 _MOST_SHOWN = 5

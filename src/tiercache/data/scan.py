@@ -162,7 +162,7 @@ def map_tables(source: Records, names: Sequence[str], function: Callable[[pa.Tab
 
     def results_of(shard: int) -> list[T]:
         (table,) = scanned.block_sizes([shard])
-        return [function(_table(scanned, shard, blocks, table)) for blocks in _chunks(table)]
+        return [function(_table(scanned, shard, blocks, table)) for blocks in chunks_of(table)]
 
     shards = np.flatnonzero(scanned.shard_records).tolist()
     with call_threads(min(THREADS, max(len(shards), 1)), "tiercache-scan") as pool:
@@ -171,16 +171,19 @@ def map_tables(source: Records, names: Sequence[str], function: Callable[[pa.Tab
 
 def _table(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> pa.Table:
     arrays = [source.arrays(shard, block) for block in blocks.tolist()]
-    # Compute functions do not support extension types: they see the bytes of an image.
-    stored = [[one.storage if isinstance(one.type, pa.BaseExtensionType) else one for one in block] for block in arrays]
-    found = pa.table(
-        {name: pa.chunked_array([block[i] for block in stored]) for i, name in enumerate(source.schema.names)}
-    )
+    found = storage_table(source.schema.names, arrays)
     if source.selection is None:
         return found
     before = np.cumsum([0, *(len(columns[0]) for columns in arrays)])
     block = np.repeat(np.arange(len(blocks)), table.records[blocks])
     return found.take(pa.array(before[block] + _rows(source, shard, blocks, table)))
+
+
+def storage_table(names: Sequence[str], blocks: Sequence[Sequence[pa.Array]]) -> pa.Table:
+    """Return the columns with these names of some blocks, given by block, for `evaluate`."""
+    # Compute functions do not support extension types: they see the bytes of an image.
+    stored = [[one.storage if isinstance(one.type, pa.BaseExtensionType) else one for one in block] for block in blocks]
+    return pa.table({name: pa.chunked_array([block[i] for block in stored]) for i, name in enumerate(names)})
 
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
@@ -217,10 +220,10 @@ def _cannot(schema: Schema, expression: pc.Expression, reason: str) -> SchemaErr
     unknown = re.search(r"No match for FieldRef\.Name\((.*?)\)", reason)
     names = ", ".join(schema.names)
     if unknown is not None:
-        message = f"filter: there is no such column; there are {names}"
+        message = f"there is no such column; there are {names}"
         return SchemaError(message, column=unknown[1], expected=names, got=unknown[1])
     first_line = reason.partition("\n")[0]
-    message = f"filter: cannot evaluate {expression} as a condition over the columns: {first_line}"
+    message = f"cannot evaluate {expression} as a condition over the columns: {first_line}"
     return SchemaError(message, expected="an expression that is true or false", got=str(expression))
 
 
@@ -252,7 +255,7 @@ def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSi
     return source.stored_rows(shards, blocks.astype(np.int32), block, row.astype(np.uint32))
 
 
-def _chunks(table: BlockSizes) -> Iterator[NDArray[np.int64]]:
+def chunks_of(table: BlockSizes) -> Iterator[NDArray[np.int64]]:
     """Yield blocks that hold records of the source, in chunks of CHUNK_BYTES or of one block."""
     chosen = np.flatnonzero(table.records)
     begin = 0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
+import pyarrow.compute as pc
+
+from tiercache.data.drop import DropReport, drop
 from tiercache.model import parse_duration
 from tiercache.shard.gc import GcReport, collect_garbage
 from tiercache.shard.versions import Version, delete_tag, put_tag, read_versions
 from tiercache.store import Store, open_store
+from tiercache.store.placement import follow_placement
 
 
 class Versions:
@@ -33,7 +37,7 @@ class Versions:
     def list(self) -> list[Version]:
         """Return all versions, oldest first.
 
-        Each has `number`, `kind` (how it was made: "create", "append" or "overwrite"), `created` (a text),
+        Each has `number`, `kind` (how it was made: "create", "append", "overwrite" or "drop"), `created` (a text),
         `n_records`, `n_shards`, `n_bytes`, `fingerprint` and `tags`.
 
         Raises:
@@ -72,6 +76,42 @@ class Versions:
         """
         with self._opened() as store:
             delete_tag(store, name)
+
+    def drop(
+        self,
+        where: pc.Expression | None = None,
+        *,
+        columns: Iterable[str] = (),
+        jobs: int = 4,
+        dry_run: bool = False,
+    ) -> DropReport:
+        """Make a version without the records for which a condition is true, and without some columns.
+
+        The condition is evaluated for the newest version; a null condition keeps its record. Shards that keep all their
+        records stay as they are; the others are written again, all of them if columns are dropped. What others append
+        meanwhile is looked at, too. Earlier versions keep everything until `gc` removes them. After an error or a kill,
+        the data set is as it was.
+
+        Args:
+            where: Expression such as `pyarrow.compute.field("label") == 3`, as `Dataset.filter` takes it. None: all
+                records stay.
+            columns: Names of the columns to drop. The condition may name them.
+            jobs: Number of shards to process at a time; 0: one per CPU. Each needs about 100 MiB of memory.
+            dry_run: Whether to write nothing, and only return what would be done.
+
+        Returns:
+            What was done. If no record matches and no column is given, there is no new version.
+
+        Raises:
+            NotFound: The URL holds no data set.
+            SchemaError: A column does not exist, all columns are named, or the expression is no condition over them.
+            CommitConflict: Another writer has changed the columns meanwhile.
+            CorruptShard, UnsupportedFormat: A shard or a version cannot be read, or only a later release may write.
+            StoreError: The store failed. If .maybe_done is true, the version may have been made: repeat the call.
+            ValueError: Nothing is to be dropped.
+        """
+        with closing(follow_placement(open_store(self._url, **self._options), self._options)) as store:
+            return drop(store, where, columns, jobs=jobs, dry_run=dry_run)
 
     def gc(
         self, *, older_than: str | float = "7d", keep_versions: int | None = None, dry_run: bool = False

@@ -440,6 +440,8 @@ def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnDat
             pa.dictionary(array.type.index_type, storable_type(array.type.value_type))
         ).dictionary_decode()
     valid = _valid(column, array)
+    if pt.is_null(array.type):  # as inferred from a batch whose values are all None
+        return build_column_data(column, [None] * len(array))
     converted = _HOW[column.kind](column, array)
     return converted if valid is None or converted.array is not None else replace(converted, valid=valid)
 

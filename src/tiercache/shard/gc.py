@@ -174,8 +174,8 @@ def plan_removals(
 
 
 def _writer(key: str) -> str:
-    """Return the writer's part of a shard's key: all before the number."""
-    return key.rpartition("-")[0]
+    """Return the writer's part of a shard's key: all before the number, or before the numbers of `drop`."""
+    return key.partition("-")[0]
 
 
 def _packings(store: Store, until_s: float) -> tuple[dict[str, tuple[Store, list[str]]], set[str]]:

@@ -372,7 +372,7 @@ class Version:
     number: int
     parent: int | None  # version from which this one was made; None for the first
     kind: str  # for information only; a later release may use values that are not in VersionKind
-    schema_bytes: bytes  # an Arrow IPC schema message
+    schema_bytes: bytes = field(repr=False)  # an Arrow IPC schema message
     writer: str
     nonce: str  # random id of the commit that made the version
     created: str  # UTC in ISO 8601
@@ -877,8 +877,8 @@ class Commit:
     """A commit of finished shards, from the first attempt until its result is known. For one thread at a time.
 
     parent: Version that an overwrite replaces, and from which an append looks for the newest. The commit recognises its
-    own version by writer_id and a nonce. nonce: 32 hex digits that several processes share that make one commit; None:
-    random.
+    own version by writer_id and a nonce. kind: That of the version; None: the mode. nonce: 32 hex digits that several
+    processes share that make one commit; None: random.
     """
 
     def __init__(
@@ -888,12 +888,14 @@ class Commit:
         *,
         schema: Schema,
         mode: VersionKind,
+        kind: str | None = None,
         parent: Version | None = None,
         writer_id: str | None = None,
         nonce: str | None = None,
     ) -> None:
         check_mode(mode)
         self._store, self._infos, self._schema, self._mode, self._parent = store, tuple(infos), schema, mode, parent
+        self._kind = kind or mode
         self._writer_id, self._nonce = writer_id or secrets.token_hex(16), nonce or secrets.token_hex(16)
         self._own: tuple[SegmentRef, ...] | None = None
         self._unsettled: Version | None = None
@@ -975,7 +977,7 @@ class Commit:
             dataset_id=dataset_id,
             number=number,
             parent=base.number if base else None,
-            kind=self._mode if base else "create",
+            kind=self._kind if base else "create",
             schema_bytes=schema_bytes,
             writer=self._writer_id,
             nonce=self._nonce,
@@ -1030,7 +1032,7 @@ class Commit:
         self._unsettled = version
         return StoreError(
             f"the commit of version {version.number} may have happened: the store's response was lost, and the version "
-            f"cannot be read back; call close() again to find out (writer {version.writer}, nonce {version.nonce})",
+            f"cannot be read back; repeat the call to find out (writer {version.writer}, nonce {version.nonce})",
             url=self._store.url,
             retryable=True,
             maybe_done=True,

@@ -1,4 +1,4 @@
-"""versions and tag."""
+"""versions, tag, drop and gc."""
 
 
 class TestVersions:
@@ -28,6 +28,39 @@ class TestVersions:
         assert tiercache("tag", data_set, "best", "--replace").out == "best is version 2\n"
         assert tiercache("tag", data_set, "best", "--delete").out == "deleted the tag best of version 2\n"
         assert "no tag 'best'" in tiercache("tag", data_set, "best", "--delete", code=1).err
+
+
+class TestDrop:
+    def test_records_and_columns_are_dropped_in_new_versions(self, tiercache, data_set):
+        before = tiercache("info", data_set, "--json").events[0]
+        names = [column["name"] for column in before["columns"]]
+        assert names == ["image", "label", "path"]
+        dry = tiercache("drop", data_set, "--where", "label == 0", "--dry-run")
+        assert dry.out.startswith("would drop 10 records: ")
+        assert tiercache("info", data_set, "--json").events[0] == before
+        done = tiercache("drop", data_set, "--where", "label == 0 and path != 'x'", "--json").events[-1]
+        assert (done["version"], done["dropped"], done["columns"]) == (2, 10, [])
+        assert tiercache("drop", data_set, "--column", "path").out.endswith("; version 3 has 10 records\n")
+        after = tiercache("info", data_set, "--json").events[0]
+        assert ([column["name"] for column in after["columns"]], after["kind"]) == (names[:2], "drop")
+        records = [e["record"] for e in tiercache("head", data_set, "-n", "20", "--json").events[:-1]]
+        assert [record["label"] for record in records] == [1] * 10
+        assert tiercache("verify", data_set, "--json").events[-1]["damaged"] == 0
+
+    def test_if_nothing_matches_it_says_so(self, tiercache, data_set):
+        found = tiercache("drop", data_set, "--where", "label in (7, 8)")
+        assert found.out == "no record matches: version 1 stays the newest\n"
+
+    def test_errors_name_the_flags_and_the_place(self, tiercache, data_set):
+        errors = {
+            (): "nothing to drop: give a condition (--where) or names of columns (--column)",
+            ("--where", "label = 3"): "--where: invalid syntax",
+            ("--where", "label == 3 | True"): "--where: '3 | True' at character 10: write `or`",
+        }
+        for arguments, message in errors.items():
+            assert message in tiercache("drop", data_set, *arguments, code=2).err
+        assert "no such column" in tiercache("drop", data_set, "--where", "labl == 3", code=1).err
+        assert "column 'labl': no such column" in tiercache("drop", data_set, "--column", "labl", code=1).err
 
 
 class TestGc:

@@ -162,8 +162,8 @@ def test_a_filter_reads_only_the_columns_of_its_expression_in_the_shards_of_the_
 
 def test_a_filter_takes_bounded_memory(dataset, monkeypatch, frame):
     monkeypatch.setattr(scan, "CHUNK_BYTES", 1)  # block by block
-    sizes, evaluate = [], scan._evaluate
-    monkeypatch.setattr(scan, "_evaluate", lambda table, e: sizes.append(table.num_rows) or evaluate(table, e))
+    sizes, evaluate = [], scan.evaluate
+    monkeypatch.setattr(scan, "evaluate", lambda table, e: sizes.append(table.num_rows) or evaluate(table, e))
     assert ids_of(dataset.filter(pc.field("label") < 5)) == frame["id"][frame["label"] < 5].tolist()
     assert max(sizes) < N / len(dataset._source.shard_records)
 

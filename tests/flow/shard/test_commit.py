@@ -206,7 +206,7 @@ class TestLostAnswers:
         ours = shard()
         landing = Commit(faulty, [ours], schema=SCHEMA, mode="append", parent=first)
         for _ in range(n_closes):
-            with pytest.raises(StoreError, match=r"may have happened.*close\(\) again") as failure:
+            with pytest.raises(StoreError, match=r"may have happened.*repeat the call") as failure:
                 landing.run()
             assert (failure.value.maybe_done, failure.value.details["number"], failure.value.retryable) == (
                 True,

@@ -277,9 +277,9 @@ class World:
         self.random.choice(acts)()
 
     def begin(self):
-        mode = self.random.choice(["append", "append", "overwrite"])
+        mode = self.random.choice(["append", "append", "overwrite", "drop"])
         writer = LiveWriter(mode, latest(self.store), self.store.now_s)
-        if self.random.random() < 0.4:
+        if mode != "drop" and self.random.random() < 0.4:
             writer.packing = begin_packing(self.store, secrets.token_hex(16), {"": 1})
         self.writers.append(writer)
 
@@ -291,6 +291,8 @@ class World:
         """Write a shard; in a packing, each task has a writer of its own, and a record."""
         number = len(writer.infos)
         name = secrets.token_hex(8) if writer.packing else writer.name
+        if writer.mode == "drop":  # writes what is left of each shard with a writer of its own
+            name, number = f"{writer.name}-{number:06d}", 0
         writer.infos.append(put_shard(self.store, name, number))
         if writer.packing:
             writer.packing.finish(number, {"": writer.infos[-1:]})
@@ -301,6 +303,12 @@ class World:
             self.commit_of(self.writers.pop(self.random.randrange(len(self.writers))))
 
     def commit_of(self, writer):
+        if writer.mode == "drop":
+            base = latest(self.store)
+            kept = [info for info in read_shards(self.store, base).infos() if self.random.random() < 0.7]
+            options = {"schema": SCHEMA, "mode": "overwrite", "kind": "drop", "parent": base}
+            Commit(self.store, [*kept, *writer.infos], **options).run()
+            return
         try:
             made = Commit(self.store, writer.infos, schema=SCHEMA, mode=writer.mode, parent=writer.parent).run()
             assert made.number == list_versions(self.store)[-1]

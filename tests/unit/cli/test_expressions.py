@@ -104,7 +104,7 @@ CONDITIONS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CONDITIONS)
 def test_a_condition_selects_what_sqlite_selects(dataset, database, condition):
     python, sql = condition

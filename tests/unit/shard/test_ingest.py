@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.every_kind import EVERY_KIND
 
+import tiercache as tc
 from tiercache._native.block_builder import join
 from tiercache.errors import SchemaError
 from tiercache.shard.conversion import build_column_data, infer_batch, infer_records
@@ -304,3 +306,10 @@ def test_a_list_with_one_value_that_needs_conversion_is_written_completely(store
     texts = ["a", None, "ä", "", Text("b")]
     (batch,) = written(store, {"x": "str?"}, [{"x": texts}])
     assert batch["x"] == texts
+
+
+@pytest.mark.parametrize("column", [c for c in Schema.of(EVERY_KIND).columns if c.nullable], ids=lambda c: c.name)
+def test_arrow_nulls_without_a_type_are_nulls_of_every_kind_of_column(store, column):
+    with tc.Writer(store.url, schema={"x": str(column)}) as writer:
+        writer.write_batch(pa.table({"x": pa.nulls(3)}))
+    assert list(tc.Dataset(store.url)) == [{"x": None}] * 3
