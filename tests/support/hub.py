@@ -15,7 +15,8 @@ from tests.support.http_server import HttpFault, HttpFaultServer
 class Hub:
     """Repositories of data sets. push() makes commits; a repository with a token is private.
 
-    heads: The commit of each branch by (repository, branch). `with Hub() as hub:` serves hub.url, for HF_ENDPOINT.
+    heads: The commit of each branch by (repository, branch). faults: Of the next
+    requests, the last one first. `with Hub() as hub:` serves hub.url, for HF_ENDPOINT.
     """
 
     def __init__(self) -> None:
@@ -23,6 +24,7 @@ class Hub:
         self.heads: dict[tuple[str, str], str] = {}
         self._commits: dict[tuple[str, str], Mapping[str, bytes]] = {}
         self.tokens: dict[str, str] = {}
+        self.faults: list[HttpFault] = []
 
     def __enter__(self) -> Hub:
         self.server.__enter__()
@@ -53,6 +55,8 @@ class Hub:
         return [seen.path for seen in self.server.log if part in seen.path]
 
     def _answer(self, path: str, headers: Mapping[str, str]) -> HttpFault | None:
+        if self.faults:
+            return self.faults.pop()
         segments = [unquote(one) for one in urlsplit(path).path.strip("/").split("/")]
         is_api = segments[0] == "api"
         repository = "/".join(segments[1 + is_api : 3 + is_api])

@@ -22,6 +22,7 @@ from tiercache.layouts.contract import (
     Folder,
     LayoutFile,
     Numbers,
+    check_unique,
     merged,
 )
 from tiercache.layouts.hive import PartitionedLayout
@@ -138,9 +139,7 @@ def _index(_info: ObjectInfo, data: FileBytes) -> FileIndex:
         names = schema.names  # a forged name may be no UTF-8
     except (pa.ArrowException, OSError, ValueError) as error:
         raise data.damaged(f"its schema cannot be read: {error}") from error
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SchemaError(f"{data.url}: the file has two columns with this name", column=twice)
+    check_unique(data.url, names)
     others = [message.kind for message in found[1:] if message.kind not in (DICTIONARY, BATCH)]
     if others:
         raise SchemaError(f"{data.url}: it has a message of the kind {others[0]}; tensors are not supported")

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.errors import CorruptShard
+from tiercache.errors import CorruptShard, SchemaError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.shard.schema import Schema
 from tiercache.shard.source import merge_ranges
@@ -232,6 +232,13 @@ def cut_blocks(record_bytes: Numbers | int, n_records: int, target_bytes: int = 
         end = int(np.searchsorted(ends, before + target_bytes, side="right"))
         bounds.append(min(max(end, bounds[-1] + 1), n_records))
     return np.array(bounds, np.int64)
+
+
+def check_unique(location: str, names: Sequence[str]) -> None:
+    """Raise SchemaError for a file of tables with two columns of one name."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SchemaError(f"{location}: the file has two columns with this name", column=twice)
 
 
 # Ranges with a smaller gap are read as one: the bytes between cost less than another request.

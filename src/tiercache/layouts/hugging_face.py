@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tiercache.errors import SchemaError
+from tiercache.shard.conversion import one_array
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Schema, Tensor, UserType, is_list
 from tiercache.shard.shard_file import ColumnData
 
@@ -107,8 +108,7 @@ def array_of(
     location: File and block, for messages. Raises SchemaError for an image of which only the path is stored, and for
     an array of another shape.
     """
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
+    array = one_array(array)
     stored = array.storage if isinstance(array.type, pa.BaseExtensionType) else array
     if column.kind in (Kind.IMAGE, Kind.BYTES) and pt.is_struct(stored.type):
         return _file_bytes(column, stored, location)

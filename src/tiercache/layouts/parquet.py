@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import SchemaError
-from tiercache.layouts.contract import FileBytes, FileIndex, Folder, LayoutFile, merged
+from tiercache.layouts.contract import FileBytes, FileIndex, Folder, LayoutFile, check_unique, merged
 from tiercache.layouts.hive import PartitionedLayout
 from tiercache.layouts.hugging_face import array_of, check_classes, features_of, hf_features_schema
 from tiercache.model import ByteRange, ObjectInfo
@@ -75,9 +75,7 @@ def _index(_info: ObjectInfo, data: FileBytes) -> FileIndex:
     except (pa.ArrowException, OSError) as error:
         text = str(error).strip().splitlines()[0]
         raise SchemaError(f"{data.url}: not a readable Parquet file: {text}") from error
-    if len(set(schema.names)) < len(schema.names):
-        twice = next(name for name in schema.names if schema.names.count(name) > 1)
-        raise SchemaError(f"{data.url}: the file has two columns with this name", column=twice)
+    check_unique(data.url, schema.names)
     groups = [i for i in range(footer.num_row_groups) if footer.row_group(i).num_rows]
     starts = np.full((len(groups), len(schema.names)), data.n_bytes, np.int64)
     ends = np.zeros_like(starts)

@@ -21,6 +21,7 @@ import pyarrow.types as pt
 from pyarrow import csv
 
 from tiercache.errors import SchemaError
+from tiercache.layouts.contract import check_unique
 from tiercache.layouts.hive import find_partitions, partition_values
 from tiercache.layouts.hugging_face import array_of, features_of
 from tiercache.layouts.parquet import check_names, columns_with_nulls, stored_schema
@@ -405,7 +406,7 @@ def _inspect_parquet(files: Files, file: SourceFile) -> _Head:
     with _opened(files, file.path, _open_parquet) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         location = files.location(file.path)
-        _check_names(location, schema.names)
+        check_unique(location, schema.names)
         sizes = tuple(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
         return _Head(schema, frozenset(columns_with_nulls(metadata, schema, location)), sizes)
 
@@ -462,7 +463,7 @@ def _read_orc(
 
 
 def _head_of(files: Files, file: SourceFile, schema: pa.Schema, first: pa.RecordBatch | None, n_pieces: int) -> _Head:
-    _check_names(files.location(file.path), schema.names)
+    check_unique(files.location(file.path), schema.names)
     nulls = (
         [] if first is None else [n for n, column in zip(schema.names, first.columns, strict=True) if column.null_count]
     )
@@ -625,12 +626,6 @@ _FORMATS: Mapping[str, _Format] = {
     "orc": _Format(_inspect_orc, _read_orc, ", stripe {}"),
     "csv": _Format(_inspect_csv, _read_csv, "", first_row=1),
 }
-
-
-def _check_names(location: str, names: Sequence[str]) -> None:
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SchemaError(f"{location}: the file has two columns with this name", column=twice)
 
 
 @contextmanager

@@ -426,13 +426,20 @@ def convert_stored(column: Column, data: StoredArray) -> ColumnData:
     return converted
 
 
+def one_array(data: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return chunks as one array. A single one is not copied, as combine_chunks() would."""
+    if not isinstance(data, pa.ChunkedArray):
+        return data
+    if data.num_chunks == 1:
+        return data.chunk(0)
+    return pa.concat_arrays(data.chunks) if data.num_chunks else pa.array([], data.type)
+
+
 def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnData:
     """Return the records of an Arrow array of a type that casts to the column's without loss; or ConversionError."""
     if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
         column = replace(column, dtype="uint16")
-    array = data.combine_chunks() if isinstance(data, pa.ChunkedArray) else data
-    if isinstance(array, pa.ChunkedArray):  # older pyarrow returns a ChunkedArray if there are no chunks
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    array = one_array(data)
     if isinstance(array.type, pa.BaseExtensionType):
         array = pc.not_equal(array.storage, 0) if array.type.extension_name == "arrow.bool8" else array.storage
     if pt.is_dictionary(array.type):  # pyarrow cannot decode one of views, as polars exports

@@ -10,6 +10,7 @@ from contextlib import closing
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.support.http_server import HttpFault
 from tests.support.hub import Hub
 from typer.testing import CliRunner
 
@@ -191,6 +192,20 @@ def test_missing_repositories_and_revisions_are_named(hub):
         opened(hub, "hf://datasets/owner")
     with pytest.raises(SchemaError, match="no split 'nothing/here'"):
         opened(hub, f"{REPOSITORY}/nothing/here")
+
+
+def test_a_request_that_fails_is_repeated_and_a_hub_that_is_gone_is_named(hub):
+    hub.push("owner/name", FILES)
+    hub.faults = [HttpFault("status", 503)]
+    assert numbers(opened(hub, f"{REPOSITORY}/test")) == list(range(200, 230))
+    hub.faults = [HttpFault("status", 403)] * 100
+    with pytest.raises(StoreError, match=r"owner/name/train: find the commit: .*403") as caught:
+        opened(hub, f"{REPOSITORY}/train")
+    assert (caught.value.status, caught.value.retryable) == (403, False)
+    hub.faults = [HttpFault("drop")] * 100
+    with pytest.raises(StoreError, match=r"owner/name/train: find the commit: .*reset by peer") as caught:
+        opened(hub, f"{REPOSITORY}/train", timeout=0.5)
+    assert caught.value.retryable
 
 
 def test_packing_reads_one_commit_and_one_split(hub, tmp_path):
