@@ -261,6 +261,9 @@ TABLE_SUFFIXES: Mapping[str, tuple[str, ...]] = {
 }
 _PARALLEL_FOOTERS = 16
 _BATCH_ROWS = 65536
+# Row groups of up to this size are read whole, by few requests; larger ones in pieces, to bound the memory.
+_WHOLE_BYTES = 32 << 20
+_PIECE_BYTES = 8 << 20
 
 
 class _BadRow(NamedTuple):
@@ -403,7 +406,7 @@ class _Format(NamedTuple):
 
 
 def _inspect_parquet(files: Files, file: SourceFile) -> _Head:
-    with _opened(files, file.path, _open_parquet) as parquet:
+    with _opened(files, file.path, pq.ParquetFile) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         location = files.location(file.path)
         check_unique(location, schema.names)
@@ -414,14 +417,12 @@ def _inspect_parquet(files: Files, file: SourceFile) -> _Head:
 def _read_parquet(
     files: Files, split: InputSplit, columns: Sequence[Column], batch_bytes: int
 ) -> Iterator[pa.RecordBatch]:
-    with _opened(files, split.path, _open_parquet) as parquet:
+    is_small = split.n_bytes <= _WHOLE_BYTES
+    how = {"pre_buffer": is_small, "buffer_size": 0 if is_small else _PIECE_BYTES}
+    with _opened(files, split.path, partial(pq.ParquetFile, **how)) as parquet:
         n_rows = max(1, parquet.metadata.row_group(split.start).num_rows)
         rows = max(1, min(_BATCH_ROWS, batch_bytes * n_rows // max(split.n_bytes, 1)))
         yield from parquet.iter_batches(rows, row_groups=[split.start], columns=[column.name for column in columns])
-
-
-def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(file, pre_buffer=True)
 
 
 def _inspect_feather(files: Files, file: SourceFile) -> _Head:

@@ -1,7 +1,9 @@
 """Parquet files: nulls inside of lists, and the classes that `datasets` has written."""
 
 import json
+import tracemalloc
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +11,7 @@ from tests.support.token_and_arrow_cases import hf_columns, hf_table
 
 import tiercache as tc
 from tiercache.errors import SchemaError
+from tiercache.packer.sources import SourceOptions, find_source
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,20 @@ def test_lists_with_nulls_inside_are_an_error_in_parquet_which_says_how_to_pack_
         tc.pack(folder, tmp_path / "packed")
     tc.pack(folder, tmp_path / "packed", schema={"a": "list<int32?>?"})
     assert [record["a"] for record in tc.Dataset(tmp_path / "packed")] == LISTS
+
+
+def test_a_large_row_group_is_packed_in_pieces(folder):
+    values = np.random.default_rng(0).bytes(48 << 20)
+    array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(1 << 10), 48 << 10, [None, pa.py_buffer(values)])
+    pq.write_table(pa.table({"x": array.cast(pa.binary())}), folder / "a.parquet", compression="none")
+    source, _ = find_source(folder, SourceOptions())
+    assert len(source.splits) == 1
+    tracemalloc.start()
+    try:
+        assert sum(batch.n_records for batch in source.read(source.splits[0], 1 << 20)) == 48 << 10
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20  # the bytes that Arrow has asked the file for
+    finally:
+        tracemalloc.stop()
 
 
 def test_files_whose_classes_have_other_names_are_refused(folder, tmp_path):
