@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +23,9 @@ from tiercache.layouts.reader import LayoutReader
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo, SourcePart
 from tiercache.order.window import BlockSizes
 from tiercache.shard.reader import OpenShard
-from tiercache.shard.versions import ShardTable, Version, table_of
+from tiercache.shard.versions import ShardTable, Version, say_pack, table_of
 from tiercache.store import folders_above, pin_revision, without_commit
-from tiercache.store.access import redact, scheme_of, split_glob, split_url
+from tiercache.store.access import split_glob, split_url
 
 # Column ranges of at least 15/16 of a file are not fetched by ranges; see shard/source.py:column_ranges.
 _MOST, _OF = 15, 16
@@ -48,25 +47,13 @@ def open_leaf(
             raise
         found = _find(location)
         if found is None:
-            if error.details.get("has_files"):
-                error.message += f"; {_say_pack(given)}"
+            error.message = error.message.replace(say_pack(error.url), say_pack(given))
             raise
         place, layout = found
         try:
             return OpenedLayout(place, layout, columns)
         except NotFound as lost:
             raise lost from error
-
-
-def _say_pack(url: str) -> str:
-    """Return how files that are no data set become one. url: As the user wrote it."""
-    source, name = redact(url).rstrip("/"), redact(url).rstrip("/").rpartition("/")[2]
-    folder = source.removesuffix(name) if scheme_of(url) not in ("hf", "http", "https") else ""  # not written to
-    target = f"{folder}{name.partition('.')[0] or name}-packed"
-    return (
-        f"pack them: `tiercache pack {shlex.quote(source)} {shlex.quote(target)}`, or "
-        f"tiercache.pack({source!r}, {target!r}); tiercache.Writer writes any other records"
-    )
 
 
 def _find(location: DatasetLocation) -> tuple[DatasetLocation, Layout] | None:

@@ -25,6 +25,7 @@ import hashlib
 import json
 import re
 import secrets
+import shlex
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.footer import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
 from tiercache.shard.schema import Schema, UnknownKindError, check_same_schema
 from tiercache.shard.source import READS_AGAIN, ByteSource
+from tiercache.store.access import redact, scheme_of
 from tiercache.store.contract import LocalStore, Store, unwrapped
 from tiercache.store.numbered_log import NumberedLog
 from tiercache.store.remote import RemoteStore, call_threads
@@ -777,18 +779,23 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
 _MOST_LISTED = 5000
 _MOST_NAMED = 5
 _DEEPEST = 3  # folders between a data set and an object of it, and one more
-_OTHER_FILES, _A_FILE = "it has other files", "it is a file, and a data set is a folder"
 _OF_A_DATA_SET = re.compile(r"(?:(.*)/)?_tiercache/(?:latest|versions/.+)")
 
 
 def no_version_error(store: Store) -> NotFound:
-    """Return the error of a URL without a data set, which says what was found there.
+    """Return the error of a URL without a data set, which says what was found there, and what to do."""
+    return NotFound(f"no data set here: {_found_instead(store)}", url=store.url)
 
-    has_files in its details: Whether these are files of another kind, which may be packed.
-    """
-    found = _found_instead(store)
-    has_files = found.startswith((_OTHER_FILES, _A_FILE))
-    return NotFound(f"no data set here: {found}", url=store.url, has_files=has_files)
+
+def say_pack(url: str) -> str:
+    """Return how files that are no data set become one."""
+    source, name = redact(url).rstrip("/"), redact(url).rstrip("/").rpartition("/")[2]
+    folder = source.removesuffix(name) if scheme_of(url) not in ("hf", "http", "https") else ""  # not written to
+    target = f"{folder}{name.partition('.')[0] or name}-packed"
+    return (
+        f"pack them: `tiercache pack {shlex.quote(source)} {shlex.quote(target)}`, or "
+        f"tiercache.pack({source!r}, {target!r}); tiercache.Writer writes any other records"
+    )
 
 
 def _found_instead(store: Store) -> str:
@@ -812,7 +819,7 @@ def _found_instead(store: Store) -> str:
     if keys:
         endings = Counter(f".{key.rpartition('.')[2]}" for key in keys if "." in key.rpartition("/")[2])
         kinds = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(3))
-        return f"{_OTHER_FILES}, such as {keys[0]}{f' ({kinds})' if kinds else ''}"
+        return f"it has other files, such as {keys[0]}{f' ({kinds})' if kinds else ''}; {say_pack(store.url)}"
     return _found_above(store)
 
 
@@ -838,7 +845,7 @@ def _found_above(store: Store) -> str:
     with closing(folder), suppress(StoreError):
         with suppress(NotFound):
             folder.head(name)
-            return _A_FILE
+            return f"it is a file, and a data set is a folder; {say_pack(store.url)}"
         names = _data_sets(_first_keys(folder))
         if near := get_close_matches(name, names, n=1):
             return f"it is empty, or does not exist; did you mean {folder.url_of(near[0])}?"

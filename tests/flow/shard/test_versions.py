@@ -230,7 +230,7 @@ class TestNoDataSet:
             "/top/st",
             "folders below it, train, val: open .*/train",
         ),
-        (["index.json", "a.tar", "b.tar"], "/top/st", r"other files, such as .*2 \.tar, 1 \.json"),
+        (["index.json", "a.tar", "b.tar"], "/top/st", r"other files, such as .*2 \.tar, 1 \.json.*tiercache pack"),
         (["shards/a-000000.tcs"], "/top/st", "no version: the writer"),
         (["../set/_tiercache/latest"], "/top/st", "did you mean .*/top/set"),
         (
