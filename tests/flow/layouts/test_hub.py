@@ -5,9 +5,11 @@ import pickle
 import re
 import subprocess
 import sys
+import tarfile
 from contextlib import closing
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from tests.support.http_server import HttpFault
@@ -244,6 +246,29 @@ def test_splits_in_a_folder_are_not_mixed(tmp_path, pack):
     way = re.search(r"the URL: /(train\S*),", str(one.value))
     assert way is not None
     assert read(f"{tmp_path}/in/{way[1]}") == list(range(6))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "feather", "tar", "arrow"])
+def test_splits_of_every_kind_of_records_are_not_mixed(tmp_path, ending):
+    table = pa.table({"x": [1, 2]})
+    for split in ("train", "test"):
+        path = tmp_path / "in" / f"{split}-00000.{ending}"
+        path.parent.mkdir(exist_ok=True)
+        if ending in ("arrow", "feather"):
+            pyarrow.feather.write_feather(table, path, compression="uncompressed")
+        elif ending == "tar":
+            with tarfile.open(path, "w") as tar:
+                tar.addfile(tarfile.TarInfo("a.txt"))
+        else:
+            path.write_text('{"x": 1}\n' if ending == "jsonl" else "x\n1\n")
+    message = rf"train \(1 file\), test \(1 file\); append .*: /train-00000\.{ending}, /test-00000\.{ending};"
+    with pytest.raises(SchemaError, match=message):
+        tc.pack(tmp_path / "in", tmp_path / "packed")
+    if ending in ("feather", "tar", "arrow"):
+        with pytest.raises(SchemaError, match=message):
+            tc.Dataset(tmp_path / "in")
+    version = tc.pack(tmp_path / "in", tmp_path / "packed", exclude=["test-*"])
+    assert version.n_records == (1 if ending in ("jsonl", "csv", "tar") else 2)
 
 
 def test_folders_name_splits_and_partitions_do_not(tmp_path):
