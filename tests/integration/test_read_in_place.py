@@ -1,12 +1,18 @@
 """Data that another library's own package has written, read in place and compared with that package's own reading."""
 
 import io
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import closing
 from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.support.hub import Hub
 
 import tiercache as tc
 from tiercache.errors import SchemaError
@@ -210,3 +216,49 @@ def test_splits_are_those_that_datasets_finds(tmp_path, monkeypatch, names, card
     if len(theirs) > 1:
         with pytest.raises(SchemaError, match=", ".join(sorted(theirs)).replace(", ", "|")):
             tc.Dataset(folder)
+
+
+_READ_BY_DATASETS = """
+import pickle, sys
+import datasets
+found = datasets.load_dataset("owner/name", *sys.argv[2:], split=sys.argv[1])
+found = found.cast_column("image", datasets.Image(decode=False))
+names = found.features["label"].names
+sys.stdout.buffer.write(pickle.dumps(([dict(row) for row in found], names)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("split", "path"), [(["train"], "train"), (["few"], "few"), (["train", "small"], "small/train")], ids=str
+)
+def test_a_repository_of_the_hub_is_read_as_datasets_reads_it(tmp_path, monkeypatch, split, path):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)  # it leaves a thread
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    files: dict[str, bytes] = {}
+    for number, name in enumerate(("data/train-00000-of-00002", "data/train-00001-of-00002", "data/few-0", "small/1")):
+        rows = [{"image": {"bytes": b"%d-%d" % (number, i), "path": None}, "label": i % 2} for i in range(50 + number)]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet", batch_size=20)
+        files[f"{name}.parquet"] = (tmp_path / "a.parquet").read_bytes()
+    card = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: few, path: data/few-*}
+- config_name: small
+  data_dir: small
+---
+"""
+    with Hub() as hub:
+        hub.push("owner/name", files | {"README.md": card.encode()})
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-c", _READ_BY_DATASETS, *split]
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+        assert not done.returncode, done.stderr.decode()
+        rows, classes = pickle.loads(done.stdout)
+        with closing(tc.Dataset(f"hf://datasets/owner/name/{path}", storage_options={"endpoint": hub.url})) as ours:
+            assert len(rows) >= 50
+            found = [(record["image"], record["label"]) for record in ours]
+            assert found == [(row["image"]["bytes"], row["label"]) for row in rows]
+            assert ours.classes == classes

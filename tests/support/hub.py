@@ -65,7 +65,14 @@ class Hub:
         ):
             return _failure(401, "RepoNotFound")
         if not is_api:
-            return None  # the server has the files
+            commit = self.heads.get((repository, segments[4]), segments[4])
+            data = self._commits.get((repository, commit), {}).get("/".join(segments[5:]))
+            if data is None:
+                return _failure(404, "EntryNotFound")
+            if "range" in headers:
+                return None  # the server has the files of a commit
+            header = (("ETag", f'"{_oid(data)}"'), ("X-Repo-Commit", commit))
+            return HttpFault("status", status=200, body=data, header=header)
         verb, revision, inside = (segments[4:5] or ["revision"])[0], (segments[5:6] or ["main"])[0], segments[6:]
         commit = self.heads.get((repository, revision), revision)
         if (repository, commit) not in self._commits:

@@ -29,6 +29,8 @@ Splits = Mapping[str, Sequence[str]]
 def choose_split(url: str, keys: Sequence[str], names: Sequence[str], readme: Callable[[], str]) -> Sequence[str]:
     """Return the keys of the files of one split. All of them, if neither their names nor README.md say splits.
 
+    None of them, if two names are given and the first one is not that of a configuration: it may be a folder.
+
     Args:
         url: Folder of the files, for messages.
         keys: Keys of files of records, in their order.
@@ -42,6 +44,8 @@ def choose_split(url: str, keys: Sequence[str], names: Sequence[str], readme: Ca
     left = list(names)
     if left and left[0] in configs:
         config = left.pop(0)
+    elif len(left) > 1:
+        return ()
     if config is None:
         raise SchemaError(
             f"{url}: several configurations would be mixed: {', '.join(configs)}; append one of them to the URL: "

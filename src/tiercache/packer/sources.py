@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -204,7 +204,9 @@ def _find_files(
     except NotFound:
         for root, names in folders_above(source):
             with suppress(NotFound):
-                return *find_files(root, storage_options), names
+                files, found, skipped = find_files(root, storage_options)
+                if len(names) < 2 or choose_split(root, [f.path for f in found], names, _reader_of_card(files, found)):
+                    return files, found, skipped, names
         raise
 
 
@@ -213,17 +215,18 @@ def _of_split(files: Files, found: Sequence[SourceFile], kind: SourceKind, names
     if kind not in _SPLIT_KINDS:
         return list(found)
     keys = [file.path for file in found if _is_named_as(kind, file.path)]
-
-    def readme() -> str:
-        there = any(file.path == "README.md" for file in found)
-        return files.read_many(["README.md"])[0].decode(errors="replace") if there else ""
-
     if any(file.path.rpartition("/")[2] == "state.json" for file in found) or not keys:
         return list(found)
-    others = set(keys) - set(choose_split(files.location("").rstrip("/"), keys, names, readme))
+    others = set(keys) - set(choose_split(files.location("").rstrip("/"), keys, names, _reader_of_card(files, found)))
     if files.root.startswith("hf://"):  # each repository has it
         others.add("README.md")
     return [file for file in found if file.path not in others]
+
+
+def _reader_of_card(files: Files, found: Sequence[SourceFile]) -> Callable[[], str]:
+    """Return a function that returns the README.md of a folder, "" if there is none."""
+    there = any(file.path == "README.md" for file in found)
+    return lambda: files.read_many(["README.md"])[0].decode(errors="replace") if there else ""
 
 
 def with_types(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | None) -> Schema:

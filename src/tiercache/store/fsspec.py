@@ -462,8 +462,8 @@ def without_commit(url: str) -> str:
 
 
 def folders_above(url: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the folders above the URL of a split in a repository of the Hub, and the names below each: at most two."""
+    """Yield the folders above the URL of a split in a repository of the Hub, and the names below each: two, or one."""
     segments = url.rstrip("/").split("/")
-    for n in (1, 2):
+    for n in (2, 1):
         if url.startswith("hf://datasets/") and len(segments) - n >= _REPOSITORY:
             yield "/".join(segments[:-n]), segments[-n:]

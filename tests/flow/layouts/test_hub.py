@@ -147,6 +147,21 @@ def test_the_configurations_of_readme_are_splits_of_their_files(hub, tmp_path):
     assert numbers(tc.Dataset(tmp_path / "packed")) == list(range(100))
 
 
+def test_a_configuration_comes_before_a_folder_of_its_name(hub, tmp_path):
+    card = CARD.replace(b"data/t", b"en/t")
+    hub.push("owner/name", {"en/train-1.parquet": parquet(0, 3), "en/test-2.parquet": parquet(3, 5), "README.md": card})
+    for path, expected in {"en/few": [3, 4], "en/train": [0, 1, 2]}.items():
+        assert numbers(opened(hub, f"{REPOSITORY}/{path}")) == expected
+        tc.pack(f"{REPOSITORY}/{path}", tmp_path / path, source_options={"endpoint": hub.url})
+        assert numbers(tc.Dataset(tmp_path / path)) == expected
+    with pytest.raises(SchemaError, match="no split 'test'; there are train, few"):
+        opened(hub, f"{REPOSITORY}/en/test")
+    hub.push("owner/name", {"en/train-1.parquet": parquet(0, 3), "en/test-2.parquet": parquet(3, 5)})
+    assert numbers(opened(hub, f"{REPOSITORY}/en/test")) == [3, 4]
+    tc.pack(f"{REPOSITORY}/en/test", tmp_path / "test", source_options={"endpoint": hub.url})
+    assert numbers(tc.Dataset(tmp_path / "test")) == [3, 4]
+
+
 def test_the_default_configuration_is_read_and_data_files_may_be_left_out(hub):
     card = b"---\nconfigs:\n- config_name: a\n  data_dir: a\n  default: true\n- config_name: b\n  data_dir: b\n---\n"
     hub.push("owner/name", {"a/1.parquet": parquet(0, 3), "b/1.parquet": parquet(3, 5), "README.md": card})
@@ -192,7 +207,7 @@ def test_missing_repositories_and_revisions_are_named(hub):
         opened(hub, f"{REPOSITORY}@v9")
     with pytest.raises(StoreError, match="hf://datasets/owner"):
         opened(hub, "hf://datasets/owner")
-    with pytest.raises(SchemaError, match="no split 'nothing/here'"):
+    with pytest.raises(NotFound, match="nothing/here: no data set here"):
         opened(hub, f"{REPOSITORY}/nothing/here")
 
 
