@@ -19,6 +19,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.access import CallOptions, hide_secrets, redact, server_url
+from tiercache.store.contract import ProcessLocal
 from tiercache.store.remote import (
     CONFLICT_CODES,
     RETRYABLE_STATUSES,
@@ -296,7 +297,7 @@ _COMMIT = re.compile(r"@[0-9a-f]{40}(?=/|$)")
 
 # The files of the last commits that this process has read, by endpoint, token and commit.
 _listings: dict[tuple[str, str, str], Mapping[str, Mapping[str, Any]]] = {}
-_listings_lock = Lock()
+_listings_lock = ProcessLocal(Lock, lambda _lock: None)
 _MOST_LISTINGS = 8
 
 
@@ -325,7 +326,7 @@ class HubClient(FsspecClient):
         if commit is None:
             return None
         name = fs.endpoint, str(fs.token), path[: commit.end()]
-        with _listings_lock:
+        with _listings_lock.get():
             if name not in _listings:
                 _listings[name] = super().describe_below(fs, name[-1])
                 if len(_listings) > _MOST_LISTINGS:

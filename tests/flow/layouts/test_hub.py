@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
 from contextlib import closing
 
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from tests.support.forks import ForkedChild
 from tests.support.http_server import HttpFault
 from tests.support.hub import Hub
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.errors import NotFound, SchemaError, StoreError
 from tiercache.store import open_store
+from tiercache.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +226,26 @@ def test_a_request_that_fails_is_repeated_and_a_hub_that_is_gone_is_named(hub):
     with pytest.raises(StoreError, match=r"owner/name/train: find the commit: .*reset by peer") as caught:
         opened(hub, f"{REPOSITORY}/train", timeout=0.5)
     assert caught.value.retryable
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_was_forked_during_a_listing_lists_by_itself(hub):
+    commit = hub.push("owner/name", FILES)
+    url, found = f"{REPOSITORY}@{commit}", []
+
+    def keys():
+        with closing(open_store(url, endpoint=hub.url)) as store:
+            return [info.key for info in store.list()]
+
+    hub.faults = [HttpFault("silence")]
+    lister = threading.Thread(target=lambda: found.extend(keys()))
+    lister.start()
+    wait_for(lambda: not hub.faults, 10)
+    end = ForkedChild(lambda tell: tell(str(len(keys()))), with_threads=True).wait(10)
+    hub.server.release()
+    lister.join()
+    assert (end.lines, end.hung) == ((str(len(FILES)),), False), end.error
+    assert len(found) == len(FILES)
 
 
 def test_packing_reads_one_commit_and_one_split(hub, tmp_path):
