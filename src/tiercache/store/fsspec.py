@@ -328,7 +328,7 @@ class HubClient(FsspecClient):
         name = fs.endpoint, str(fs.token), path[: commit.end()]
         with _listings_lock.get():
             if name not in _listings:
-                _listings[name] = super().describe_below(fs, name[-1])
+                _listings[name] = fs.find(name[-1], detail=True)
                 if len(_listings) > _MOST_LISTINGS:
                     del _listings[next(iter(_listings))]
             return _listings[name]

@@ -208,6 +208,8 @@ def test_missing_repositories_and_revisions_are_named(hub):
         opened(hub, "hf://datasets/owner/other")
     with pytest.raises(NotFound, match="@v9: the repository has no branch, tag or commit of this name"):
         opened(hub, f"{REPOSITORY}@v9")
+    with pytest.raises(NotFound, match=f"@{'0' * 40}/train: .*the repository has no branch, tag or commit"):
+        opened(hub, f"{REPOSITORY}@{'0' * 40}/train")
     with pytest.raises(StoreError, match="hf://datasets/owner"):
         opened(hub, "hf://datasets/owner")
     with pytest.raises(NotFound, match="nothing/here: no data set here"):
