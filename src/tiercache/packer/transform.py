@@ -25,7 +25,7 @@ from tiercache.layouts.reader import blocks_of
 from tiercache.packer.bad_records import write_batch
 from tiercache.packer.files import BadRecord, InputBatch, InputSplit, RecordSource
 from tiercache.packer.objects import identity_of, import_callable, infer_types, name_of
-from tiercache.shard.schema import Kind, Schema, UserType, check_same_schema
+from tiercache.shard.schema import Kind, Schema, UserType, check_same_schema, storable_type
 from tiercache.shard.values import as_records, block_values
 from tiercache.shard.writer import convert_batch
 
@@ -302,7 +302,8 @@ def _taken(batch: InputBatch, rows: np.ndarray[Any, Any], names: Sequence[str] |
         )
     if len(rows) < batch.n_records:
         if isinstance(found, pa.RecordBatch):
-            found = found.take(pa.array(rows))
+            arrays = [_taken_values(values, rows) for values in found.columns]
+            found = pa.RecordBatch.from_arrays(arrays, found.schema.names)
         elif isinstance(found, list):
             found = [found[i] for i in rows]
         else:
@@ -312,7 +313,10 @@ def _taken(batch: InputBatch, rows: np.ndarray[Any, Any], names: Sequence[str] |
 
 def _taken_values(values: Any, rows: np.ndarray[Any, Any]) -> Any:
     if isinstance(values, pa.Array):
-        return values.take(pa.array(rows))
+        try:
+            return values.take(pa.array(rows))
+        except pa.ArrowNotImplementedError:  # of views of text and bytes, as polars exports them
+            return values.cast(storable_type(values.type)).take(pa.array(rows))
     return values[rows] if isinstance(values, np.ndarray) else [values[i] for i in rows]
 
 

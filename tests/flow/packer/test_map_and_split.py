@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from tests.support.image_files import png
@@ -191,6 +192,17 @@ class TestSplit:
             expected = tc.Dataset(tmp_path / "all").split(SHARES, seed=0, by_hash=key)
             for part, dataset in expected.items():
                 assert [r["x"] for r in read(tmp_path / key / part)] == [r["x"] for r in dataset]
+
+    def test_text_that_arrow_holds_as_views_is_filtered_and_divided(self, tmp_path):
+        text = pa.array([f"k{i % 37}" for i in range(500)], pa.string_view())
+        nested = pa.StructArray.from_arrays([text, text.cast(pa.binary_view())], ["a", "b"])
+        table = pa.table({"x": range(500), "k": text, "nested": nested})
+        tc.pack(table, tmp_path / "out", split={"a": 0.5, "b": 0.5}, split_by="k", filter=pc.field("k") != "k1")
+        tc.pack(table, tmp_path / "whole")
+        expected = [record for record in read(tmp_path / "whole") if record["k"] != "k1"]
+        parts = [read(tmp_path / "out" / part) for part in "ab"]
+        assert min(map(len, parts)) > 0
+        assert sorted(parts[0] + parts[1], key=lambda record: record["x"]) == expected
 
     def test_bad_records_are_in_one_report_and_a_part_without_records_is_an_empty_data_set(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"user": 1}\n{\n{"user": 1}\n')
