@@ -101,3 +101,28 @@ def test_a_data_set_of_litdata_is_packed_as_its_streaming_data_set_reads_it(tmp_
         decoded = np.asarray(image.open(io.BytesIO(found["jpeg"])))
         assert np.array_equal(decoded.transpose(2, 0, 1), expected["jpeg"])
         assert {"a": found["nested.a"], "b": found["nested.b"]} == expected["nested"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compression", ["", "zstd"])
+def test_records_of_plain_values_of_litdata_are_packed_as_its_streaming_data_set_reads_them(tmp_path, compression):
+    writer = pytest.importorskip("litdata.streaming.writer")
+    rows = [
+        {
+            "id": 2**40 + i,
+            "text": f"é{i}",
+            "raw": b"x" * (i % 4),
+            "ok": i % 3 == 0,
+            "turns": [{"who": str(i), "n": i}] * (i % 3),
+            "maybe": None if i % 5 else i,
+        }
+        for i in range(1000)
+    ]
+    out = writer.BinaryWriter(str(tmp_path / "in"), chunk_size=300, compression=compression or None)
+    for i, row in enumerate(rows):
+        out[i] = row
+    out.done()
+    out.merge()
+    reader = pytest.importorskip("litdata").StreamingDataset(str(tmp_path / "in"), shuffle=False)
+    tc.pack(tmp_path / "in", tmp_path / "out")
+    assert list(tc.Dataset(tmp_path / "out")) == [reader[i] for i in range(1000)] == rows

@@ -1,7 +1,8 @@
 """Data sets of LitData as a source of a packing: the records of chunks, by the index of their folder.
 
 A chunk has the number of its records, their offsets and the records; a record has the sizes of its leaves and the
-leaves. The index states how each leaf is stored, and the tree of which they are the leaves.
+leaves. The index states how each leaf is stored, and the tree of which they are the leaves. Records that are dicts of
+plain values are a table instead: LitData 0.2.76 writes an Arrow IPC file at the end of a chunk, and no leaves.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from itertools import accumulate, pairwise
 from typing import IO, Any, cast
 
 import numpy as np
+import pyarrow as pa
 import zstandard
 
 from tiercache.errors import SchemaError
 from tiercache.layouts.mds import PILLOW_MODES
 from tiercache.packer.files import INDEX_FILE, BadRecord, Files, InputBatch, InputSplit, SourceFile, read_bytes
+from tiercache.packer.tables import say_type
 from tiercache.shard.conversion import infer_records
 from tiercache.shard.schema import Image, Schema, UserType
 
@@ -29,6 +32,8 @@ _BATCH_RECORDS = 4096
 _FRAMES = struct.Struct("<8sHHIII")  # magic, version, flags, records, records of a frame, frames
 _FRAME = struct.Struct("<IIQII")  # first record, records, offset, compressed bytes, bytes
 _FRAMES_MAGIC = b"LDFZ01\0\0"
+_TABLE = struct.Struct("<I8s")  # at the end of a chunk: bytes of the Arrow IPC file before it, magic
+_TABLE_MAGIC = b"LDARW01\0"
 _COMPLEX = "complex"
 # By the number that LitData gives a type of torch or NumPy; some have several.
 _TORCH_TYPES: tuple[str, ...] = ("f4", "f4", "f8", "f8", *(_COMPLEX,) * 4, "f2", "f2", "bfloat16")
@@ -111,7 +116,69 @@ class LitDataChunks:
         return [data[start:end] for start, end in pairwise(bounds)]
 
 
-def find_litdata(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> LitDataChunks:
+@dataclass(frozen=True)
+class LitDataTables:
+    """Chunks of a data set of LitData with tables, a files.RecordSource. A split is a chunk. known: All columns."""
+
+    files: Files
+    schema: Schema
+    splits: tuple[InputSplit, ...]
+    known: tuple[str, ...]
+
+    def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
+        path = self.files.location(split.path)
+        number = 0
+        try:
+            table = _table_at_end(self.files, split.path)
+            if table is None or len(table) != split.end:
+                found = "no table" if table is None else f"{len(table):,}"
+                raise ValueError(f"expected a table of {split.end:,} records, got {found}")
+            if new := set(table.column_names) - set(self.known):
+                raise ValueError(f"the first chunk has no column {min(new)!r}; {say_type(min(new))}")
+            step = max(1, batch_bytes * len(table) // max(table.nbytes, 1))
+            for batch in table.to_batches(max_chunksize=step):
+                n = len(batch)
+                there = {name: batch[name] for name in table.column_names}
+                columns = {name: there[name] if name in there else pa.nulls(n) for name in self.schema.names}
+                yield InputBatch(columns, n, split.n_bytes * n // len(table), partial(_location, path, number))
+                number += n
+        except (ValueError, OSError) as error:  # pa.ArrowInvalid is a ValueError
+            location = f"{path}, from record {number} on"
+            yield InputBatch({}, 0, 0, str, [BadRecord(location, f"damaged chunk: {error}")])
+
+
+def _location(path: str, first: int, record: int) -> str:
+    return f"{path}, record {first + record}"
+
+
+def _table_at_end(files: Files, path: str) -> pa.Table | None:
+    """Return the table at the end of a chunk; None if there is none. Raises pa.ArrowInvalid."""
+    with files.open(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(size - _TABLE.size, 0))
+        end = file.read()
+        if len(end) < _TABLE.size or (found := _TABLE.unpack(end))[1] != _TABLE_MAGIC:
+            return None
+        file.seek(max(size - _TABLE.size - found[0], 0))
+        return pa.ipc.open_file(pa.py_buffer(_exactly(file, found[0]))).read_all()
+
+
+def _find_tables(
+    files: Files, splits: tuple[InputSplit, ...], first: pa.Table, given: Mapping[str, UserType]
+) -> LitDataTables:
+    """Return chunks with tables. A column is nullable if the first chunk has a null in it."""
+    columns = zip(first.schema, first.columns, strict=True)
+    types: dict[str, UserType] = {field.name: field.with_nullable(column.null_count > 0) for field, column in columns}
+    types |= given
+    if unknown := [field.name for field in first.schema if types[field.name] == pa.field(field.name, pa.null())]:
+        message = f"{files.location(splits[0].path)}: only null in its records; {say_type(unknown[0])}"
+        raise SchemaError(message, column=unknown[0])
+    return LitDataTables(files, Schema.of(types), splits, tuple(types))
+
+
+def find_litdata(
+    files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]
+) -> LitDataChunks | LitDataTables:
     """Return the chunks that the index of a folder lists; the first 100 records give the shapes of arrays.
 
     given: types of some columns. Raises SchemaError: there are several indexes, chunks are missing, or leaves are
@@ -134,8 +201,6 @@ def find_litdata(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     except (ValueError, TypeError, KeyError, IndexError) as error:
         what = f"{type(error).__name__}: {error}"
         raise SchemaError(f"{location}: not an index of LitData that tiercache can read: {what}; {_REMEDY}") from error
-    if len(leaves) != len(formats) or len(set(leaves)) != len(leaves) or (is_tokens and len(leaves) != 1):
-        raise SchemaError(f"{location}: expected a column for each of the leaves {formats}, got {leaves}; {_REMEDY}")
     if config.get("encryption"):
         raise SchemaError(f"{location}: the data set is encrypted; {_REMEDY}")
     if config.get("item_loader") not in (None, "PyTreeLoader", "TokensLoader"):
@@ -143,8 +208,6 @@ def find_litdata(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     compression = str(config.get("compression") or "")
     if compression and compression.partition(":")[0] != "zstd":
         raise SchemaError(f"{location}: expected the compression zstd, got {compression!r}; {_REMEDY}")
-    for name, format_name in zip(leaves, formats, strict=True):
-        _check_format(location, name, format_name)
     folder = indexes[0].removesuffix(INDEX_FILE)
     sizes = {file.path: file.n_bytes for file in found}
     if missing := [name for name, _, _ in chunks if folder + name not in sizes]:
@@ -152,6 +215,16 @@ def find_litdata(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
     if not chunks:
         raise SchemaError(f"{location}: it lists no chunks, so there are no records")
     splits = tuple(InputSplit(folder + name, 0, n, n_bytes) for name, n, n_bytes in chunks)
+    try:
+        table = _table_at_end(files, splits[0].path)
+    except (ValueError, OSError) as error:
+        raise SchemaError(f"{files.location(splits[0].path)}: damaged chunk: {error}") from error
+    if table is not None:
+        return _find_tables(files, splits, table, given)
+    if len(leaves) != len(formats) or len(set(leaves)) != len(leaves) or (is_tokens and len(leaves) != 1):
+        raise SchemaError(f"{location}: expected a column for each of the leaves {formats}, got {leaves}; {_REMEDY}")
+    for name, format_name in zip(leaves, formats, strict=True):
+        _check_format(location, name, format_name)
     level = str(config.get("compression_level") or "chunk") if compression else ""
     source = LitDataChunks(files, Schema.of({}), splits, formats, leaves, is_tokens, level)
     return _with_types(source, given)

@@ -29,7 +29,7 @@ from tiercache.packer.files import (
     selected,
 )
 from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source
-from tiercache.packer.litdata import LitDataChunks, find_litdata
+from tiercache.packer.litdata import LitDataChunks, LitDataTables, find_litdata
 from tiercache.packer.objects import narrow_object
 from tiercache.packer.tfrecords import TFRECORD_SUFFIXES, TFRecords, find_tfrecords
 from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
@@ -298,7 +298,7 @@ def _read_labels(labels: str | os.PathLike[str]) -> folders.LabelTable:
     return folders.LabelTable(columns, types, location, os.fspath(labels))
 
 
-_Table: TypeAlias = "tables.TableFiles | tables.JsonLines | ArrayFiles | TFRecords | LitDataChunks"
+_Table: TypeAlias = "tables.TableFiles | tables.JsonLines | ArrayFiles | TFRecords | LitDataChunks | LitDataTables"
 
 
 def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], options: SourceOptions) -> _Table:
@@ -325,7 +325,7 @@ def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], opt
 
 
 _SameColumns: TypeAlias = (
-    tables.TableFiles | folders.FolderFiles | LayoutSource | ArrayFiles | TFRecords | LitDataChunks
+    tables.TableFiles | folders.FolderFiles | LayoutSource | ArrayFiles | TFRecords | LitDataChunks | LitDataTables
 )
 
 

@@ -83,6 +83,43 @@ def test_damage_is_a_bad_record_and_the_other_chunks_are_packed(tmp_path, folder
     assert json.loads(line)["reason"].startswith("the leaf 'text' is no str: 'utf-8' codec")
 
 
+TABLE = [{"id": i, "ok": i % 2 == 0, "turns": [{"who": "a", "n": i}] * (i % 3), "tags": [str(i)]} for i in range(300)]
+
+
+class TestTables:
+    def test_records_of_plain_values_have_the_columns_of_their_tables(self, tmp_path, folder):
+        later = [{**row, "note": None} for row in TABLE[:5]]
+        write_litdata(folder, [TABLE, TABLE[:7], later], as_tables=True)
+        schema = {"note": "str?"}
+        tc.pack(
+            folder, tmp_path / "out", schema=schema, shard_size=3000, block_size=500, columns=["id", "turns", "note"]
+        )
+        expected = [{"id": row["id"], "turns": row["turns"], "note": None} for row in [*TABLE, *TABLE[:7], *later]]
+        assert list(tc.Dataset(tmp_path / "out")) == expected
+        tc.pack(folder, tmp_path / "all", schema=schema)
+        assert str(tc.Dataset(tmp_path / "all").schema.columns[1]) == "bool"
+        assert [row["ok"] for row in tc.Dataset(tmp_path / "all")][:300] == [row["ok"] for row in TABLE]
+
+    def test_a_column_that_the_first_chunk_lacks_and_one_of_nulls_need_a_type(self, tmp_path, folder):
+        write_litdata(folder, [TABLE, [{"id": 1, "new": 2}]], as_tables=True)
+        with pytest.raises(SchemaError, match=r"chunk-0-1\.bin, from record 0 on: .* no column 'new'; specify"):
+            tc.pack(folder, tmp_path / "out")
+        write_litdata(folder, [[{"id": 1, "new": None}]], as_tables=True)
+        with pytest.raises(SchemaError, match=r"column 'new': .*chunk-0-0\.bin: only null in its records; specify"):
+            tc.pack(folder, tmp_path / "out")
+
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_damage_is_a_bad_record_and_the_other_chunks_are_packed(self, tmp_path, folder, at):
+        write_litdata(folder, [TABLE, TABLE], as_tables=True)
+        path = folder / "chunk-0-1.bin"
+        data = path.read_bytes()
+        path.write_bytes([data[:-3], data[:-12] + b"\xff" * 4 + data[-8:]][at])
+        with pytest.warns(UserWarning, match="1 bad records"):
+            assert tc.pack(folder, tmp_path / "out", on_error="skip").n_records == 300
+        (line,) = (tmp_path / "out.bad.jsonl").read_text().splitlines()
+        assert json.loads(line)["location"] == f"{path}, from record 0 on"
+
+
 @given(st.integers(0, 500), st.binary(min_size=1, max_size=4))
 def test_any_damage_of_a_chunk_gives_records_and_bad_records(tmp_path_factory, at, noise):
     folder = tmp_path_factory.mktemp("damaged")
