@@ -82,6 +82,14 @@ class TestExamples:
         assert (first["t"], first["x"].tolist(), list(first["l"]), first["late"]) == ("é", [1, 2], ["a", "b"], None)
         assert (last["t"], last["x"].tolist(), list(last["l"]), last["late"]) == ("b", [3, 4], ["c"], 7)
 
+    def test_a_list_has_the_shape_that_a_schema_states_as_by_fixed_len_feature(self, tmp_path, folder):
+        rows = [{"m": np.float32([i, 1, 2, 3, 4, 5])} for i in range(10)] + [{"m": np.float32([1, 2])}]
+        (folder / "a.tfrecord").write_bytes(tfrecords([example(row) for row in rows]))
+        with pytest.warns(UserWarning, match="1 bad records"):
+            ds = records_of(folder, tmp_path, schema={"m": "float32[2, 3]"}, on_error="skip")
+        assert len(ds) == 10
+        assert ds[7]["m"].tolist() == [[7, 1, 2], [3, 4, 5]]
+
     def test_records_that_are_no_examples_are_a_column_of_bytes(self, tmp_path, folder):
         sequence = field(1, b"") + field(2, field(1, b"x"))  # a tf.train.SequenceExample
         records = [b"\xff" * 9, b"", sequence]
