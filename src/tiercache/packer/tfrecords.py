@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,7 +197,7 @@ def _value(column: Column, values: Feature | None) -> Any:
         if column.kind is Kind.STR and isinstance(value, bytes):
             return _text(column, value)
         return bool(value) if column.kind is Kind.BOOL and value in (0, 1) else value
-    if column.kind is Kind.TENSOR and isinstance(values, np.ndarray) and len(values) == math.prod(column.shape):
+    if column.kind is Kind.TENSOR and isinstance(values, np.ndarray) and len(values) == column.n_elements:
         return values.reshape(column.shape)  # as FixedLenFeature: a list of an Example has one dimension
     if not len(values):  # of any kind: writers leave the kind of an empty list open
         return []
