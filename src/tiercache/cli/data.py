@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from threading import Lock
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -34,12 +34,13 @@ from tiercache.cli.common import (
     printable,
     verb,
 )
+from tiercache.data.dataset import Dataset
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
 from tiercache.packer.export import Export
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
-from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Kind, UserType
 from tiercache.shard.versions import ShardTable, Version, find_version, read_shards
 from tiercache.store import Store, open_store, redact, split_url
@@ -68,6 +69,15 @@ def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iter
 def open_data_set(store: Store, at: str | None = None) -> OpenDataSet:
     version = find_version(store, at)
     return OpenDataSet(store, version, read_shards(store, version))
+
+
+@contextmanager
+def _served(url: str, at: str | None, storage_options: Sequence[str] | None) -> Iterator[Dataset]:
+    """Yield the data set, or the data of another library, at a URL, past the cache; and close it at the end."""
+    with closing(
+        Dataset(url, version=at, cache=False, storage_options=parse_storage_options(storage_options))
+    ) as found:
+        yield found
 
 
 @verb(after_ctrl_c="the same command continues, and keeps what is finished")
@@ -281,8 +291,9 @@ def info(
 
     --include and --exclude select shards to list.
     """
-    with open_data_set_store(url, storage_option) as store:
-        data_set = open_data_set(store, at)
+    with _served(url, at, storage_option) as dataset:
+        leaf = cast("OpenedVersion", dataset.__tiercache__().source.leaves[0])
+        data_set = OpenDataSet(leaf.store, leaf.manifest, leaf.table)
     if shards or include or exclude:
         _list_shards(output, data_set, data_set.select(include, exclude))
     else:
@@ -323,6 +334,7 @@ def _show_info(output: Output, data_set: OpenDataSet) -> None:
         for column in version.schema.columns
     ]
     facts: dict[str, Any] = {"url": data_set.store.url, "dataset_id": version.dataset_id} | version_facts(version)
+    facts["shards"] = len(data_set.shards)  # the version of a layout has no segments, which list shards
     if output.as_json:
         output.event("data_set", facts | {"columns": columns})
         return
@@ -351,36 +363,23 @@ def head(
 
     Images are shown by their size, arrays by their first elements. Only the needed bytes are read.
     """
-    with open_data_set_store(url, storage_option) as store:
-        data_set = open_data_set(store, at)
-        schema, first = data_set.version.schema, data_set.shards.first_record
-        names = list(schema.select(parse_columns(columns) or schema.names).names)
-        n_records = data_set.version.n_records
-        rows = range(start, max(start, min(start + n, n_records)))
-        for shard in range(int(np.searchsorted(first, start, side="right")) - 1, len(data_set.shards)):
-            some = range(max(start, int(first[shard])), min(rows.stop, int(first[shard + 1])))
-            if not some:
-                break
-            _show_shard(output, data_set, shard, some, names)
-    facts = {"version": data_set.version.number, "shown": len(rows), "records": n_records}
-    output.summary(facts, f"{len(rows)} of {count(n_records, 'record')}")
-
-
-def _show_shard(output: Output, data_set: OpenDataSet, shard: int, rows: range, names: list[str]) -> None:
-    info = data_set.shards.info(shard)
-    identity = info.identity(data_set.version.dataset_id)
-    with ShardReader(data_set.store, info.name, info=info, identity=identity) as reader:
-        indices = [reader.schema.index(name) for name in names]
-        within = np.arange(rows.start, rows.stop, dtype=np.int64) - data_set.shards.first_record[shard]
-        values = reader.take(within, indices)
-    width = max(map(len, names))
-    for i, row in enumerate(rows):
+    with _served(url, at, storage_option) as dataset:
+        if chosen := parse_columns(columns):
+            dataset = dataset.select_columns(chosen)
+        n_records = len(dataset)
+        rows = np.arange(start, max(start, min(start + n, n_records)))
+        values = dataset.__tiercache__().source.values(rows)
+        version = dataset.version
+    width = max(len(v.column.name) for v in values)
+    for i, row in enumerate(rows.tolist()):
         record = {v.column.name: (v.column, v.record(i)) for v in values}
         if output.as_json:
-            output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})
+            output.event("record", {"index": row, "record": {name: json_value(*one) for name, one in record.items()}})
         else:
-            lines = [f"  {name:{width}}  {format_value(*record[name])}" for name in names]
+            lines = [f"  {name:{width}}  {format_value(*one)}" for name, one in record.items()]
             typer.echo("\n".join([f"record {row}", *lines]))
+    facts = {"version": version, "shown": len(rows), "records": n_records}
+    output.summary(facts, f"{len(rows)} of {count(n_records, 'record')}")
 
 
 _TEXT_CHARACTERS = 70

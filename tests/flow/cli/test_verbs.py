@@ -87,6 +87,19 @@ class TestListing:
 
 
 class TestHead:
+    def test_info_and_head_show_data_of_another_library_in_place(self, tiercache, tmp_path):
+        for year in (1, 2):
+            folder = tmp_path / f"rows/year={year}"
+            folder.mkdir(parents=True)
+            pq.write_table(pa.table({"a": range(5), "t": [[1, 2]] * 5}), folder / "x.parquet")
+        facts = tiercache("info", tmp_path / "rows", "--json").events[0]
+        assert (facts["kind"], facts["version"], facts["records"], facts["shards"]) == ("Parquet", 0, 10, 2)
+        assert [column["name"] for column in facts["columns"]] == ["a", "t", "year"]
+        listed = tiercache("info", tmp_path / "rows", "--shards", "--json").events
+        assert [event["name"] for event in listed[:-1]] == ["year=1/x.parquet", "year=2/x.parquet"]
+        shown = tiercache("head", tmp_path / "rows/*/x.parquet", "--start", "4", "-n", "2", "--columns", "year,t")
+        assert [line.split()[-1] for line in shown.out.splitlines() if " year" in line] == ["1", "2"]
+
     def test_head_shows_records_across_shards(self, tiercache, data_set):
         lines = tiercache("head", data_set, "-n", "15", "--start", "3").out.splitlines()
         assert lines[:4] == ["record 3", "  image  <image 1.1 KiB>", "  label  0 (cat)", '  path   "cat/3.png"']
