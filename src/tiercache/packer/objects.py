@@ -55,6 +55,8 @@ class Units(ABC):
     schema: Schema | None = None
     types: Mapping[str, UserType] = MappingProxyType({})  # of columns, where they cannot be inferred
     most_sampled = 100  # units
+    is_read_once = False  # records of an iterator, unless its function can be called again
+    is_inspected = True  # until the source is planned: what is read is read again
 
     @property
     @abstractmethod
@@ -155,6 +157,13 @@ def narrow_object(source: RecordSource, schema: Schema) -> RecordSource:
     else:
         return source
     return ObjectSource(chosen, schema, cast("ObjectSource", source).splits)
+
+
+def object_of(source: Any) -> ObjectSource | None:
+    """Return the Python object from which a source has its records, if it has them from one."""
+    while hasattr(source, "source"):
+        source = source.source
+    return source if isinstance(source, ObjectSource) else None
 
 
 def is_object(source: object) -> bool:
@@ -297,7 +306,9 @@ class _Data(Units):
     made_by: Callable[[], Any] | None = None
 
     def __reduce__(self) -> Any:
-        return super().__reduce__() if self.made_by is None else (units_of, (self.made_by,))
+        if self.made_by is None:
+            return super().__reduce__()
+        return units_of, (self.made_by,), {"is_inspected": self.is_inspected}
 
     def __repr__(self) -> str:
         return self._fact() if self.made_by is None else f"Made({identity_of(self.made_by)}, {self.n_units})"
@@ -333,48 +344,47 @@ class _Records(_Data):
 
 
 class _Stream(_Data):
-    """Records, or Arrow tables, of an iterable: one unit. What was read of an iterator as a sample is kept."""
+    """Records, or Arrow tables, of an iterable: one unit. What inspections read of an iterator is kept."""
 
     def __init__(self, records: Iterable[Any]) -> None:
         self.records = records
         self._id = secrets.token_hex(16)  # nothing tells whether another iterable would have the same records
+        self._head: list[Any] = []
+        self._is_read = False
 
     @property
     def n_units(self) -> int:
         return 1
 
+    @property
+    def is_read_once(self) -> bool:  # type: ignore[override]
+        return self.made_by is None and isinstance(self.records, Iterator)
+
     def read(self, split: ObjectSplit) -> Iterator[tuple[int, Any]]:  # noqa: ARG002
-        found = iter(self.records)
-        if found is self.records:
-            head: list[Any] = []
-            self.records = _Rest(head, found)
-            found = iter(self.records)
+        found = self.records
+        if isinstance(found, Iterator):
+            found = self._inspect(found) if self.is_inspected else self._rest(found)
         for item in found:
             yield 0, as_table(item)
+
+    def _inspect(self, records: Iterator[Any]) -> Iterator[Any]:
+        yield from self._head
+        for item in records:
+            self._head.append(item)
+            yield item
+
+    def _rest(self, records: Iterator[Any]) -> Iterable[Any]:
+        if self._is_read and self.made_by is not None:
+            return self.made_by()
+        self._is_read = True
+        head, self._head = self._head, []
+        return chain(head, records)
 
     def location(self, unit: int, record: int) -> str:  # noqa: ARG002
         return f"record {record} of {_shown_type(self.records)}"
 
     def _fact(self) -> str:
         return self._id
-
-
-class _Rest:
-    """An iterator whose first elements can be read again: those of the first iteration, which is the sample."""
-
-    def __init__(self, head: list[Any], rest: Iterator[Any]) -> None:
-        self._head, self._rest, self._is_sampled = head, rest, False
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._is_sampled:
-            return chain(self._head, self._rest)
-        self._is_sampled = True
-        return self._keep()
-
-    def _keep(self) -> Iterator[Any]:
-        for item in self._rest:
-            self._head.append(item)
-            yield item
 
 
 class _Table(_Data):

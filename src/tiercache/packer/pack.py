@@ -31,7 +31,7 @@ from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, writ
 from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
 from tiercache.packer.folders import FolderFiles
 from tiercache.packer.images import parse_encode, recoded
-from tiercache.packer.objects import find_object, is_object
+from tiercache.packer.objects import find_object, is_object, object_of
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of, with_types
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, MappedSource, divide, map_source, select_source
@@ -167,6 +167,8 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
                 check_same_schema(version.schema, chosen.schema)
         if options.division is not None:
             options.division.check_key(chosen.schema, "split_by")
+        if (found := object_of(chosen)) is not None:
+            found.units.is_inspected = False
         tasks = divide_splits(chosen.splits, options.shard_options.shard_bytes)
         key = _key_of(chosen, tasks, options)
         packing = find_packing(store, key)

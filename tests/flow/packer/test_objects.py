@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from tests.flow.packer.test_packing import read, shards_of
@@ -155,3 +156,14 @@ def test_the_command_packs_what_a_callable_of_the_current_folder_returns(tmp_pat
     with pytest.raises(ValueError, match="no module 'your_source' in this folder"):
         tc.pack("your_source:numbers", tmp_path / "other")
     assert os.fspath(tmp_path) in sys.path
+
+
+def numbers():
+    return ({"x": i} for i in range(3000))
+
+
+@pytest.mark.parametrize("source", [numbers, lambda: numbers], ids=["iterator", "function"])
+def test_no_record_of_an_iterator_is_lost_when_a_function_and_a_filter_have_inspected_it(tmp_path, source):
+    given = {"map": lambda record: {"y": record["x"]}, "filter": pc.field("x") >= 1}
+    tc.pack(source(), tmp_path / "out", **given)
+    assert [record["y"] for record in read(tmp_path / "out")] == list(range(1, 3000))
