@@ -11,6 +11,7 @@ from tests.integration import ray_functions
 
 import tiercache as tc
 from tiercache.errors import SchemaError
+from tiercache.packer import rearrange
 from tiercache.shard.packings import list_packings
 from tiercache.shard.verify import verify_dataset
 from tiercache.shard.versions import find_version, read_shards
@@ -91,6 +92,16 @@ class TestPack:
         )
         assert seen[-1].n_records == N
         assert sorted(xs(tmp_path / "out" / "a") + xs(tmp_path / "out" / "b")) == list(range(0, 2 * N, 2))
+
+    def test_all_passes_run_on_the_cluster_and_write_the_shards_of_one_machine(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(rearrange, "RUN_BYTES", 3000)
+        rows = [{"x": (7 * i) % (N - 100), "text": f"{i}"} for i in range(N)]
+        given = {"dedup": "x", "sort": "x", **OPTIONS}
+        for name, engine in (("here", "process"), ("ray", "ray")):
+            tc.pack(rows, tmp_path / name, engine=engine, **given)
+        assert xs(tmp_path / "ray") == list(range(N - 100))
+        assert shard_counts(tmp_path / "ray") == shard_counts(tmp_path / "here")
+        assert list(tc.Dataset(tmp_path / "ray")) == list(tc.Dataset(tmp_path / "here"))
 
     def test_a_memory_store_and_workers_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="a memory store exists in one process only"):

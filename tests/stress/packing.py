@@ -1,6 +1,7 @@
-"""A packing to be killed: `python -m tests.stress.packing PROGRESS SOURCE URL [POINT NTH [split]]` appends the source.
+"""A packing to be killed: `python -m tests.stress.packing PROGRESS SOURCE URL [POINT NTH [HOW]]` appends the source.
 
-With a point, it kills itself when it reaches the point for the n-th time. With "split" there are two data sets.
+With a point, it kills itself when it reaches the point for the n-th time. HOW names options of HOW: with "split" there
+are two data sets, and with "sorted" several passes.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import tiercache as tc
 from tiercache.crash_points import set_hook
-from tiercache.packer import tables
+from tiercache.packer import rearrange, tables
 from tiercache.packer.pack import pack
 from tiercache.shard.packings import list_packings
 from tiercache.shard.verify import verify_dataset
@@ -21,6 +22,7 @@ N_FILES, N_LINES = 12, 150
 OPTIONS = {"mode": "append", "shard_size": "8KiB", "block_size": "1KiB", "compression": "none"}
 SCHEMA = {"x": "int64", "text": "str"}
 SHARES = {"train": 0.7, "val": 0.3}
+HOW = {"": {}, "split": {"split": SHARES}, "sorted": {"dedup": "text", "sort": "text", "split": SHARES}}
 
 
 def record(number: int) -> dict[str, object]:
@@ -66,8 +68,9 @@ class Target:
         assert list(verify_dataset(open_store(self.url))) == []
 
 
-def main(progress: str, source: str, url: str, point: str = "", nth: str = "1", split: str = "") -> None:
+def main(progress: str, source: str, url: str, point: str = "", nth: str = "1", how: str = "") -> None:
     tables.SPLIT_BYTES = 3000
+    rearrange.RUN_BYTES = 6000
     hits = count(1)
 
     def strike(name: str) -> None:
@@ -77,7 +80,7 @@ def main(progress: str, source: str, url: str, point: str = "", nth: str = "1", 
     set_hook(strike)
     with Path(progress).open("a") as file:
         print("begin", file=file, flush=True)
-        pack(source, url, schema=SCHEMA, split=SHARES if split else None, **OPTIONS)
+        pack(source, url, schema=SCHEMA, **HOW[how], **OPTIONS)
         print("end", file=file, flush=True)
 
 

@@ -171,6 +171,12 @@ def pack(
     split_by: Annotated[
         str | None, option("--split-by", "NAME", "Column whose equal values stay in one part of --split.")
     ] = None,
+    shuffle: Annotated[int | None, option("--shuffle", "SEED", "Write the records in a random order.")] = None,
+    sort: Annotated[str | None, option("--sort", "NAME", "Sort the records by this column; nulls come last.")] = None,
+    dedup: Annotated[bool, flag("--dedup", "Leave out records that are equal to an earlier one.")] = False,
+    dedup_by: Annotated[
+        str | None, option("--dedup-by", "NAME", "Leave out records whose value in a column an earlier one has.")
+    ] = None,
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
@@ -210,6 +216,9 @@ def pack(
         encode=encode,
         split=_parse_shares(split),
         split_by=split_by,
+        shuffle=shuffle,
+        sort=sort,
+        dedup=dedup_by or dedup,
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
@@ -226,13 +235,18 @@ def pack(
     if plan.finished and not output.quiet:
         facts = {"finished": len(plan.finished), "tasks": len(plan.tasks)}
         output.event("continued", facts, f"continues: {len(plan.finished)} of {len(plan.tasks)} tasks are finished")
+    elif plan.is_begun and options.has_passes and not output.quiet:
+        output.event("continued", {}, "continues: a packing of these records was begun, and not finished")
+
+    def on_duplicates(n: int) -> None:
+        output.event("duplicates", {"records": n}, f"{count(n, 'duplicate was', 'duplicates were')} left out")
 
     def on_bad(n_bad: int, report_at: str) -> None:
         text = f"{count(n_bad, 'bad record was', 'bad records were')} not packed: {report_at} lists them"
         output.event("bad_records", {"records": n_bad, "report": report_at}, text)
 
     with output.byte_progress("packing") as advance:
-        versions = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes), on_bad)
+        versions = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes), on_bad, on_duplicates)
     for part, version in versions.items():
         where = f"{target.rstrip('/')}/{part}" if part else target
         facts = {name: value for name, value in version_facts(version).items() if name not in ("kind", "created")}

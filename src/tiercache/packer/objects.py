@@ -375,7 +375,7 @@ class _Stream(_Data):
 
     def _rest(self, records: Iterator[Any]) -> Iterable[Any]:
         if self._is_read and self.made_by is not None:
-            return self.made_by()
+            return cast("Iterable[Any]", self.made_by())
         self._is_read = True
         head, self._head = self._head, []
         return chain(head, records)

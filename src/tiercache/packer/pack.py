@@ -14,10 +14,10 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,18 +25,37 @@ import pyarrow.compute as pc
 from tiercache import config
 from tiercache.crash_points import crash_point
 from tiercache.data.scan import Split
-from tiercache.errors import StoreError
+from tiercache.errors import NotFound, StoreError
 from tiercache.model import parse_bytes
+from tiercache.packer import rearrange
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
 from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
 from tiercache.packer.folders import FolderFiles
 from tiercache.packer.images import parse_encode, recoded
 from tiercache.packer.objects import find_object, is_object, object_of
+from tiercache.packer.rearrange import (
+    BY_HASH,
+    BY_POSITION,
+    POSITIONS,
+    Buckets,
+    Duplicates,
+    Hashes,
+    Order,
+    RunPlan,
+    Runs,
+    RunWriter,
+    Shuffle,
+    SortBy,
+    TooManyRecordsError,
+    Unique,
+    bucket_splits,
+    check_sortable,
+)
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of, with_types
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, MappedSource, divide, map_source, select_source
 from tiercache.packer.workers import Engine, Report, check_engine, run_in_processes, run_in_ray
-from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings
+from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings, pass_folder
 from tiercache.shard.schema import Image, Kind, Schema, UserType, check_same_schema
 from tiercache.shard.versions import (
     Commit,
@@ -80,6 +99,9 @@ class PackOptions(SourceOptions):
     encode: str | None = None
     split: Mapping[str, float] | None = None
     split_by: str | None = None
+    shuffle: int | None = None
+    sort: str | None = None
+    dedup: bool | str = False
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
 
     def __post_init__(self) -> None:
@@ -97,6 +119,12 @@ class PackOptions(SourceOptions):
         for name in self.parts:
             if self.split is not None and not _PART_NAME.fullmatch(name):
                 raise ValueError(f"a part of split= is a folder below the URL, so it cannot be named {name!r}")
+        if self.shuffle is not None and self.sort is not None:
+            raise ValueError("shuffle= and sort= both state the order of the records: give one of them")
+        if self.shuffle is not None and type(self.shuffle) is not int:
+            raise TypeError(f"shuffle must be a seed, an int, got {self.shuffle!r}")
+        if not isinstance(self.dedup, bool | str):
+            raise TypeError(f"dedup must be True, False or the name of a column, got {self.dedup!r}")
         if type(self.workers) is not int or self.workers < 0:
             raise ValueError(f"workers must be a number of processes, or 0 for one per CPU, got {self.workers!r}")
         _ = self.shard_options
@@ -120,6 +148,18 @@ class PackOptions(SourceOptions):
         return None if self.split is None else Split.of(self.split, 0, None, self.split_by)
 
     @property
+    def order(self) -> Order | None:
+        """The order of the records; None: that of the source."""
+        if self.shuffle is not None:
+            return Shuffle(self.shuffle)
+        return None if self.sort is None else SortBy((self.sort,))
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether other passes may come before the one that writes the shards."""
+        return self.order is not None or bool(self.dedup)
+
+    @property
     def shard_options(self) -> ShardOptions:
         """Options of the shard writers. Raises ValueError for an invalid size or compression."""
         return ShardOptions(parse_bytes(self.shard_size), parse_bytes(self.block_size), self.compression)
@@ -129,8 +169,9 @@ class PackOptions(SourceOptions):
 class PackPlan:
     """Plan of a packing. Nothing has been written.
 
-    key: Hash of the source and of the options that decide what is written. finished: Tasks that an earlier run of this
-    packing has finished.
+    key: Hash of the source and of the options that decide what is written. is_begun: Whether an earlier run has begun
+    this packing; finished: tasks that it has finished, if the packing has one pass. runs: What this pass makes of the
+    records, if it does not write them as they come.
     """
 
     source: RecordSource
@@ -140,6 +181,8 @@ class PackPlan:
     key: str
     finished: frozenset[int] = frozenset()
     skipped: tuple[SkippedFile, ...] = ()  # although neither include nor exclude says so
+    is_begun: bool = False
+    runs: RunPlan | None = None
 
     @property
     def n_workers(self) -> int:
@@ -167,8 +210,14 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
                 check_same_schema(version.schema, chosen.schema)
         if options.division is not None:
             options.division.check_key(chosen.schema, "split_by")
+        if options.sort is not None:
+            check_sortable(chosen.schema, options.sort)
+        if isinstance(options.dedup, str):
+            chosen.schema.index(options.dedup)
         if (found := object_of(chosen)) is not None:
             found.units.is_inspected = False
+            if options.dedup and found.units.is_read_once:
+                raise ValueError("dedup= reads the source twice, and an iterator is read once: pass a function of it")
         tasks = divide_splits(chosen.splits, options.shard_options.shard_bytes)
         key = _key_of(chosen, tasks, options)
         packing = find_packing(store, key)
@@ -177,14 +226,15 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
             is_new = packing is None or not packing.committed(target, part)
             if options.mode == "create" and parent is not None and is_new:
                 raise data_set_exists_error(target, parent)
-        finished = frozenset() if packing is None else frozenset(packing.finished())
+        finished = frozenset() if packing is None or options.has_passes else frozenset(packing.finished())
         if n_others := sum(records.key != key for records in list_packings(store)):
             logger.warning(
                 "%s: packings of other sources, or with other options, were not finished, and are left to gc: %d",
                 store.url,
                 n_others,
             )
-    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), key, finished, tuple(skipped))
+    begun = packing is not None
+    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), key, finished, tuple(skipped), begun)
 
 
 def _find(
@@ -261,10 +311,14 @@ def _open_targets(url: str | os.PathLike[str], options: PackOptions) -> Iterator
         store = stack.enter_context(closing(open_store(url, **options.storage_options)))
         targets = {"": store}
         if options.split is not None:
-            roots = {part: f"{os.fspath(url).rstrip('/')}/{part}" for part in options.parts}
+            roots = {part: _part_url(url, part) for part in options.parts}
             opened = {part: open_store(root, **options.storage_options) for part, root in roots.items()}
             targets = {part: stack.enter_context(closing(one)) for part, one in opened.items()}
         yield store, targets
+
+
+def _part_url(url: str | os.PathLike[str], part: str) -> str:
+    return f"{os.fspath(url).rstrip('/')}/{part}" if part else os.fspath(url)
 
 
 def _check_target(store: Store, target: Store, options: PackOptions) -> Version | None:
@@ -285,7 +339,8 @@ def _check_target(store: Store, target: Store, options: PackOptions) -> Version 
 def _key_of(source: RecordSource, tasks: Sequence[Sequence[InputSplit]], options: PackOptions) -> str:
     """Return a hash of what decides the shards that are written."""
     how = (options.on_error == "dead-letter", options.mode, options.shard_options, [len(task) for task in tasks])
-    facts = (repr(source), source.schema.to_bytes(), source.splits, how, options.division)
+    order = options.order, options.dedup, rearrange.RUN_BYTES
+    facts = (repr(source), source.schema.to_bytes(), source.splits, how, options.division, order)
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(f"{fact!r}\n".encode(errors="surrogatepass"))
@@ -329,12 +384,14 @@ def run_pack(
     plan: PackPlan,
     on_progress: Callable[[PackProgress], None] | None = None,
     on_bad: Callable[[int, str], None] | None = None,
+    on_duplicates: Callable[[int], None] | None = None,
 ) -> dict[str, Version]:
     """Write the shards, then commit them and return the version of each part; "" without a split.
 
     Until the commit no reader sees anything. After an exception, Ctrl-C or a kill, the tasks that are finished stay,
     and another call with the same source and options continues with the others. A part that was committed before a kill
-    is not committed again: its version is returned.
+    is not committed again: its version is returned. on_bad is called with the number of bad records and the URL of
+    their report, and on_duplicates with the number of records that dedup= has left out.
     Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
     with _open_targets(plan.url, plan.options) as (store, targets):
@@ -344,54 +401,184 @@ def run_pack(
         versions = {part: packing.committed(target, part) for part, target in targets.items()}
         if None in versions.values():
             try:
-                _run_tasks(plan, packing, targets, on_progress)
+                passes = _run_passes(plan, packing, targets, on_progress)
             except BaseException:
                 with suppress(StoreError):  # the first error must stay visible
-                    if not packing.finished():
+                    if packing.is_empty():
                         packing.remove()
                 raise
             crash_point("packing.tasks_finished")
             if plan.options.on_error != "stop":
-                _report_bad_records(plan, packing, on_bad)
+                _report_bad_records(plan.url, passes.first, on_bad)
+            if plan.options.dedup and on_duplicates is not None:
+                on_duplicates(passes.n_duplicates)
             for part, target in targets.items():
-                versions[part] = versions[part] or _commit(plan, packing, part, target, parents[part])
+                versions[part] = versions[part] or _commit(passes.last, packing, part, target, parents[part])
                 crash_point("packing.committed")
         packing.remove()
         return {part: version for part, version in versions.items() if version is not None}
 
 
-def _run_tasks(
-    plan: PackPlan,
-    packing: Packing,
-    targets: Mapping[str, Store],
-    on_progress: Callable[[PackProgress], None] | None,
-) -> None:
+@dataclass(frozen=True)
+class _Passes:
+    """The plans of the pass that has read the source, and of the last one; both if there is one."""
+
+    first: PackPlan
+    last: PackPlan
+    n_duplicates: int = 0
+
+
+def _run_passes(
+    plan: PackPlan, packing: Packing, targets: Mapping[str, Store], on_progress: Callable[[PackProgress], None] | None
+) -> _Passes:
+    """Run the tasks, after those of other passes if the order is another one or duplicates are left out."""
+    options, n_duplicates = plan.options, 0
+    is_small = options.order is not None and _fits_in_a_run(plan)
+    n_passes = 1 + bool(options.dedup) + (options.order is not None and not is_small)
+    progress = _Progress(on_progress, plan.total_bytes, n_passes)
+    if options.dedup:
+        positions = _find_duplicates(plan, progress)
+        n_duplicates = sum(info.n_records for info in positions.infos)
+        plan = _with_source(plan, Unique.of(plan.source, positions))
+    if options.order is None:
+        _run_tasks(plan, packing, targets, progress)
+        return _Passes(plan, plan, n_duplicates)
+    if is_small:
+        tasks = (tuple(split for task in plan.tasks for split in task),) if plan.tasks else ()
+        whole = replace(plan, tasks=tasks, runs=RunPlan(options.order, _run_bytes(options), is_whole=True))
+        try:
+            _run_tasks(whole, packing, targets, progress)
+        except TooManyRecordsError:
+            progress.n_passes += 2
+        else:
+            return _Passes(whole, whole, n_duplicates)
+    first = replace(plan, url=_pass_url(plan, "runs"), runs=RunPlan(options.order, _run_bytes(options)))
+    runs = _run_pass(first, progress)
+    splits = bucket_splits(runs, options.order, rearrange.RUN_BYTES)
+    last = _with_source(plan, Buckets(runs, options.order, plan.source.schema, splits))
+    _run_tasks(last, packing, targets, progress)
+    return _Passes(first, last, n_duplicates)
+
+
+def _run_bytes(options: PackOptions) -> int:
+    return rearrange.RUN_BYTES // len(options.parts)
+
+
+def _fits_in_a_run(plan: PackPlan) -> bool:
+    """Return whether to sort, or shuffle, the records where they are written, which needs no other pass.
+
+    If they prove to be larger than their files, the other passes begin. A source that is read once must not try this.
+    """
+    found = object_of(plan.source)
+    if plan.total_bytes > _run_bytes(plan.options) or (found is not None and found.units.is_read_once):
+        return False
+    with _open_targets(_pass_url(plan, "runs"), plan.options) as (store, _):
+        return find_packing(store, plan.key) is None
+
+
+def _find_duplicates(plan: PackPlan, progress: _Progress) -> Runs:
+    """Return the sorted positions of the records that are left out."""
+    column = plan.options.dedup if isinstance(plan.options.dedup, str) else None
+    options = replace(plan.options, split=None, split_by=None)
+    hashes = _with_source(replace(plan, options=options), Hashes(plan.source, column))
+    by_hash, by_position = RunPlan(BY_HASH, rearrange.RUN_BYTES), RunPlan(BY_POSITION, rearrange.RUN_BYTES)
+    runs = _run_pass(replace(hashes, url=_pass_url(plan, "hashes"), runs=by_hash), progress)
+    buckets = bucket_splits(runs, BY_HASH, rearrange.RUN_BYTES)
+    found = _with_source(hashes, Duplicates(runs, BY_HASH, POSITIONS, buckets))
+    found = replace(found, url=_pass_url(plan, "duplicates"), runs=by_position)
+    return _run_pass(found, _Progress(None, 0, 1))[""]
+
+
+def _with_source(plan: PackPlan, source: RecordSource) -> PackPlan:
+    tasks = divide_splits(source.splits, plan.options.shard_options.shard_bytes)
+    return replace(plan, source=source, tasks=tuple(tasks))
+
+
+def _pass_url(plan: PackPlan, name: str) -> str:
+    return f"{os.fspath(plan.url).rstrip('/')}/{pass_folder(plan.key, name)}"
+
+
+def _run_pass(plan: PackPlan, progress: _Progress) -> dict[str, Runs]:
+    """Run a pass that is not the last, and return the runs of each part."""
+    with _open_targets(plan.url, plan.options) as (store, targets):
+        packing = begin_packing(store, plan.key, dict.fromkeys(targets, 0))
+        try:
+            _run_tasks(plan, packing, targets, progress)
+        except BaseException:
+            with suppress(StoreError):
+                if packing.is_empty():
+                    packing.remove()
+            raise
+        finished = packing.finished()
+        if len(finished) < len(plan.tasks):
+            raise NotFound(
+                "the packing was finished by another process meanwhile: run the command again", url=store.url
+            )
+        runs = {}
+        for part in targets:
+            infos = tuple(info for number in range(len(plan.tasks)) for info in finished[number][part])
+            url = _part_url(absolute_url(plan.url), part)
+            runs[part] = Runs(url, plan.source.schema, infos, plan.options.storage_options)
+        return runs
+
+
+@dataclass
+class _Progress:
+    """Progress over all passes, each of which counts as the bytes of the source. Records count in the last pass."""
+
+    on_progress: Callable[[PackProgress], None] | None
+    source_bytes: int
+    n_passes: int
+    n_begun: int = 0
+
+    def begin_pass(self, total_bytes: int, done_bytes: int) -> Report:
+        """Return the function that takes what tasks of the next pass have done."""
+        before, self.n_begun = self.n_begun * self.source_bytes, self.n_begun + 1
+        done = [0, done_bytes]
+
+        def report(n_records: int, n_bytes: int) -> None:
+            done[:] = done[0] + n_records, min(done[1] + n_bytes, total_bytes)
+            if self.on_progress is not None:
+                n_records = done[0] if self.n_begun == self.n_passes else 0
+                n_bytes = done[1] * self.source_bytes // total_bytes if total_bytes else 0
+                self.on_progress(PackProgress(n_records, before + n_bytes, self.n_passes * self.source_bytes))
+
+        return report
+
+
+def _run_tasks(plan: PackPlan, packing: Packing, targets: Mapping[str, Store], progress: _Progress) -> None:
     """Run the tasks that are not finished."""
-    finished, total_bytes = _usable(packing, targets), plan.total_bytes
-    done = [0, sum(split.n_bytes for number in finished for split in plan.tasks[number])]
-
-    def report(n_records: int, n_bytes: int) -> None:
-        done[:] = done[0] + n_records, min(done[1] + n_bytes, total_bytes)
-        if on_progress is not None:
-            on_progress(PackProgress(done[0], done[1], total_bytes))
-
-    job = _Job(plan.source, absolute_url(plan.url), plan.options, packing.id, plan.key, packing.bases)
+    finished = _usable(packing, targets)
+    report = progress.begin_pass(
+        plan.total_bytes, sum(split.n_bytes for number in finished for split in plan.tasks[number])
+    )
+    job = _Job(plan.source, absolute_url(plan.url), plan.options, packing.id, plan.key, packing.bases, plan.runs)
     left = [(number, splits) for number, splits in enumerate(plan.tasks) if number not in finished]
+    if not left:
+        return
+    n_workers = min(plan.options.n_workers, len(left))
     if plan.options.engine == "ray":
         run_in_ray(job.run, left, report)
-    elif plan.n_workers > 1:
-        run_in_processes(job.run, left, plan.n_workers, report)
+    elif n_workers > 1:
+        run_in_processes(job.run, left, n_workers, report)
     else:
         for task in left:
             job.run(task, report)
 
 
-def _report_bad_records(plan: PackPlan, packing: Packing, on_bad: Callable[[int, str], None] | None) -> None:
-    """Write the report of all bad records, in the order of the source, and call on_bad with their number."""
-    url = report_url(plan.url, plan.options.report)
+def _report_bad_records(target: str, plan: PackPlan, on_bad: Callable[[int, str], None] | None) -> None:
+    """Write the report of all bad records, in the order of the source, and call on_bad with their number.
+
+    target: URL of the data set. plan: That of the pass that has read the source.
+    """
+    url = report_url(target, plan.options.report)
     root, key = split_url(url)
     beside = plan.options.report is None
-    with closing(open_store(root, **plan.options.storage_options if beside else {})) as store:
+    with (
+        closing(open_store(root, **plan.options.storage_options if beside else {})) as store,
+        _open_targets(plan.url, plan.options) as (records, _),
+    ):
+        packing = begin_packing(records, plan.key, {})  # which has begun
         n_bad = write_report(store, key, (packing.bad_records(number) for number in range(len(plan.tasks))))
     if n_bad and on_bad is not None:
         on_bad(n_bad, redact(url))
@@ -440,6 +627,7 @@ class _Job:
     packing_id: str
     key: str
     bases: Mapping[str, int]
+    runs: RunPlan | None = None
 
     def run(self, task: tuple[int, Sequence[InputSplit]], report: Report) -> None:
         """Write the records of a task, its number and its splits, and record its shards. After an error none is left.
@@ -447,16 +635,13 @@ class _Job:
         If another process has recorded the task meanwhile, that process's shards count, and these are deleted.
         """
         number, splits = task
-        n_bytes = sum(split.n_bytes for split in splits)
         with _open_targets(self.url, self.options) as (store, targets), ExitStack() as stack:
             packing = Packing(store, self.key, self.packing_id, self.bases)
             log = stack.enter_context(BadRecordLog(store, packing.bad_key(number), self.options.on_error))
-            writers = {
-                part: stack.enter_context(
-                    ShardWriter(targets[part], self.source.schema, self._options(share * n_bytes))
-                )
-                for part, share in self.options.parts.items()
-            }
+            writers: dict[str, ShardWriter | RunWriter] = {}
+            for part in self.options.parts:
+                writers[part] = self._writer(targets[part], number, self._bytes_of(part, splits))
+                stack.enter_context(cast("AbstractContextManager[Any]", writers[part]))
             for split in splits:
                 left_bytes = split.n_bytes
                 for part, batch in self._batches(split):
@@ -473,14 +658,25 @@ class _Job:
                     targets[part].delete([info.name for info in of_part])
             crash_point("packing.task_recorded")
 
-    def _options(self, n_bytes: float) -> ShardOptions:
+    def _bytes_of(self, part: str, splits: Sequence[InputSplit]) -> int:
+        if isinstance(self.source, Buckets):
+            return sum(split.n_bytes for split in splits if split.path == part)
+        return int(self.options.parts[part] * sum(split.n_bytes for split in splits))
+
+    def _writer(self, target: Store, number: int, n_bytes: int) -> ShardWriter | RunWriter:
         options = self.options.shard_options
-        return replace(options, shard_bytes=_even_shard_bytes(int(n_bytes), options))
+        options = replace(options, shard_bytes=_even_shard_bytes(n_bytes, options))
+        if self.runs is not None:
+            return RunWriter(target, self.source.schema, options, self.runs, number)
+        return ShardWriter(target, self.source.schema, options)
 
     def _batches(self, split: InputSplit) -> Iterator[tuple[str, InputBatch]]:
         n_records = 0
         for batch in self.source.read(split, self.options.shard_options.block_bytes):
-            yield from divide(batch, self.options.division, split, n_records)
+            if isinstance(self.source, Buckets):  # the first pass has divided the records
+                yield split.path, batch
+            else:
+                yield from divide(batch, self.options.division, split, n_records)
             n_records += batch.n_records
 
 
@@ -514,6 +710,9 @@ def pack(
     encode: str | None = None,
     split: Mapping[str, float] | None = None,
     split_by: str | None = None,
+    shuffle: int | None = None,
+    sort: str | None = None,
+    dedup: bool | str = False,
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
@@ -588,6 +787,12 @@ def pack(
             decides, so the sizes are only about the shares.
         split_by: Column of keys (integers, text or bytes) that are hashed, so that records with equal keys stay
             together, as `Dataset.split(by_hash=)` does. None: the record's number in its file.
+        shuffle: Seed of a random order of all records. None: the order of the source.
+        sort: Column by whose values the records are sorted, ascending, nulls last; those with equal values stay in the
+            order of the source. A column of numbers, text, bytes or times.
+        dedup: Whether only the first of equal records is packed; or a column: the first record of those whose values in
+            it are equal. The source is read twice, so it must not be an iterator. Values are compared by a hash of
+            their bytes.
         storage_options: Options of the data set's store.
         source_options: Options of the source's store.
         on_progress: Function called in this thread with a PackProgress from time to time.
@@ -625,6 +830,9 @@ def pack(
         encode=encode,
         split=split,
         split_by=split_by,
+        shuffle=shuffle,
+        sort=sort,
+        dedup=dedup,
         storage_options=storage_options or {},
         source_options=source_options or {},
     )
@@ -646,4 +854,7 @@ def pack(
     def warn(n_bad: int, report_at: str) -> None:
         warnings.warn(f"{n_bad:,} bad records were not packed; {report_at} lists them", stacklevel=4)
 
-    return next(iter(run_pack(plan, on_progress, warn).values()))
+    def say(n_duplicates: int) -> None:
+        logger.info("%s: duplicates were left out: %d", redact(plan.url), n_duplicates)
+
+    return next(iter(run_pack(plan, on_progress, warn, say).values()))

@@ -22,7 +22,7 @@ from tiercache.data.scan import Split, columns_of, evaluate, explained
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import DecodeError
 from tiercache.layouts.reader import blocks_of
-from tiercache.packer.bad_records import write_batch
+from tiercache.packer.bad_records import BatchWriter, write_batch
 from tiercache.packer.files import BadRecord, InputBatch, InputSplit, RecordSource
 from tiercache.packer.objects import identity_of, import_callable, infer_types, name_of
 from tiercache.shard.schema import Kind, Schema, UserType, check_same_schema, storable_type
@@ -60,7 +60,7 @@ class SelectedSource:
             if self.filter is not None:
                 # Arrow needs some column to know the number of records, also for a constant.
                 kept, bad = self._matching(batch, self.source.schema.select(keys or self.source.schema.names[:1]))
-            chosen = _taken(batch, kept, self.schema.names)
+            chosen = taken(batch, kept, self.schema.names)
             yield replace(chosen, bad=[*chosen.bad, *bad])
 
     def _matching(self, batch: InputBatch, keys: Schema) -> tuple[np.ndarray[Any, Any], list[BadRecord]]:
@@ -253,18 +253,23 @@ class _Values:
 
 def _records_of(batch: InputBatch, schema: Schema) -> tuple[list[int], list[Mapping[str, Any]], list[BadRecord]]:
     """Return the good records of a batch with their numbers in it, and the bad ones."""
-    values, bad = _Values(schema), list[BadRecord]()
-    wrong: list[int] = []
+    values = _Values(schema)
+    numbers, bad = write_good(values, batch)
+    return numbers, values.records, bad
+
+
+def write_good(writer: BatchWriter, batch: InputBatch) -> tuple[list[int], list[BadRecord]]:
+    """Write the good records of a batch to a new writer. Return their numbers in the batch, and the bad records."""
+    wrong, bad = set[int](), list[BadRecord]()
 
     def add(one: BadRecord) -> None:
         if len(bad) >= len(batch.bad):
-            wrong.append(values.n_records + len(wrong))
+            wrong.add(writer.n_records + len(wrong))
         bad.append(one)
 
     if batch.n_records or batch.bad:
-        write_batch(values, batch, add)
-    left_out = set(wrong)
-    return [number for number in range(batch.n_records) if number not in left_out], values.records, bad
+        write_batch(writer, batch, add)
+    return [number for number in range(batch.n_records) if number not in wrong], bad
 
 
 def divide(batch: InputBatch, split: Split | None, where: InputSplit, first: int) -> Iterator[tuple[str, InputBatch]]:
@@ -283,7 +288,7 @@ def divide(batch: InputBatch, split: Split | None, where: InputSplit, first: int
     parts = split.part_of_keys(pa.chunked_array([keys])) if n else np.zeros(0, np.uint16)
     for number, name in enumerate(split.names):
         rows = np.flatnonzero(parts == number)
-        of_part = _taken(batch, rows)
+        of_part = taken(batch, rows)
         yield name, replace(of_part, n_bytes=0, bad=()) if number else of_part
 
 
@@ -291,7 +296,7 @@ def _location_of(batch: InputBatch, rows: Any, i: int) -> str:
     return batch.location(int(rows[i]))
 
 
-def _taken(batch: InputBatch, rows: np.ndarray[Any, Any], names: Sequence[str] | None = None) -> InputBatch:
+def taken(batch: InputBatch, rows: np.ndarray[Any, Any], names: Sequence[str] | None = None) -> InputBatch:
     """Return some records of a batch, with some columns (None: all). Its bytes and bad records stay the same."""
     found: Any = batch.columns
     if names is not None and isinstance(found, list):

@@ -5,6 +5,7 @@
     _tiercache/packing/<key>/start-<1>.json    the packing's id, and the newest version of each data set at its start
     _tiercache/packing/<key>/<id>/<task>.json  the shards of a finished task
     _tiercache/packing/<key>/<id>/bad/<task>   its bad records, if it has any: lines of JSON
+    _tiercache/packing/<key>/<pass>/...        shards and records of an earlier pass (packer/rearrange.py)
 
 The key is a hash of the source and the options, so that the same command finds its records. The id is random: it is the
 nonce of the versions that the packing commits, so a packing that was killed after its commit is recognised, and never
@@ -86,6 +87,11 @@ class Packing:
                 return version
         return None
 
+    def is_empty(self) -> bool:
+        """Return whether there are no records but the first."""
+        start = _start_of(self.store, self.key).key(1)
+        return all(info.key == start for info in self.store.list(f"{PACKINGS_FOLDER}{self.key}/"))
+
     def remove(self) -> None:
         """Remove all records. The first one is removed last, because it finds the version of a killed packing."""
         start = _start_of(self.store, self.key)
@@ -112,6 +118,11 @@ def begin_packing(store: Store, key: str, bases: Mapping[str, int]) -> Packing:
     if packing is None:
         raise NotFound("the packing was finished by another process meanwhile: run the command again", url=store.url)
     return packing
+
+
+def pass_folder(key: str, name: str) -> str:
+    """Return where an earlier pass of a packing keeps its shards and records, which are removed with the packing's."""
+    return f"{PACKINGS_FOLDER}{key}/{name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,11 +71,13 @@ class RecordBuffer:
 
     add_fast(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
     exactly the types of the columns. It returns ADDED; EXCEEDS_BLOCK (the record is kept and exceeds the block: take()
-    the records before it); or NEEDS_CONVERSION (nothing was kept: check the names, then call add()).
+    the records before it); or NEEDS_CONVERSION (nothing was kept: call add()).
     """
 
-    def __init__(self, columns: tuple[Column, ...], block_bytes: int) -> None:
-        self._columns = columns
+    def __init__(self, schema: Schema, block_bytes: int) -> None:
+        self._schema = schema
+        self._columns = columns = schema.columns
+        self._names = set(schema.names)
         self._converters = [value_converter(column) for column in columns]
         self._objects: dict[int, list[Any]] = {i: [] for i, c in enumerate(columns) if c.kind is Kind.ARROW}
         self._records = BlockBuilder([_spec_of(column) for column in columns], block_bytes)
@@ -96,11 +98,14 @@ class RecordBuffer:
         self._records.limit_bytes = max(room_bytes, 0)
 
     def add(self, record: Mapping[str, Any], number: int) -> int:
-        """Add a record, whose names are checked; a missing column is null. Returns ADDED or EXCEEDS_BLOCK.
+        """Add a record; a missing column is null. Returns ADDED or EXCEEDS_BLOCK.
 
         number: Number of the record in the writer's input, for the SchemaError of a value that does not fit; then
         nothing of the record is kept.
         """
+        check_mapping(record)
+        if record.keys() != self._names:
+            _check_names(self._schema, record, at_record=number)
         named = {column.name: record.get(column.name) for column in self._columns}
         extra_bytes = 0
         index = self._records.fill(named, 0)
@@ -293,7 +298,6 @@ class ShardWriter:
             raise SchemaError("a schema needs at least one column")
         self._store = store
         self._schema = schema
-        self._names = set(schema.names)
         self._options = options or ShardOptions()
         if not isinstance(self._options.compression, str):
             for name in self._options.compression:
@@ -302,7 +306,7 @@ class ShardWriter:
         self._codec = BlockCodec([(self._options.compression_of(c.name), c.kind) for c in schema.columns])
         self._block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
         self._cutter = BlockCutter(schema.columns, self._block_bytes)
-        self._rows = RecordBuffer(schema.columns, self._block_bytes)
+        self._rows = RecordBuffer(schema, self._block_bytes)
         self._uploads = UploadQueue(store)
         self._file: ShardFile | None = None
         self._infos: list[ShardInfo] = []
@@ -317,9 +321,6 @@ class ShardWriter:
             self._check_open()
         kept = self._rows.add_fast(record)
         if kept == NEEDS_CONVERSION:
-            check_mapping(record)
-            if record.keys() != self._names:
-                _check_names(self._schema, record, at_record=self.n_records)
             kept = self._rows.add(record, self.n_records)
         self.n_records += 1
         if kept != ADDED:

@@ -78,6 +78,41 @@ def test_a_split_killed_at_any_point_is_finished_with_each_record_in_one_part_on
             assert all(list(verify_dataset(open_store(url / part))) == [] for part in SHARES)
 
 
+@pytest.mark.timeout(600)
+def test_passes_killed_at_any_point_leave_the_records_that_a_run_without_kills_writes(tmp_path, warm_python):
+    source = tmp_path / "source"
+    records = write_source(source)
+
+    def loop_of(name: str, *point: str) -> KillLoop:
+        for part in SHARES:
+            tc.Writer(tmp_path / name / part, schema=SCHEMA).close()
+        arguments = [str(source), str(tmp_path / name), *(point or ("", "1")), "sorted"]
+        return KillLoop(warm_python, "tests.stress.packing", tmp_path / "progress", arguments, work_s=0, seed=0)
+
+    def found(name: str) -> dict[str, list[int]]:
+        return {part: tc.Dataset(tmp_path / name / part)[:]["x"].tolist() for part in SHARES}
+
+    loop_of("whole").finish()
+    texts = {number: record["text"] for number, record in enumerate(records)}
+    first = {text: number for number, text in reversed(texts.items())}
+    expected = found("whole")
+    assert sorted(expected["train"] + expected["val"]) == sorted(first.values())
+    for numbers in expected.values():
+        assert [texts[i] for i in numbers] == sorted(texts[i] for i in numbers)
+    # Tasks of the hashes, of the duplicates, of the runs, and of the last pass: in this order.
+    hits = {"packing.shards_written": ("2", "14"), "packing.task_recorded": ("22",), "packing.committed": ("1", "2")}
+    for point in points_where(lambda name: name.startswith("packing.")):
+        for nth in hits.get(point, ("1",)):
+            name = f"{point}-{nth}"
+            loop = loop_of(name, point, nth)
+            code, errors = loop._run(None)
+            assert code == -signal.SIGKILL, (point, nth, errors)
+            loop._command[-3:] = ["", "1", "sorted"]
+            loop.finish()
+            assert found(name) == expected
+            assert list(list_packings(open_store(tmp_path / name))) == []
+
+
 def kill_group(command: list[str], url: Path, after_s: float) -> int:
     """Run the command, and kill its process group so long after the packing has begun. Returns the exit code."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)

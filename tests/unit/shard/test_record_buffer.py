@@ -29,7 +29,7 @@ USUAL = {
 
 def test_values_of_exact_types_take_the_fast_path():
     for kind, value in USUAL.items():
-        buffer = RecordBuffer(Schema.of({"x": kind}).columns, 1 << 20)
+        buffer = RecordBuffer(Schema.of({"x": kind}), 1 << 20)
         assert buffer.add_fast({"x": value}) == ADDED, kind
         assert buffer.n_records == 1
 
@@ -63,16 +63,16 @@ UNUSUAL = [
 
 def test_other_values_are_left_to_the_conversion_and_nothing_of_the_record_is_kept():
     for kind, value in UNUSUAL:
-        buffer = RecordBuffer(Schema.of({"n": "int8", "x": kind}).columns, 1 << 20)
+        buffer = RecordBuffer(Schema.of({"n": "int8", "x": kind}), 1 << 20)
         assert buffer.add_fast({"n": 1, "x": value}) == NEEDS_CONVERSION, (kind, value)
         assert buffer.n_records == 0
     for record in ({}, {"x": 1}, {"x": 1, "z": 1}, {"x": 1, "y": 1, "z": 1}, [1, 2], None, "xy"):
-        assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}).columns, 100).add_fast(record) == NEEDS_CONVERSION
+        assert RecordBuffer(Schema.of({"x": "int8", "y": "int8"}), 100).add_fast(record) == NEEDS_CONVERSION
 
 
 def test_values_of_a_rejected_record_do_not_appear_in_the_next():
     schema = Schema.of({"b": "bytes", "r": Ragged("int8", (None,)), "w": "list<int8?>", "x": "int8"})
-    buffer = RecordBuffer(schema.columns, 1 << 20)
+    buffer = RecordBuffer(schema, 1 << 20)
     with pytest.raises(SchemaError):
         buffer.add({"b": b"refused", "r": np.ones(5, np.int8), "w": [1], "x": 1000}, 0)
     buffer.add({"b": b"kept", "r": np.zeros(2, np.int8), "w": [2], "x": 1}, 0)
@@ -83,7 +83,7 @@ def test_values_of_a_rejected_record_do_not_appear_in_the_next():
 
 
 def test_a_record_that_exceeds_the_block_begins_the_next_block():
-    buffer = RecordBuffer(Schema.of({"b": "bytes", "n": "int64"}).columns, 100)
+    buffer = RecordBuffer(Schema.of({"b": "bytes", "n": "int64"}), 100)
     kept = [buffer.add_fast({"b": b"x" * 14, "n": n}) for n in range(4)]
     assert kept == [ADDED, ADDED, ADDED, EXCEEDS_BLOCK]
     first, (b, n) = buffer.take(3), buffer.take(1)
@@ -97,7 +97,7 @@ def test_a_record_that_exceeds_the_block_begins_the_next_block():
 
 def test_a_record_that_makes_the_buffer_grow_keeps_shape_and_validity():
     schema = Schema.of({"r": Ragged("int16", (None, 2)), "b": "bytes?", "s": "str?"})
-    buffer = RecordBuffer(schema.columns, 1 << 24)
+    buffer = RecordBuffer(schema, 1 << 24)
     rows = [np.full((1 << (i % 13), 2), i, np.int16) for i in range(130)]
     for row in rows:
         assert buffer.add_fast({"r": row, "b": row.tobytes(), "s": "x" * len(row)}) == ADDED
@@ -130,7 +130,7 @@ def record(i):
 
 @pytest.mark.parametrize("n", range(12))
 def test_a_memory_error_leaves_all_records_unchanged(monkeypatch, n):
-    buffer = RecordBuffer(Schema.of(KINDS).columns, 4000)
+    buffer = RecordBuffer(Schema.of(KINDS), 4000)
     number = failed = 0
     for goal in (64, 65):
         with monkeypatch.context() as patch:
