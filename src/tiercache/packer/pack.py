@@ -585,10 +585,19 @@ def _report_bad_records(target: str, plan: PackPlan, on_bad: Callable[[int, str]
 
 
 def _commit(plan: PackPlan, packing: Packing, part: str, target: Store, parent: Version | None) -> Version:
-    """Commit the shards of all tasks, unless another process that runs the same packing has committed them."""
+    """Commit the shards of all tasks, unless another process that runs the same packing has committed them.
+
+    Raises StoreError if the records of tasks are gone.
+    """
     shards = packing.finished()  # all of them; or another process has removed some, after its commit
     if (version := packing.committed(target, part)) is not None:
         return version
+    if n_lost := sum(number not in shards for number in range(len(plan.tasks))):
+        raise StoreError(
+            f"the records of {n_lost} of {len(plan.tasks)} finished tasks were removed meanwhile, as gc "
+            "does if they are old; the data set was not changed: run the same command again",
+            url=target.url,
+        )
     infos = [info for number in range(len(plan.tasks)) for info in shards[number][part]]
     return Commit(
         target,

@@ -3,7 +3,7 @@
 ::
 
     1. shards, segments, versions and the records of packings are listed
-    2. versions are deleted, if that was asked for
+    2. versions are deleted, if that was asked for, and the records of packings that are old
     3. the versions that are there now are read; what they name is needed
     4. of the objects listed in step 1, those are removed that are old, are not needed, and have no live writer
 
@@ -113,18 +113,15 @@ def collect_garbage(
     kept = _read_all(store, [number for number in listed if number not in doomed])
     needed = _Needed(store)
     needed.add(kept.values())
-    if dry_run:
-        deleted = doomed
-    else:
-        deleted = _delete_versions(store, doomed)
-        # Those that were committed, or put back, since the listing.
-        needed.add(_read_all(store, [number for number in list_versions(store) if number not in kept]).values())
+    deleted = doomed if dry_run else _delete_versions(store, doomed)
 
     left, promised_now = _packings(store, until_s)  # again, because one of them may go on since
     promised |= promised_now
     if not dry_run:  # before the shards that they name, so that no packing goes on with shards that are gone
         for place, keys in left.values():
             place.delete(keys)
+        # Those that were committed, also by a packing that had read these records, or put back, since the listing.
+        needed.add(_read_all(store, [number for number in list_versions(store) if number not in kept]).values())
     n_promised = len(promised - needed.shards)
     old_shards, young_shards = plan_removals(shards, needed.shards | promised, until_s, writer_of=_writer)
     old_segments, young_segments = plan_removals(segments, needed.segments, until_s, writer_of=lambda key: key)

@@ -13,14 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.image_files import jpeg, png
 
+from tiercache.crash_points import set_hook
 from tiercache.data.dataset import Dataset
 from tiercache.data.packing import pack_sequences
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import tables
 from tiercache.packer.pack import PackOptions, pack, plan_pack, run_pack
+from tiercache.shard.gc import collect_garbage
+from tiercache.shard.packings import list_packings
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
 from tiercache.shard.versions import Commit, find_latest, latest, read_shards
+from tiercache.shard.writer import Writer
 from tiercache.store import open_store
 
 NESTED_SCHEMA = pa.schema(
@@ -382,6 +386,29 @@ class TestProcesses:
             version = pack(tmp_path / "a.jsonl", tmp_path / str(workers), workers=workers, shard_size=10_000)
             assert version.n_shards > 4
             assert shards_of(tmp_path / str(workers)) == shards_of(tmp_path / "1")
+
+    def test_records_that_gc_removes_from_a_packing_that_goes_on_are_an_error_and_are_packed_again(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
+        self.lines(tmp_path / "a.jsonl")
+        options = {"mode": "append", "shard_size": 10_000}
+        Writer(tmp_path / "out", schema={"x": "int64", "text": "str"}).close()
+
+        def collect(point):
+            if point == "packing.tasks_finished":
+                collect_garbage(open_store(tmp_path / "out"), older_than_s=0)
+
+        before = set_hook(collect)
+        try:
+            with pytest.raises(StoreError, match=r"records of (\d+) of \1 finished tasks .*run the same command again"):
+                pack(tmp_path / "a.jsonl", tmp_path / "out", **options)
+        finally:
+            set_hook(before)
+        assert read(tmp_path / "out") == []
+        pack(tmp_path / "a.jsonl", tmp_path / "out", **options)
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
+        assert list(list_packings(open_store(tmp_path / "out"))) == []
 
     def test_after_an_error_what_is_finished_stays_and_a_changed_source_is_another_packing(
         self, tmp_path, monkeypatch, caplog

@@ -4,11 +4,13 @@ import os
 import random
 import secrets
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
 from tests.support.clocked_store import ClockedStore
+from tests.support.stores import GateStore
 
 import tiercache as tc
 from tiercache.errors import CommitConflict, CorruptShard, StoreError
@@ -164,6 +166,21 @@ class TestWhatIsRemoved:
         report = collect(store)
         assert (set(report.shards), report.packings) == ({info.name for info in infos}, ("a" * 32,))
         assert find_packing(store, "a" * 32) is None
+
+    def test_an_old_packing_that_commits_just_before_its_records_are_removed_keeps_its_shards(self, store):
+        create(store)
+        packing, infos = begin_packing(store, "a" * 32, {"": 1}), [put_shard(store)]
+        packing.finish(0, {"": infos})
+        store.advance(AGE_S)
+        gated = GateStore(store)
+        with gated.stop_at("before_delete", f"{PACKINGS_FOLDER}*") as gate, ThreadPoolExecutor(1) as pool:
+            collecting = pool.submit(collect, gated)
+            gate.wait_reached()
+            append(store, *packing.finished()[0][""])
+            gate.open()
+            assert collecting.result().shards == ()
+        assert needed(store) >= {infos[0].name}
+        assert needed(store) <= keys(store, "")
 
     def test_a_packing_of_several_data_sets_has_its_records_in_the_folder_above_them(self, store):
         above, name = ClockedStore(store.name, "sets"), "train"
