@@ -26,6 +26,7 @@ from tiercache.cli.common import (
     VersionNumber,
     argument,
     count,
+    errors_name,
     flag,
     option,
     parse_columns,
@@ -34,6 +35,7 @@ from tiercache.cli.common import (
     printable,
     verb,
 )
+from tiercache.cli.expressions import parse_condition
 from tiercache.data.dataset import Dataset
 from tiercache.data.opened_version import OpenedVersion
 from tiercache.errors import NotFound, StoreError
@@ -145,6 +147,10 @@ def pack(
     include: Include = None,
     exclude: Exclude = None,
     columns: Columns = None,
+    where: Annotated[
+        str | None,
+        option("--where", "CONDITION", 'Only records for which it is true, e.g. "year >= 2020 and label != 3".'),
+    ] = None,
     tokenize: Annotated[
         str | None,
         option(
@@ -192,6 +198,8 @@ def pack(
     Feather, ORC or JSON lines; or data of other libraries: MDS, Arrow, Megatron or WebDataset. After Ctrl-C or a kill,
     the same command continues.
     """
+    with errors_name("--where"):
+        condition = None if where is None else parse_condition(where)
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
         schema=parse_types(column) or None,
@@ -209,6 +217,7 @@ def pack(
         include=include or (),
         exclude=exclude or (),
         columns=parse_columns(columns) or (),
+        filter=condition,
         tokenize=tokenize,
         text_column=text_column,
         map=map,

@@ -300,6 +300,16 @@ class TestSelection:
         assert done.exit_code == 0, done.stderr
         assert tc.Dataset(tmp_path / "out").schema.names == ("score", "id")
 
+    def test_the_command_packs_the_records_of_a_condition(self, tmp_path):
+        write_csv(tmp_path / "a.csv", ROWS)
+        arguments = ["pack", str(tmp_path / "a.csv"), str(tmp_path / "out"), "--columns", "text", "--where"]
+        done = CliRunner().invoke(app, [*arguments, "id >= 10 and score < 7"])
+        assert done.exit_code == 0, done.stderr
+        assert [record["text"] for record in tc.Dataset(tmp_path / "out")] == [row["text"] for row in ROWS[10:14]]
+        done = CliRunner().invoke(app, [*arguments, "id >"])
+        assert done.exit_code != 0
+        assert "--where" in done.stderr
+
     def test_what_there_is_not_is_refused_before_anything_is_written(self, tmp_path):
         write_csv(tmp_path / "a.csv", ROWS)
         for options, error, match in (
