@@ -19,6 +19,7 @@ PROGRAMS = [
     pytest.param("bench_tier_plan", "--only mixed", "tier_plan", ["mixed"], id="tier_plan"),
     pytest.param("bench_records", "", "records", ["warm 1", "remote cold"], id="records", marks=STRESS),
     pytest.param("bench_cache", "", "cache", ["through the cache", "by hand, C"], id="cache", marks=STRESS),
+    pytest.param("bench_in_place", "", "in_place", ["Parquet, tokens", "WebDataset, images"], id="in_place"),
     pytest.param("bench_disk", "", "disk", [], id="disk", marks=STRESS),
     pytest.param("bench_images", "--threads 2", "images", LOADERS, id="images", marks=STRESS),
     pytest.param("bench_images", "--augmented --threads 2", "augmented", [], id="augmented", marks=STRESS),
