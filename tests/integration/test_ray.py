@@ -42,7 +42,7 @@ def cluster(mark, tmp_path_factory):
         "TIERCACHE_CACHE_DIR": str(folder),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    ray.init(num_cpus=4, runtime_env={"env_vars": environment}, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, runtime_env={"env_vars": environment}, include_dashboard=False, log_to_driver=False)
     ray.data.range(1).take_all()  # Ray Data opens its log
     yield
     ray.shutdown()
@@ -151,6 +151,12 @@ class TestData:
         ray.data.from_numpy(arrays).write_datasink(sink)
         found = [record["data"] for record in tc.Dataset(tmp_path / "tensors")]
         assert np.array_equal(np.sort(np.stack(found).ravel()), arrays.ravel())
+
+    def test_a_relative_path_is_that_of_this_process_and_not_of_the_workers(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        tc.pack(ray_functions.record, range(N), "in", engine="ray", **OPTIONS)
+        tc.ray.read_dataset("in").write_datasink(tc.ray.DatasetSink("out"))
+        assert xs(tmp_path / "in") == sorted(xs(tmp_path / "out")) == list(range(N))
 
     def test_a_failed_write_commits_nothing(self, tmp_path):
         def fail(batch):
