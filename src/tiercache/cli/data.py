@@ -86,7 +86,7 @@ def _served(url: str, at: str | None, storage_options: Sequence[str] | None) -> 
 def pack(
     output: Output,
     source: Annotated[
-        str, argument("SOURCE", "Input: a file, folder or glob, as a path or a URL; or module:callable.")
+        str, argument("SOURCE", "Input: a file, folder, glob or data set, as a path or a URL; or module:callable.")
     ],
     url: Url,
     kind: Annotated[

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from tiercache import config
 from tiercache.crash_points import crash_point
+from tiercache.data.dataset import Dataset
 from tiercache.data.scan import Split
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import parse_bytes
@@ -69,7 +70,7 @@ from tiercache.shard.versions import (
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore, Store, open_store, redact, split_url
-from tiercache.store.access import absolute_url
+from tiercache.store.access import ParsedUrl, absolute_url, split_glob
 
 logger = logging.getLogger("tiercache")
 
@@ -263,17 +264,40 @@ def _find(
             check_same_schema(parent.schema, selected.schema)
             return selected, skipped
         return with_schema_of(parent, selected, options.classes), skipped
+    return _find_unchanged(source, inputs, options, parent)
+
+
+def _find_unchanged(
+    source: Any, inputs: object, options: PackOptions, parent: Version | None
+) -> tuple[RecordSource, list[SkippedFile]]:
+    """Find the files, the object or the data set of a source."""
+    own = None
     if inputs is None and not is_object(source):
-        return find_source(source, options, parent)
+        own = _find_data_set(source, options)
+        if own is None:
+            return find_source(source, options, parent)
+        source, options = own, replace(options, source_options={})
+    what = "a Python object" if own is None else "a data set of tiercache"
     for name in ("kind", "labels", "label_pattern", "check_images", "include", "exclude", "source_options"):
         if getattr(options, name):
-            raise ValueError(f"{name}= is for files; the source is a Python object")
+            raise ValueError(f"{name}= is for files; the source is {what}")
     schema = None if parent is None else parent.schema
     shard_bytes = options.shard_options.shard_bytes
     found = find_object(source, inputs, options.schema, options.classes, shard_bytes, schema)
     if options.n_workers > 1 and found.units.n_units > 1:  # also if there is little data, which one process packs
         _check_picklable(found)
     return found, []
+
+
+def _find_data_set(source: str | os.PathLike[str], options: PackOptions) -> Dataset | None:
+    """Return the data set of tiercache at a path or URL; None if it is not the URL of one."""
+    is_file = ParsedUrl.parse(source).scheme == "" and not os.path.isdir(source)  # noqa: PTH112 -- as open() takes it
+    if options.kind is not None or is_file or split_glob(os.fspath(source))[1]:
+        return None
+    with closing(open_store(source, **options.source_options)) as store:
+        if find_latest(store) is None:
+            return None
+    return Dataset(source, cache=False, storage_options=options.source_options)
 
 
 def _find_images(

@@ -37,6 +37,16 @@ class TestPack:
         columns = tiercache("info", tmp_path / "out", "--json").events[0]["columns"]
         assert columns == [{"name": "x", "type": "int8?"}, {"name": "v", "type": "float32[2]"}]
 
+    def test_a_data_set_is_packed_by_its_path(self, tiercache, data_set, tmp_path):
+        tiercache("pack", data_set, tmp_path / "out", "--columns", "label,path", "--column", "label=int8")
+        tiercache("pack", tmp_path / "out", tmp_path / "out", "--mode", "append")
+        facts = tiercache("info", tmp_path / "out", "--json").events[0]
+        assert (facts["records"], [column["type"] for column in facts["columns"]]) == (40, ["int8", "str"])
+        before, after = (tiercache("head", u, "-n20", "--json").events[:-1] for u in (data_set, tmp_path / "out"))
+        assert [event["record"]["path"] for event in after] == [event["record"]["path"] for event in before]
+        refused = tiercache("pack", data_set, tmp_path / "other", "--exclude", "*.png", code=2)
+        assert "--exclude is for files; the source is a data set of tiercache" in refused.err
+
     def test_errors_are_one_line_with_an_exit_code(self, tiercache, photos, data_set, tmp_path):
         done = tiercache("pack", photos, data_set, code=1)
         assert done.err.count("\n") == 1
