@@ -95,7 +95,7 @@ class TestPack:
 
     def test_all_passes_run_on_the_cluster_and_write_the_shards_of_one_machine(self, tmp_path, monkeypatch):
         monkeypatch.setattr(rearrange, "RUN_BYTES", 3000)
-        rows = [{"x": (7 * i) % (N - 100), "text": f"{i}"} for i in range(N)]
+        rows = [{"x": (11 * i) % (N - 100), "text": f"{i}"} for i in range(N)]
         given = {"dedup": "x", "sort": "x", **OPTIONS}
         for name, engine in (("here", "process"), ("ray", "ray")):
             tc.pack(rows, tmp_path / name, engine=engine, **given)
