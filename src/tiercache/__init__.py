@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tiercache.load.loader import DataLoader
     from tiercache.load.loader_options import LoaderOptions
     from tiercache.load.numpy_loader import NumpyLoader
+    from tiercache.packer.export import export
     from tiercache.packer.pack import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.writer import Writer
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "collate",
     "concat",
+    "export",
     "locate",
     "mix",
     "open_weights",
@@ -97,6 +99,7 @@ _HOMES = {
     "Writer": "tiercache.shard.writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
+    "export": "tiercache.packer.export",
     "locate": "tiercache.store.placement",
     "mix": "tiercache.data.dataset",
     "open_weights": "tiercache.checkpoint.weights",

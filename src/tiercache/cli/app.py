@@ -21,7 +21,7 @@ VERBS = {
     "pack": ("cli.data", "Convert images, tables, text or any files into a data set."),
     "info": ("cli.data", "Show a data set's version, size and columns, or list its shards."),
     "head": ("cli.data", "Show some records of a data set."),
-    "export": ("cli.data", "Write a data set as Parquet files with standard Arrow types."),
+    "export": ("cli.data", "Write a data set as Parquet, Arrow, WebDataset, MDS or JSON lines."),
     "versions": ("cli.versions", "List the versions of a data set, with their tags."),
     "tag": ("cli.versions", "Give a version of a data set a name, or remove a name."),
     "drop": ("cli.versions", "Make a version of a data set without some records or columns."),

@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from threading import Lock
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -38,14 +36,13 @@ from tiercache.cli.common import (
 from tiercache.cli.expressions import parse_condition
 from tiercache.data.dataset import Dataset
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
-from tiercache.packer.export import Export
+from tiercache.packer.export import plan_export
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
 from tiercache.shard.schema import Column, Kind, UserType
 from tiercache.shard.versions import ShardTable, Version, find_version, read_shards
-from tiercache.store import Store, open_store, redact, split_url
+from tiercache.store import Store, open_store, redact
 from tiercache.store.placement import follow_placement
 
 
@@ -450,26 +447,28 @@ def shorten(text: str) -> str:
     return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."
 
 
-# Endings of files, which no folder of Parquet files has.
-_OTHER_FILES = (
-    ".arrow", ".avro", ".csv", ".feather", ".gz", ".h5", ".hdf5", ".ipc", ".json", ".jsonl", ".npy", ".npz", ".orc",
-    ".pkl", ".pt", ".tar", ".tfrecord", ".tsv", ".txt", ".xlsx", ".zip", ".zst",
-)  # fmt: skip
-
-
 @verb(after_ctrl_c="no incomplete file was left behind; run the same command again with --overwrite")
 def export(
     output: Output,
     url: Url,
     target: Annotated[
-        str, argument("TARGET", "Output: one file that ends in .parquet, or a folder, which gets one file per shard.")
+        str, argument("TARGET", "Output: one file, such as photos.parquet, or a folder, which gets one file per shard.")
     ],
+    format: Annotated[  # noqa: A002 - the name of the option
+        str | None,
+        option(
+            "--format",
+            "FORMAT",
+            "parquet, arrow, webdataset, mds or jsonl; default: by the name of the file, or parquet.",
+        ),
+    ] = None,
     columns: Columns = None,
     at: VersionNumber = None,
     jobs: Jobs = 1,
     compression: Annotated[
-        str, option("--compression", "CODEC", "Compression of the Parquet files, e.g. zstd, snappy or none.")
-    ] = "zstd",
+        str | None,
+        option("--compression", "CODEC", "Compression of Parquet or Arrow; default: zstd for Parquet, none for Arrow."),
+    ] = None,
     overwrite: Annotated[bool, flag("--overwrite", "Replace existing files.")] = False,
     storage_option: StorageOptions = None,
     target_option: Annotated[
@@ -480,51 +479,27 @@ def export(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a data set as Parquet files with standard Arrow types.
+    """Write a data set as Parquet, Arrow, WebDataset, MDS or JSON lines.
 
-    Images keep their encoding.
+    Images keep their encoding. `pack` makes an equal data set of the files.
     """
-    ending = PurePosixPath(target).suffix.lower()
-    if ending in _OTHER_FILES:
-        raise ValueError(
-            f"{redact(target)}: export writes Parquet files, and no {ending} file: name a file that ends in .parquet, "
-            "or a folder; tiercache.Dataset(...).to_pandas() gives a table that pandas writes in other formats"
-        )
-    folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
-    with (
-        open_data_set_store(url, storage_option) as source,
-        closing(open_store(folder, **parse_storage_options(target_option))) as sink,
-    ):
-        data_set = open_data_set(source, at)
-        task = Export(source, data_set.version, sink, parse_columns(columns), jobs, overwrite, compression)
-        n_files = 1 if key else max(1, len(data_set.shards))
-        if key and not overwrite:
-            _refuse_existing(sink, key)
-        facts = {"target": redact(target), "files": n_files, "records": data_set.version.n_records}
-        text = f"{count(data_set.version.n_records, 'record')} to {redact(target)}, {count(n_files, 'file')}"
+    with _served(url, at, storage_option) as dataset:
+        if chosen := parse_columns(columns):
+            dataset = dataset.select_columns(chosen)
+        plan = plan_export(dataset, target, format, jobs, overwrite, compression)
+        n = len(dataset)
+        facts: dict[str, Any] = {"target": redact(target), "format": plan.format, "records": n}
+        text = f"{count(n, 'record')} to {redact(target)} as {plan.format}"
         if dry_run:
-            for column in task.schema.columns:
+            for column in plan.schema.columns:
                 output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
             output.summary(facts | {"dry_run": True}, f"would export {text}")
             return
-        exported, lock = 0, Lock()
-        with output.byte_progress("exporting") as advance:
-
-            def on_progress(n_bytes: int) -> None:
-                nonlocal exported
-                with lock:  # so that the bar only moves forward
-                    exported += n_bytes
-                    advance(exported, data_set.version.n_bytes)
-
-            n_records = task.to_file(key, on_progress) if key else task.to_folder(on_progress)
-        facts |= {"records": n_records, "bytes_written": int(sink.counters["bytes_written"])}
-        output.summary(facts, f"exported {text}, {format_bytes(sink.counters['bytes_written'])}")
-
-
-def _refuse_existing(store: Store, key: str) -> None:
-    """Raise StoreError if the file exists: before the export, not after it."""
-    try:
-        store.head(key)
-    except NotFound:
-        return
-    raise StoreError("the file exists already; replace it with overwrite=True", url=f"{store.url}/{key}")
+        with (
+            closing(open_store(plan.folder, **parse_storage_options(target_option))) as sink,
+            output.count_progress("exporting") as advance,
+        ):
+            files = plan.write(sink, lambda done: advance(done, n))
+        facts |= {"files": len(files), "bytes_written": int(sink.counters["bytes_written"])}
+        written = format_bytes(sink.counters["bytes_written"])
+        output.summary(facts, f"exported {text}, {count(len(files), 'file')}, {written}")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -69,28 +71,45 @@ def spans(source: Records) -> Iterator[tuple[int, int]]:
 
 def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
     """Yield record batches in order. A run of records of one block refers to its memory; other batches are copies."""
-    schema = source.schema.arrow
+    for _, read in arrow_parts(source):
+        yield from read()
+
+
+def arrow_parts(source: Records) -> list[tuple[int, Callable[[], Iterator[pa.RecordBatch]]]]:
+    """Return for each shard the number of its first record, and a function that yields its records in batches.
+
+    Of a source with an explicit order, a part is a run of records, and there are as many as shards. Raises ValueError
+    for packed rows.
+    """
     if source.is_packed:
         raise ValueError("packed rows have no Arrow form: convert the documents, or make arrays of dataset[...]")
-    if not source.is_in_stored_order:
-        for start, stop in spans(source):
-            parts, positions = [], []
-            for shard, block, where, rows in source.places(np.arange(start, stop)):
-                positions.append(where)
-                parts.append([array.take(as_arrow(rows)) for array in source.arrays(shard, block)])
-            yield pa.RecordBatch.from_arrays(join_arrow(parts, positions, source.schema), schema=schema)
-        return
-    for shard in np.flatnonzero(source.shard_records).tolist():
-        (table,) = source.block_sizes([shard])
-        for block in np.flatnonzero(table.records).tolist():
-            arrays = source.arrays(shard, block)
-            if source.selection is not None:
-                chosen = _rows(source, shard, np.array([block]), table)
-                if bool((np.diff(chosen.astype(np.int64)) == 1).all()):
-                    arrays = [array.slice(int(chosen[0]), len(chosen)) for array in arrays]
-                else:
-                    arrays = [array.take(pa.array(chosen)) for array in arrays]
-            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+    shards = np.flatnonzero(source.shard_records).tolist()
+    if source.is_in_stored_order:
+        return [(int(source.first_record[shard]), partial(_stored_batches, source, shard)) for shard in shards]
+    bounds = np.linspace(0, source.n_records, max(1, len(shards)) + 1).astype(np.int64).tolist()
+    return [(start, partial(_listed_batches, source, start, stop)) for start, stop in pairwise(bounds) if start < stop]
+
+
+def _listed_batches(source: Records, first: int, end: int) -> Iterator[pa.RecordBatch]:
+    for start in range(first, end, LISTED_RECORDS):
+        parts, positions = [], []
+        for shard, block, where, rows in source.places(np.arange(start, min(start + LISTED_RECORDS, end))):
+            positions.append(where)
+            parts.append([array.take(as_arrow(rows)) for array in source.arrays(shard, block)])
+        yield pa.RecordBatch.from_arrays(join_arrow(parts, positions, source.schema), schema=source.schema.arrow)
+
+
+def _stored_batches(source: Records, shard: int) -> Iterator[pa.RecordBatch]:
+    (table,) = source.block_sizes([shard])
+    for block in np.flatnonzero(table.records).tolist():
+        arrays = source.arrays(shard, block)
+        if source.selection is not None:
+            chosen = _rows(source, shard, np.array([block]), table)
+            if bool((np.diff(chosen.astype(np.int64)) == 1).all()):
+                arrays = [array.slice(int(chosen[0]), len(chosen)) for array in arrays]
+            else:
+                arrays = [array.take(pa.array(chosen)) for array in arrays]
+        yield pa.RecordBatch.from_arrays(arrays, schema=source.schema.arrow)
 
 
 @dataclass(frozen=True, slots=True)

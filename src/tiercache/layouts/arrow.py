@@ -28,7 +28,7 @@ from tiercache.layouts.contract import (
 from tiercache.layouts.hive import PartitionedLayout
 from tiercache.layouts.hugging_face import array_of, check_classes, features_of, hf_features_schema, is_file
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.shard.schema import Column, Kind, Schema
+from tiercache.shard.schema import Column, Kind, Schema, with_nulls
 
 _OLD_MAGIC = b"FEA1"
 
@@ -52,9 +52,9 @@ class ArrowLayout(PartitionedLayout):
         locate = f"{folder.url.rstrip('/')}/{{}}".format
         for info, schema in zip(objects, schemas, strict=True):
             _check_same(locate(info.key), schema, locate(objects[0].key), schemas[0])
-        with_nulls, null_elements = np.any([index.parts["with_nulls"] for index in made], axis=0)
-        fields = [field.with_nullable(bool(flag)) for field, flag in zip(schemas[0], with_nulls, strict=True)]
-        columns = list(hf_features_schema(features_of(schemas[0]), pa.schema(fields)).columns)
+        has_nulls, null_elements = np.any([index.parts["with_nulls"] for index in made], axis=0)
+        found = [name for name, flag in zip(schemas[0].names, has_nulls, strict=True) if flag]
+        columns = list(hf_features_schema(features_of(schemas[0]), with_nulls(schemas[0], found)).columns)
         for i in np.flatnonzero(null_elements).tolist():
             if columns[i].kind is Kind.RAGGED and len(columns[i].shape) == 1:
                 columns[i] = Column.of(columns[i].name, f"list<{columns[i].dtype}?>{'?' * columns[i].nullable}")
@@ -90,7 +90,12 @@ class ArrowLayout(PartitionedLayout):
             number = int(np.searchsorted(starts, one.start, side="right")) - 1
             return pieces[number][one.start - spans[number].start : one.end - spans[number].start]
 
-        return {name: build(find) for name, build in builds.items()}
+        return {name: _typed(schema.field(name).type, build(find)) for name, build in builds.items()}
+
+
+def _typed(arrow_type: pa.DataType, array: pa.Array) -> pa.Array:
+    is_extension = isinstance(arrow_type, pa.BaseExtensionType)
+    return pa.ExtensionArray.from_storage(arrow_type, array) if is_extension else array
 
 
 def _schema_of(file: LayoutFile) -> pa.Schema:

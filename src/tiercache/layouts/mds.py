@@ -26,7 +26,7 @@ from tiercache.shard.conversion import ConversionError
 from tiercache.shard.schema import STORED, Column, Image, Kind, Ragged, Schema, Tensor, UserType, find_bad_shape
 from tiercache.shard.shard_file import ColumnData
 
-_INDEX = "index.json"
+INDEX = "index.json"
 # Streaming's names of codecs, and Arrow's.
 _CODECS = MappingProxyType({"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli", "snappy": "snappy"})
 _NUMBERS = (*(f"{sign}int{8 << i}" for sign in ("", "u") for i in range(4)), "float16", "float32", "float64")
@@ -41,11 +41,11 @@ _ARRAY_DTYPES = {8 * STORED[name].itemsize + "uif".index(STORED[name].kind): nam
 # Modes of Pillow by dtype and number of channels; those of other modes would look the same, or have a palette.
 PILLOW_MODES = {b"L": ("uint8", 1), b"LA": ("uint8", 2), b"RGB": ("uint8", 3), b"RGBA": ("uint8", 4)}
 PILLOW_MODES |= {b"I;16": ("uint16", 1), b"I": ("int32", 1), b"F": ("float32", 1)}
-_MOST_BYTES = 1 << 32  # offsets have 32 bits
+MOST_BYTES = 1 << 32  # offsets have 32 bits
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoding:
+class Encoding:
     """A column's encoding: its name, the dtype and the shape that it fixes, and bytes of a value if they are fixed."""
 
     name: str
@@ -53,23 +53,54 @@ class _Encoding:
     shape: tuple[int, ...] = ()
     n_bytes: int | None = None
 
+    def __str__(self) -> str:
+        fixed = [",".join(map(str, self.shape))] if self.shape else []
+        return ":".join([self.name, *([self.dtype] if self.dtype else []), *fixed])
+
     @staticmethod
-    def of(text: str) -> _Encoding:
+    def of(text: str) -> Encoding:
         """Return the encoding that an index names. Raises ValueError."""
         name, *arguments = text.split(":")
         if name in _NUMBERS or name == "int":
-            return _Encoding(name, n_bytes=STORED[str(_TYPES[name])].itemsize)
+            return Encoding(name, n_bytes=STORED[str(_TYPES[name])].itemsize)
         if name == "jpeg":  # with its quality
-            return _Encoding(name)
+            return Encoding(name)
         if name != "ndarray" or not arguments:
-            return _Encoding(text)
+            return Encoding(text)
         dtype, *shapes = arguments
         if dtype not in _NUMBERS or len(shapes) > 1:
             raise ValueError(f"no such encoding: {text!r}")
         if not shapes:
-            return _Encoding(name, dtype)
+            return Encoding(name, dtype)
         shape = tuple(map(int, shapes[0].split(",")))
-        return _Encoding(name, dtype, shape, math.prod(shape) * STORED[dtype].itemsize)
+        return Encoding(name, dtype, shape, math.prod(shape) * STORED[dtype].itemsize)
+
+
+def encoding_of(column: Column) -> Encoding | None:
+    """Return the encoding of a column's values when they are written; None: MDS has none that fits.
+
+    Nulls exist only in JSON, so nullable numbers and text are JSON. bfloat16 is widened, and an array of bool has
+    uint8. Any image is declared as png or jpeg: readers look at its first bytes.
+    """
+    dtype = {"bfloat16": "float32", "bool": "uint8"}.get(column.dtype or "", column.dtype or "")
+    if column.kind is Kind.TENSOR:
+        shape = ",".join(str(dimension) for dimension in column.shape)
+        return Encoding.of(f"ndarray:{dtype}:{shape}") if column.n_elements else None
+    if column.kind is Kind.RAGGED:
+        return Encoding.of(f"ndarray:{dtype}")
+    if column.kind is Kind.IMAGE:
+        return Encoding.of("png" if column.encoding == "png" else "jpeg")
+    if column.kind is Kind.BYTES:
+        return Encoding.of("bytes")
+    if column.nullable or column.kind not in (Kind.SCALAR, Kind.STR):
+        return Encoding.of("json")
+    return Encoding.of(dtype or "str")
+
+
+def array_head(shape: Sequence[int]) -> bytes:
+    """Return the bytes before the elements of an array whose encoding does not fix its shape."""
+    width = next(width for width in range(4) if max(shape) < 1 << (8 << width))
+    return bytes([len(shape) << 2 | width]) + np.array(shape, f"<u{1 << width}").tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +111,13 @@ class _Shard:
     n_records: int
     raw_bytes: int
     codec: str | None
-    columns: Mapping[str, _Encoding]
+    columns: Mapping[str, Encoding]
 
 
 class MdsLayout(Layout):
     name = "MDS"
 
-    def __init__(self, schema: Schema, files: Sequence[LayoutFile], encodings: Mapping[str, _Encoding]) -> None:
+    def __init__(self, schema: Schema, files: Sequence[LayoutFile], encodings: Mapping[str, Encoding]) -> None:
         super().__init__(schema, files)
         self._encodings = dict(encodings)
 
@@ -100,7 +131,7 @@ class MdsLayout(Layout):
         if shards is None:
             return None
         if not shards:
-            raise SchemaError(f"{folder.url}: {_INDEX} lists no records")
+            raise SchemaError(f"{folder.url}: {INDEX} lists no records")
         raw = {shard.info.key: shard for shard in shards if shard.codec is None}
         made = folder.index("mds", [one.info for one in raw.values()], lambda info, data: _index(raw[info.key], data))
         indexes = dict(zip(raw, made, strict=True))
@@ -138,17 +169,17 @@ class MdsLayout(Layout):
 def _find_shards(folder: Folder) -> list[_Shard] | None:
     """Return the shards that index.json lists, without empty ones; None if it is no index of MosaicML."""
     objects = {info.key: info for info in folder.objects}
-    below = [key for key in objects if posixpath.basename(key) == _INDEX]
-    if _INDEX not in objects:
+    below = [key for key in objects if posixpath.basename(key) == INDEX]
+    if INDEX not in objects:
         if below and _entries(folder, objects[below[0]]) is not None:
             names = [posixpath.dirname(key) for key in below]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise SchemaError(
-                f"{folder.url} has no {_INDEX}, but folders below it have: {', '.join(names[:5])}{more}. Open one of "
+                f"{folder.url} has no {INDEX}, but folders below it have: {', '.join(names[:5])}{more}. Open one of "
                 f"them, such as {folder.url.rstrip('/')}/{names[0]}, or several with tiercache.concat"
             )
         return None
-    entries = _entries(folder, objects[_INDEX])
+    entries = _entries(folder, objects[INDEX])
     if entries is None:
         return None
     shards: list[_Shard] = []
@@ -159,7 +190,7 @@ def _find_shards(folder: Folder) -> list[_Shard] | None:
                 raise ValueError(f"its columns differ from those of {shards[0].info.key}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             text = f"has no {error}" if isinstance(error, KeyError) else str(error)
-            raise SchemaError(f"{folder.url.rstrip('/')}/{_INDEX}, shard {number}: {text}") from error
+            raise SchemaError(f"{folder.url.rstrip('/')}/{INDEX}, shard {number}: {text}") from error
         if shard.n_records:
             shards.append(shard)
     return shards
@@ -189,17 +220,17 @@ def _shard(entry: dict[str, Any], objects: Mapping[str, ObjectInfo], folder: Fol
     if info is None:
         raise ValueError(f"its file {stated['basename']} is missing; copy the whole folder")
     if info.n_bytes != stated["bytes"]:
-        raise folder.open(info).damaged(f"has {info.n_bytes} bytes, and {_INDEX} says {stated['bytes']}")
+        raise folder.open(info).damaged(f"has {info.n_bytes} bytes, and {INDEX} says {stated['bytes']}")
     codec = None if is_raw else _CODECS.get(compression.split(":")[0])
     if not is_raw and codec is None:
         raise ValueError(f"its compression {compression!r} is unknown; it can be {', '.join(_CODECS)}")
     columns = {}
     for name, text, size in zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True):
-        columns[name] = _Encoding.of(text)
+        columns[name] = Encoding.of(text)
         if columns[name].n_bytes != size:
             raise ValueError(f"the values of column {name!r}, {text}, cannot have {size} bytes")
     n_records, raw_bytes = int(entry["samples"]), int(raw["bytes"])
-    if n_records < 0 or not 8 + 4 * n_records <= raw_bytes < _MOST_BYTES:
+    if n_records < 0 or not 8 + 4 * n_records <= raw_bytes < MOST_BYTES:
         raise ValueError(f"{n_records} records cannot have {raw_bytes} bytes")
     return _Shard(info, n_records, raw_bytes, codec, columns)
 
@@ -225,7 +256,7 @@ def _index_compressed(shard: _Shard) -> FileIndex:
 
 
 def _other_count(data: FileBytes, found: int, stated: int) -> Exception:
-    return data.damaged(f"has {found} records, and {_INDEX} says {stated}")
+    return data.damaged(f"has {found} records, and {INDEX} says {stated}")
 
 
 def _checked_bounds(data: FileBytes, bounds: Numbers, end: int, block: int | None = None) -> Numbers:
@@ -234,13 +265,13 @@ def _checked_bounds(data: FileBytes, bounds: Numbers, end: int, block: int | Non
     return bounds
 
 
-def _fixed_bytes(columns: Mapping[str, _Encoding]) -> int | None:
+def _fixed_bytes(columns: Mapping[str, Encoding]) -> int | None:
     """Return the bytes of each record; None if they vary."""
     sizes = [encoding.n_bytes for encoding in columns.values()]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def _ranges(file: LayoutFile, block: int, columns: Mapping[str, _Encoding]) -> list[ByteRange]:
+def _ranges(file: LayoutFile, block: int, columns: Mapping[str, Encoding]) -> list[ByteRange]:
     """Return the ranges of a block's part of the table, which records of one size do not need, and of its records."""
     parts = file.index.parts
     if "codec" in parts:
@@ -252,7 +283,7 @@ def _ranges(file: LayoutFile, block: int, columns: Mapping[str, _Encoding]) -> l
 
 
 def _values(
-    file: LayoutFile, data: FileBytes, block: int, columns: Mapping[str, _Encoding]
+    file: LayoutFile, data: FileBytes, block: int, columns: Mapping[str, Encoding]
 ) -> dict[str, tuple[Bytes, Numbers, Numbers]]:
     """Return memory, and start and end of each value in it, by column. Raises CorruptShard."""
     *tables, stored = data.read(_ranges(file, block, columns))
@@ -277,7 +308,7 @@ def _values(
 
 
 def _split(
-    memory: Bytes, starts: Numbers, ends: Numbers, columns: Mapping[str, _Encoding]
+    memory: Bytes, starts: Numbers, ends: Numbers, columns: Mapping[str, Encoding]
 ) -> dict[str, tuple[Bytes, Numbers, Numbers]]:
     n_sizes = sum(not encoding.n_bytes for encoding in columns.values())
     sizes = bytes_at(memory, starts, ends, 4 * n_sizes).view("<u4").astype(np.int64)
@@ -311,11 +342,11 @@ def _decompressed(data: FileBytes, stored: Bytes, codec: str, n_bytes: int) -> B
     except (OSError, pa.ArrowException) as error:
         raise data.damaged(f"cannot be decompressed: {error}") from error
     if len(content) != n_bytes:
-        raise data.damaged(f"does not have {n_bytes} bytes after decompression, as {_INDEX} says")
+        raise data.damaged(f"does not have {n_bytes} bytes after decompression, as {INDEX} says")
     return np.frombuffer(content, np.uint8)
 
 
-def _type_of(name: str, encoding: _Encoding, first: tuple[Bytes, Numbers, Numbers] | None) -> UserType:
+def _type_of(name: str, encoding: Encoding, first: tuple[Bytes, Numbers, Numbers] | None) -> UserType:
     """Return the type of a column. first: Values of the first block, for arrays whose encoding says too little."""
     if encoding.name == "ndarray" and encoding.shape:
         return Tensor(encoding.dtype, encoding.shape)
@@ -331,7 +362,7 @@ def _type_of(name: str, encoding: _Encoding, first: tuple[Bytes, Numbers, Number
     raise SchemaError(f"its encoding in MDS is {encoding.name}: {reason}", column=name)
 
 
-def _decode(encoding: _Encoding, column: Column, memory: Bytes, starts: Numbers, ends: Numbers) -> Any:
+def _decode(encoding: Encoding, column: Column, memory: Bytes, starts: Numbers, ends: Numbers) -> Any:
     """Return the values of a column. Raises ConversionError, ValueError and ArrowException."""
     if encoding.name in _ARRAYS and not encoding.shape:
         return _ragged(encoding, column, memory, starts, ends)
@@ -344,7 +375,7 @@ def _decode(encoding: _Encoding, column: Column, memory: Bytes, starts: Numbers,
     return ColumnData(len(starts), values.view(column.stored).reshape(len(starts), column.n_elements))
 
 
-def _ragged(encoding: _Encoding, column: Column, memory: Bytes, starts: Numbers, ends: Numbers) -> ColumnData:
+def _ragged(encoding: Encoding, column: Column, memory: Bytes, starts: Numbers, ends: Numbers) -> ColumnData:
     dtype, _, shapes, at = _array_heads(encoding, column, memory, starts, ends)
     values, offsets = take_spans(memory, at, ends)
     width = STORED[dtype].itemsize
@@ -357,7 +388,7 @@ def _ragged(encoding: _Encoding, column: Column, memory: Bytes, starts: Numbers,
 
 
 def _array_heads(
-    encoding: _Encoding, column: Column | None, memory: Bytes, starts: Numbers, ends: Numbers
+    encoding: Encoding, column: Column | None, memory: Bytes, starts: Numbers, ends: Numbers
 ) -> tuple[str, tuple[int | None, ...], Numbers, Numbers]:
     """Return dtype and shape of a column of arrays, the shapes of the arrays [n, n_dimensions], and their starts.
 

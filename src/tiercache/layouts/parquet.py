@@ -14,7 +14,7 @@ from tiercache.layouts.contract import FileBytes, FileIndex, Folder, LayoutFile,
 from tiercache.layouts.hive import PartitionedLayout
 from tiercache.layouts.hugging_face import array_of, check_classes, features_of, hf_features_schema
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.shard.schema import Schema
+from tiercache.shard.schema import Schema, with_nulls
 
 SUFFIXES = (".parquet", ".pq", ".parq")
 # Bytes at the end of a file that contain nearly every footer.
@@ -38,8 +38,8 @@ class ParquetLayout(PartitionedLayout):
         indexes = folder.index("parquet", objects, _index)
         locate = f"{folder.url.rstrip('/')}/{{}}".format
         schemas = [pa.ipc.read_schema(pa.py_buffer(index.parts["schema"])) for index in indexes]
-        with_nulls = {name for index in indexes for name in _texts(index.parts["with_nulls"])}
-        stored = stored_schema([locate(info.key) for info in objects], schemas, with_nulls)
+        found = {name for index in indexes for name in _texts(index.parts["with_nulls"])}
+        stored = stored_schema([locate(info.key) for info in objects], schemas, found)
         return cls(stored, [LayoutFile(info, index) for info, index in zip(objects, indexes, strict=True)], folder)
 
     def stored_ranges(self, file: LayoutFile, blocks: Sequence[int], columns: Sequence[str]) -> list[ByteRange]:
@@ -137,14 +137,15 @@ def columns_with_nulls(footer: Any, schema: pa.Schema, location: str) -> set[str
     return found
 
 
-def stored_schema(locations: Sequence[str], schemas: Sequence[pa.Schema], with_nulls: set[str]) -> Schema:
-    """Return the columns of files with these Arrow schemas. Raises SchemaError for files with different columns."""
+def stored_schema(locations: Sequence[str], schemas: Sequence[pa.Schema], found: set[str]) -> Schema:
+    """Return the columns of files with these Arrow schemas. Raises SchemaError for files with different columns.
+
+    found: Columns in which files have nulls.
+    """
     first = schemas[0]
     for location, schema in zip(locations[1:], schemas[1:], strict=True):
         _check_same(location, schema, locations[0], first)
-    return hf_features_schema(
-        features_of(first), pa.schema([field.with_nullable(field.name in with_nulls) for field in first])
-    )
+    return hf_features_schema(features_of(first), with_nulls(first, found))
 
 
 def _texts(array: NDArray[np.str_]) -> list[str]:

@@ -16,10 +16,10 @@ from tiercache.layouts.contract import FileBytes, Layout, LayoutFile
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.shard.blocks import Blocks, LoadedChunks
 from tiercache.shard.codec import address_of
-from tiercache.shard.conversion import ConversionError, build_column_data, convert_column
+from tiercache.shard.conversion import ConversionError, StoredArray, build_column_data, convert_column
 from tiercache.shard.footer import CHUNK_ROW, Footer
 from tiercache.shard.reader import MAX_RECENT, MAX_RECENT_BYTES, RecentBlocks
-from tiercache.shard.schema import Schema
+from tiercache.shard.schema import Column, RaggedType, Schema
 from tiercache.shard.shard_file import BlockData, ColumnData, encode
 from tiercache.shard.source import ByteSource, LocalCopy
 from tiercache.shard.values import ColumnValues, ServedColumns, block_values
@@ -173,6 +173,14 @@ class LayoutReader:
         self._data.close()
 
 
+def _is_stored(column: Column, values: object) -> bool:
+    """Return whether values are in stored form, as in a file that export() has written: bfloat16 as its 16 bits."""
+    if not isinstance(values, pa.Array | pa.ChunkedArray):
+        return False
+    is_flags = column.dtype == "bool" and isinstance(values.type, RaggedType | pa.FixedShapeTensorType)
+    return column.dtype == "bfloat16" or is_flags
+
+
 def converted(
     schema: Schema, found: Mapping[str, Any], names: Sequence[str], n_records: int, data: FileBytes, block: int
 ) -> BlockData:
@@ -187,7 +195,7 @@ def converted(
             elif values is None:
                 one = build_column_data(column, [None] * n_records)
             else:
-                one = convert_column(column, values)
+                one = convert_column(column, StoredArray(values) if _is_stored(column, values) else values)
         except ConversionError as error:
             raise SchemaError(
                 f"{data.url}, block {block}, record {error.index}: expected {error.expected}, got {error.got}; "

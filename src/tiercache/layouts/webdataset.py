@@ -17,7 +17,7 @@ from tiercache.errors import SchemaError
 from tiercache.layouts.contract import FileBytes, FileIndex, Folder, Layout, LayoutFile, Numbers, cut_blocks, merged
 from tiercache.layouts.spans import Bytes, take_spans, text_array
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.shard.schema import Column, Kind, Schema
+from tiercache.shard.schema import INTEGERS, Column, Kind, Schema
 from tiercache.shard.shard_file import ColumnData
 
 KEY = "__key__"
@@ -31,8 +31,37 @@ _TYPES: Mapping[str, str] = MappingProxyType(
     | dict.fromkeys(("txt", "text", "transcript"), "str")
     | dict.fromkeys(("json", "jsn"), "json")
 )
+_ENDINGS: Mapping[str, str] = MappingProxyType(
+    {"image": "jpg", "int64": "cls", "str": "txt", "json": "json", "bytes": "bin", "npy": "npy"}
+)
 _UNIT = 512  # headers and contents begin at multiples of it
 _PLAIN = (b"0", b"\0")  # types of members that are files, without a header of their own before them
+
+
+def ending_of(column: Column) -> str:
+    """Return the ending of the files with a column's values: its name, if the name says what they are, or NAME.ENDING.
+
+    Images, integers, text, JSON and bytes have the endings that _TYPES reads so; arrays are in NumPy's format (npy),
+    and all other values are JSON. An image of any encoding may be in a file .jpg: readers look at its first bytes.
+    """
+    name = column.name.lower()  # as readers see it
+    if column.kind in (Kind.TENSOR, Kind.RAGGED):
+        return f"{name}.npy"
+    is_integer = column.kind is Kind.SCALAR and column.dtype in INTEGERS and column.dtype != "uint64"
+    content = "int64" if is_integer else column.kind.value
+    content = content if content in _ENDINGS else "json"
+    if _TYPES.get(name.rpartition(".")[2], "bytes") == content:
+        return name
+    return f"{name}.{column.encoding if column.encoding in ('png', 'webp') else _ENDINGS[content]}"
+
+
+def check_key(key: str) -> None:
+    """Raise ValueError if a text cannot be the key of a sample."""
+    match, segment = _NAME.fullmatch(f"{key}.x"), key.rpartition("/")[2]
+    if match is None or match[1] != key or segment.startswith("__") or "\0" in key:
+        raise ValueError(
+            f"{key!r} cannot be the key of a sample: its last segment has a dot, begins with __, or is empty"
+        )
 
 
 class _Member(NamedTuple):

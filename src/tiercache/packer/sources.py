@@ -28,13 +28,13 @@ from tiercache.packer.files import (
     refuse_foreign_files,
     selected,
 )
-from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source
+from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source, named_as
 from tiercache.packer.litdata import LitDataChunks, LitDataTables, find_litdata
 from tiercache.packer.objects import narrow_object
 from tiercache.packer.tfrecords import TFRECORD_SUFFIXES, TFRecords, find_tfrecords
 from tiercache.packer.tokens import TEXT_SUFFIXES, TextFiles
 from tiercache.packer.transform import SelectedSource
-from tiercache.shard.schema import Image, Schema, UserType, check_same_schema
+from tiercache.shard.schema import Column, Image, Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version
 from tiercache.store import folders_above, pin_revision
 from tiercache.store.access import split_glob
@@ -163,7 +163,11 @@ def find_source(
             for f in chosen
             if f.path not in read and not f.path.lower().endswith(".json")  # what describes the data set
         ]
-        typed = replace(layout, schema=with_types(layout.schema, options.schema).with_classes(options.classes))
+        stored = named_as(layout.layout, options.schema)
+        names = {name: given for given, name in stored.items()}
+        plain = Schema([Column.of(names.get(one.name, one.name), one.arrow) for one in layout.schema.columns])
+        schema = with_types(plain, options.schema).with_classes(options.classes)
+        typed = replace(layout, schema=schema, stored=stored)
         skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
         return with_schema_of(parent, typed, options.classes), skipped
     if kind not in ("files", "text", "litdata"):

@@ -315,13 +315,14 @@ class TableFiles:
 
     def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object], location: str) -> pa.RecordBatch:
         """Return the columns of a batch in the order of the schema: stored columns and partition columns."""
-        columns = []
+        columns, fields = [], []
         for column in self.schema.columns:
+            metadata = None
             if column.name in constants:
                 value = constants[column.name]
                 found = pa.array([value] * len(batch), column.storage_type if value is None else None)
             else:
-                found = batch[column.name]
+                found, metadata = batch[column.name], batch.schema.field(column.name).metadata
                 found = found.dictionary_decode() if pt.is_dictionary(found.type) else found
             if column.name in self.stored.names:
                 i = self.stored.index(column.name)
@@ -332,7 +333,8 @@ class TableFiles:
                         self.stored.columns[i].arrow.type, loaded.array(0, i).storage
                     )
             columns.append(found)
-        return pa.RecordBatch.from_arrays(columns, names=list(self.schema.names))
+            fields.append(pa.field(column.name, found.type, metadata=metadata))
+        return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
 def find_tables(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -603,6 +603,16 @@ _BYTE_KINDS = {
 register_extension_types()
 
 
+def with_nulls(schema: pa.Schema, found: Collection[str]) -> pa.Schema:
+    """Return a schema of a file with fields that are nullable if nulls were found, or if one of ours says so."""
+    return pa.schema(
+        [
+            field.with_nullable(field.name in found or (TYPE_KEY in (field.metadata or {}) and field.nullable))
+            for field in schema
+        ]
+    )
+
+
 class UnknownKindError(SchemaError):
     """A column has a kind that only a later release knows."""
 
@@ -891,10 +901,9 @@ def _column_of_plain(name: str, plain: PlainType, nullable: bool, kept: Mapping[
 
 
 def _arrow_column(name: str, arrow_type: pa.DataType, nullable: bool) -> Column:
-    # Without a stated kind, a list of numbers would become a Ragged where a program states this field as a type. Stored
-    # schemas do not state it.
-    is_ambiguous = isinstance(_type_of_user_arrow(arrow_type), Ragged)
-    metadata = {TYPE_KEY: b'{"kind": "arrow"}'} if is_ambiguous else None
+    # Without a stated kind, a list of numbers would become a Ragged where a program or a file has this field as a type.
+    # Stored schemas do not state it.
+    metadata = {TYPE_KEY: b'{"kind": "arrow"}'}
     field = pa.field(name, storable_type(arrow_type), nullable=nullable, metadata=metadata)
     return Column(name, Kind.ARROW, None, (), nullable, None, field)
 

@@ -133,7 +133,7 @@ class TestExport:
     def test_an_exported_file_has_plain_types_that_pack_reads_back(self, tiercache, mixed, tmp_path):
         url, rows = mixed
         done = tiercache("export", url, tmp_path / "out.parquet")
-        assert done.out.startswith(f"exported 30 records to {tmp_path}/out.parquet, 1 file, ")
+        assert done.out.startswith(f"exported 30 records to {tmp_path}/out.parquet as parquet, 1 file, ")
         table = pq.read_table(tmp_path / "out.parquet")
         assert table["s"].to_pylist() == [row["s"] for row in rows]
         assert table["n"].to_pylist() == [row["n"] for row in rows]
@@ -146,11 +146,23 @@ class TestExport:
         columns = [tiercache("info", u, "--json").events[0]["columns"] for u in (url, tmp_path / "again")]
         assert columns[0] == columns[1]
 
-    @pytest.mark.parametrize("name", ["out.csv", "OUT.JSONL", "out.tar"])
-    def test_a_file_of_another_format_is_refused(self, tiercache, data_set, tmp_path, name):
-        done = tiercache("export", data_set, tmp_path / name, code=2)
-        assert f"{tmp_path / name}: export writes Parquet files, and no {name[3:].lower()} file" in done.err
-        assert not (tmp_path / name).exists()
+    def test_a_file_of_another_format_is_refused(self, tiercache, data_set, tmp_path):
+        done = tiercache("export", data_set, tmp_path / "out.csv", code=2)
+        assert f"{tmp_path / 'out.csv'}: export writes no .csv file: name a file that ends in .parquet" in done.err
+        assert not (tmp_path / "out.csv").exists()
+        done = tiercache("export", data_set, tmp_path / "out.jsonl", code=1)
+        assert "JSON has no image; parquet and arrow have all types" in done.err
+
+    def test_images_with_classes_become_tars_that_pack_reads_back(self, tiercache, data_set, tmp_path):
+        done = tiercache("export", data_set, tmp_path / "tars", "--format", "webdataset", "--json").events[-1]
+        assert (done["format"], done["records"]) == ("webdataset", 20)
+        types = [f"--column={pair}" for pair in ("image=image", "label=int", "path=str")]
+        tiercache("pack", tmp_path / "tars", tmp_path / "again", *types)
+        before, after = (
+            {event["index"]: event["record"] for event in tiercache("head", url, "-n", "20", "--json").events[:-1]}
+            for url in (data_set, tmp_path / "again")
+        )
+        assert {i: {name: record[name] for name in before[i]} for i, record in after.items()} == before
 
     def test_images_and_class_names_survive_export_and_pack(self, tiercache, data_set, photos, tmp_path):
         tiercache("export", data_set, tmp_path / "out.parquet")
