@@ -22,6 +22,7 @@ from pathlib import Path
 from types import CodeType, MappingProxyType
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import pyarrow as pa
 
 from tiercache.errors import SchemaError
@@ -90,6 +91,7 @@ class ObjectSource:
         records: list[Mapping[str, Any]] = []
         places: list[tuple[int, int]] = []
         n_records = n_bytes = 0
+        names = self.schema.names
 
         def taken(columns: Any, n: int, places: Sequence[tuple[int, int]], done_bytes: int = 0) -> InputBatch:
             return InputBatch(columns, n, done_bytes, lambda i: self.units.location(*places[i]))
@@ -100,7 +102,7 @@ class ObjectSource:
                     yield taken(rows, len(rows), [(unit, n_records + i) for i in range(len(rows))])
                     n_records += len(rows)
                 continue
-            records.append(_record(item, self.schema.names, self.units, unit, n_records))
+            records.append(_record(item, names, self.units, unit, n_records))
             places.append((unit, n_records))
             n_records += 1
             n_bytes += _size_of(item)
@@ -626,8 +628,8 @@ def infer_types(records: Sequence[Mapping[str, Any]], given: Mapping[str, UserTy
 
 def _record(item: Any, names: Sequence[str], units: Units, unit: int, number: int) -> Mapping[str, Any]:
     """Return a record as a mapping; a tuple has the values of the columns, in order. Raises SchemaError."""
-    if isinstance(item, Mapping):
-        return item
+    if type(item) is dict or isinstance(item, Mapping):  # the first is ten times as fast
+        return cast("Mapping[str, Any]", item)
     if isinstance(item, tuple | list) and names and len(item) == len(names):
         return dict(zip(names, item, strict=True))
     if isinstance(item, tuple | list):
@@ -640,11 +642,19 @@ def _record(item: Any, names: Sequence[str], units: Units, unit: int, number: in
 
 def _size_of(item: Any) -> int:
     """Return about how many bytes a record has when it is stored."""
-    values = item.values() if isinstance(item, Mapping) else item if isinstance(item, tuple | list) else ()
-    return sum(_value_bytes(value) for value in values)
+    values = (
+        item.values()
+        if type(item) is dict or isinstance(item, Mapping)
+        else item
+        if isinstance(item, tuple | list)
+        else ()
+    )
+    return sum(map(_value_bytes, values))
 
 
 def _value_bytes(value: Any) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
     if isinstance(value, str | bytes | bytearray):
         return len(value)
     if (n_bytes := getattr(value, "nbytes", None)) is not None:

@@ -369,6 +369,8 @@ def as_table(columns: Any) -> Any:
     The index of a frame of pandas becomes columns where it has names, and otherwise is left out. Its columns of NumPy's
     floats keep their NaN, which from_pandas() makes nulls.
     """
+    if type(columns) is dict:  # a record: packing calls this for each one
+        return columns
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(columns, pandas.DataFrame):
         named = [name for name in columns.index.names if name is not None]

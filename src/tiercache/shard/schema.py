@@ -790,7 +790,7 @@ class Schema:
         """Arrow schema of the columns, with extension types and metadata."""
         return pa.schema([column.arrow for column in self.columns])
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the columns, in order."""
         return tuple(column.name for column in self.columns)
