@@ -642,14 +642,9 @@ def _record(item: Any, names: Sequence[str], units: Units, unit: int, number: in
 
 def _size_of(item: Any) -> int:
     """Return about how many bytes a record has when it is stored."""
-    values = (
-        item.values()
-        if type(item) is dict or isinstance(item, Mapping)
-        else item
-        if isinstance(item, tuple | list)
-        else ()
-    )
-    return sum(map(_value_bytes, values))
+    if type(item) is dict or isinstance(item, Mapping):
+        return sum(map(_value_bytes, item.values()))
+    return sum(map(_value_bytes, item)) if isinstance(item, tuple | list) else 0
 
 
 def _value_bytes(value: Any) -> int:
