@@ -179,6 +179,8 @@ def is_object(source: object) -> bool:
 def import_callable(name: str) -> Callable[..., Any]:
     """Return what "module:callable" names; modules in the current folder are found, too. Raises ValueError."""
     module_name, _, path = name.partition(":")
+    if not path:
+        raise ValueError(f"{name}: expected 'module:function'")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

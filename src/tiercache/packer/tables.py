@@ -487,9 +487,9 @@ def _inspect_csv(files: Files, file: SourceFile) -> _Head:
             first = next(iter(reader), None)
         except pa.ArrowInvalid as error:
             raise _damaged(files.location(file.path), error, describe_start(files, file.path)) from error
-        schema = pa.schema([(f.name, pa.string() if pt.is_null(f.type) else f.type) for f in reader.schema])
-        nulls = [n for n, c in zip(schema.names, first.columns if first else (), strict=False) if c.null_count]
-        return _Head(schema, frozenset(nulls), (file.n_bytes,))
+        check_unique(files.location(file.path), reader.schema.names)
+        nulls = [n for n, c in zip(reader.schema.names, first.columns if first else (), strict=False) if c.null_count]
+        return _Head(reader.schema, frozenset(nulls), (file.n_bytes,))
 
 
 def _open_csv(
@@ -658,15 +658,16 @@ def _row_location(location: str, first_row: int, row: int) -> str:
 
 
 def _widened(locations: Sequence[str], schemas: Sequence[pa.Schema]) -> list[pa.Schema]:
-    """Return schemas of CSV files, whose types are guesses, with common types: float64 for all numbers, else text."""
+    """Return schemas of CSV files, whose types are guesses, with common types: float64 for all numbers, else text.
+
+    The type of a column without values in the first rows of a file is null, and that of the other files decides.
+    """
     first = schemas[0]
     for location, schema in zip(locations, schemas, strict=True):
         check_names(location, schema, locations[0], first)
-        fields = []
-        for field in first:
-            types = {field.type, schema.field(field.name).type}
-            if len(types) > 1:
-                field = field.with_type(pa.float64() if types == {pa.int64(), pa.float64()} else pa.string())
-            fields.append(field)
-        first = pa.schema(fields)
-    return [first] * len(schemas)
+    fields = []
+    for name in first.names:
+        types = {schema.field(name).type for schema in schemas} - {pa.null()}
+        widest = pa.float64() if types == {pa.int64(), pa.float64()} else pa.string()
+        fields.append((name, types.pop() if len(types) == 1 else widest))
+    return [pa.schema(fields)] * len(schemas)

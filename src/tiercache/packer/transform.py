@@ -187,6 +187,8 @@ def _infer(source: RecordSource, function: MapFunction, given: Mapping[str, User
             break
     if not sample and bad:
         raise SchemaError(f"{bad[0].location}: {bad[0].reason}", column=bad[0].column)
+    if not sample and given:
+        return Schema.of(given)
     if not sample:
         raise SchemaError(f"{name_of(function)}() returned no record of those that were tried: pass schema=")
     plain = {column.name: column for column in source.schema.columns if column.name not in given}

@@ -46,7 +46,7 @@ from tiercache.store.numbered_log import is_forbidden
 from tiercache.store.remote import call_threads
 
 _OWN_FOLDERS = (SHARDS_FOLDER, "_tiercache/")
-_SHARD = re.compile(rf"({SHARDS_FOLDER}.+)-[0-9]+\.tcs")
+_SHARD = re.compile(rf"({SHARDS_FOLDER}[^/]+)-[0-9]+\.tcs")
 _SEGMENT = re.compile(rf"{SEGMENTS_FOLDER}[0-9a-f]{{32}}\.arrow")
 _THREADS = 16
 

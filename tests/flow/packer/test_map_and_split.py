@@ -108,6 +108,12 @@ class TestMap:
         assert all(set(one) >= expected for one in shapes)
         assert shapes[3] == {name: columns[name][3].shape for name in shapes[3]}
 
+    def test_a_schema_is_enough_where_the_function_returns_no_record(self, source, tmp_path):
+        with pytest.raises(SchemaError, match="returned no record of those that were tried"):
+            tc.pack(source, tmp_path / "out", map=lambda _record: None)
+        tc.pack(source, tmp_path / "out", map=lambda _record: None, schema={"twice": "int64"})
+        assert (len(tc.Dataset(tmp_path / "out")), tc.Dataset(tmp_path / "out").column_names) == (0, ["twice"])
+
     def test_a_record_on_which_the_function_fails_is_a_bad_record(self, source, tmp_path):
         with pytest.raises(
             SchemaError, match=r"0\.parquet, row group 0, row 7: fail_at_seven\(\) failed: ZeroDivisionError: .*line"
@@ -160,6 +166,8 @@ class TestMap:
             tc.pack(source, tmp_path / "out", map=twice, mode="append")
         with pytest.raises(ValueError, match="has no 'absent'"):
             tc.pack(source, tmp_path / "new", map="tests.flow.packer.test_map_and_split:absent")
+        with pytest.raises(ValueError, match="tests.flow: expected 'module:function'"):
+            tc.pack(source, tmp_path / "new", map="tests.flow")
         with pytest.raises(ValueError, match="cannot be sent to other processes"):
             tc.pack(source, tmp_path / "new", map=lambda record: record, workers=2)
 

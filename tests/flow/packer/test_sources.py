@@ -417,6 +417,19 @@ class TestCsv:
         with pytest.raises(SchemaError, match=r"c\.csv: its columns differ from those of .*a\.csv: y, z"):
             plan_pack(tmp_path, tmp_path / "out", PackOptions())
 
+    def test_a_file_without_values_in_a_column_has_no_say_in_its_type(self, tmp_path):
+        (tmp_path / "a.csv").write_text("x,y\n")
+        (tmp_path / "b.csv").write_text("x,y\n1,\n")
+        (tmp_path / "c.csv").write_text("x,y\n2,0.5\n")
+        tc.pack(tmp_path, tmp_path / "out")
+        assert str(tc.Dataset(tmp_path / "out").schema) == "Schema(x: int64, y: float64?)"
+        assert list(tc.Dataset(tmp_path / "out").to_pandas()["x"]) == [1, 2]
+
+    def test_two_columns_of_one_name_are_an_error(self, tmp_path):
+        (tmp_path / "a.csv").write_text("x,x\n1,2\n")
+        with pytest.raises(SchemaError, match=r"'x': .*a\.csv: the file has two columns with this name"):
+            plan_pack(tmp_path, tmp_path / "out", PackOptions())
+
     def test_identifiers_with_leading_zeros_stay_text_on_request(self, tmp_path):
         (tmp_path / "a.csv").write_text("id\n007\n012\n")
         source, _ = find_source(tmp_path, SourceOptions(schema={"id": "str"}))

@@ -97,6 +97,12 @@ class TestWhatIsRemoved:
         assert report.n_bytes == 3 * 7 + 4
         assert keys(store, SHARDS_FOLDER) | keys(store, SEGMENTS_FOLDER) == needed(store)
 
+    def test_a_data_set_in_the_folder_named_shards_keeps_its_own(self, tmp_path):
+        for folder in (tmp_path, tmp_path / "shards"):
+            tc.pack([{"x": 1}], folder)
+        assert tc.Versions(tmp_path).gc(older_than="0s").shards == ()
+        assert tc.Dataset(tmp_path / "shards")[0] == {"x": 1}
+
     def test_a_writer_that_still_writes_keeps_its_oldest_shards(self, store):
         create(store)
         infos = []
