@@ -40,6 +40,7 @@ from tiercache.model import format_bytes
 from tiercache.packer.export import plan_export
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.pack import PackOptions, plan_pack, run_pack
+from tiercache.packer.sources import SOURCE_KINDS
 from tiercache.shard.schema import Column, Kind, UserType
 from tiercache.shard.versions import ShardTable, Version, find_version, read_shards
 from tiercache.store import Store, open_store, redact
@@ -91,8 +92,7 @@ def pack(
         option(
             "--kind",
             "KIND",
-            "Kind of the input, if file names do not say it: images, files, text, parquet, csv, feather, orc, jsonl, "
-            "mds, arrow, megatron, webdataset.",
+            f"Kind of the input, if file names do not say it: {', '.join(SOURCE_KINDS)}.",
         ),
     ] = None,
     labels: Annotated[

@@ -771,10 +771,10 @@ def pack(
         inputs: Inputs of the function, one for each call: a sequence, or an iterable, which is listed. May be left out:
             `pack(source, url)`.
         url: URL of the data set.
-        kind: Kind of the source: "images", "parquet", "csv", "feather", "orc" or "jsonl"; "mds", "arrow", "megatron" or
-            "webdataset", which `Dataset` also reads in place; None: decided by the files' names. "files": each file
-            below a folder is a record, with the columns bytes and path. "text": each file is a document in UTF-8, with
-            the columns text and path.
+        kind: Kind of the source: "images", "parquet", "csv", "feather", "orc", "jsonl", "numpy", "tfrecord" or
+            "litdata"; "mds", "arrow", "megatron" or "webdataset", which `Dataset` also reads in place; None: decided by
+            the files' names. "files": each file below a folder is a record, with the columns bytes and path. "text":
+            each file is a document in UTF-8, with the columns text and path.
         schema: Mapping from column names to types, which overrides the types of these columns; or, for tables, an Arrow
             schema (or a Schema) with all columns to pack.
         classes: Mapping of columns of integers to the class names of their labels 0, 1, 2, .... The classes of images

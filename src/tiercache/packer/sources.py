@@ -206,6 +206,8 @@ def _find_files(
     try:
         return *find_files(source, storage_options), []
     except NotFound:
+        with suppress(NotFound):  # a pair of files of Megatron, NAME.idx and NAME.bin, is called NAME
+            return *find_files(f"{source}.idx", storage_options), []
         for root, names in folders_above(source):
             with suppress(NotFound):
                 files, found, skipped = find_files(root, storage_options)

@@ -72,9 +72,10 @@ def test_the_shards_are_the_same_for_any_number_of_workers(folder, tmp_path):
     assert len(counts[0]) > 2
 
 
-def test_one_file_of_a_layout_is_packed_alone(folder, tmp_path):
+@pytest.mark.parametrize("name", ["part0_text_document.idx", "part0_text_document"])
+def test_one_file_of_a_layout_is_packed_alone(folder, tmp_path, name):
     columns = BY_NAME["megatron"].write(folder)
-    tc.pack(folder / "part0_text_document.idx", tmp_path / "out")
+    tc.pack(folder / name, tmp_path / "out")
     packed = tc.Dataset(tmp_path / "out")
     assert 0 < len(packed) < len(columns["tokens"])
     assert all(same(record["tokens"], tokens) for record, tokens in zip(packed, columns["tokens"], strict=False))
