@@ -166,7 +166,7 @@ class TestMap:
             tc.pack(source, tmp_path / "out", map=twice, mode="append")
         with pytest.raises(ValueError, match="has no 'absent'"):
             tc.pack(source, tmp_path / "new", map="tests.flow.packer.test_map_and_split:absent")
-        with pytest.raises(ValueError, match="tests.flow: expected 'module:function'"):
+        with pytest.raises(ValueError, match=r"tests\.flow: expected 'module:function'"):
             tc.pack(source, tmp_path / "new", map="tests.flow")
         with pytest.raises(ValueError, match="cannot be sent to other processes"):
             tc.pack(source, tmp_path / "new", map=lambda record: record, workers=2)
