@@ -175,10 +175,10 @@ def _flags_of(parameters: Iterable[Parameter]) -> dict[str, str]:
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Advance: TypeAlias = Callable[[int, int], None]
+"""Callback of a progress bar; its arguments are the amount done and the total."""
 Figures: TypeAlias = "Callable[[ModuleType], list[Any]]"
 PROGRESS_LINE_S = 30.0
 _DURATION_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-"""Callback of a progress bar; its arguments are the amount done and the total."""
 
 
 def printable(text: str) -> str:

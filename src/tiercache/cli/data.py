@@ -192,8 +192,8 @@ def pack(
     """Convert images, tables, text or any files into a data set.
 
     SOURCE is a folder of images, which may have one sub-folder per class, or of text, or names tables: Parquet, CSV,
-    Feather, ORC or JSON lines; or data of other libraries: MDS, Arrow, Megatron or WebDataset. After Ctrl-C or a kill,
-    the same command continues.
+    Feather, ORC or JSON lines; or data of other libraries: NumPy, TFRecord, MDS, LitData, Arrow, Megatron or
+    WebDataset. After Ctrl-C or a kill, the same command continues.
     """
     with errors_name("--where"):
         condition = None if where is None else parse_condition(where)
@@ -235,8 +235,8 @@ def pack(
         for one in plan.source.schema.columns:
             output.event("column", {"name": one.name, "type": str(one)}, f"{one.name}: {one}")
         facts = {"url": target, "mode": mode, "bytes": plan.total_bytes, "workers": plan.n_workers, "dry_run": True}
-        processes = count(plan.n_workers, "process", "processes")
-        output.summary(facts, f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, in {processes}")
+        how = "as tasks of Ray" if engine == "ray" else f"in {count(plan.n_workers, 'process', 'processes')}"
+        output.summary(facts, f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, {how}")
         return
     if plan.finished and not output.quiet:
         facts = {"finished": len(plan.finished), "tasks": len(plan.tasks)}

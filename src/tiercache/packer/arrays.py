@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.lib import format as npy
 
 from tiercache.errors import SchemaError
-from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, describe_start
+from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, SourceFile, describe_start, record_location
 from tiercache.shard.schema import STORED, Schema, Tensor, UserType
 from tiercache.store.remote import call_threads
 
@@ -77,14 +77,10 @@ class ArrayFiles:
                         columns |= _columns(name, next(rows))
                     chosen = {name: columns[name] for name in self.schema.names}
                     n_bytes = split.n_bytes * (stop - done) // (split.end - split.start)
-                    yield InputBatch(chosen, stop - done, n_bytes, partial(_location, path, done))
+                    yield InputBatch(chosen, stop - done, n_bytes, partial(record_location, path, done))
                     done = stop
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             yield InputBatch({}, 0, 0, str, [BadRecord(f"{path}, from record {done} on", f"not readable: {error}")])
-
-
-def _location(path: str, first: int, record: int) -> str:
-    return f"{path}, record {first + record}"
 
 
 def find_arrays(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> ArrayFiles:

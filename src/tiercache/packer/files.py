@@ -1,4 +1,4 @@
-"""Files of a source: their listing, the formats of other libraries that are refused, and Hive partitions.
+"""Files of a source: their listing, the formats that are refused, and what the first bytes of a file say.
 
 `RecordSource` is the interface of a source that has been inspected: its schema, its splits and their records.
 """
@@ -56,6 +56,11 @@ class InputBatch:
     n_bytes: int
     location: Callable[[int], str]
     bad: Sequence[BadRecord] = ()
+
+
+def record_location(location: str, first: int, i: int) -> str:
+    """Return the name of record i of a batch, for messages. first: Number of the first record of the batch."""
+    return f"{location}, record {first + i}"
 
 
 class RecordSource(Protocol):

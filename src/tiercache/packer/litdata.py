@@ -22,7 +22,16 @@ import zstandard
 
 from tiercache.errors import SchemaError
 from tiercache.layouts.mds import PILLOW_MODES
-from tiercache.packer.files import INDEX_FILE, BadRecord, Files, InputBatch, InputSplit, SourceFile, read_bytes
+from tiercache.packer.files import (
+    INDEX_FILE,
+    BadRecord,
+    Files,
+    InputBatch,
+    InputSplit,
+    SourceFile,
+    read_bytes,
+    record_location,
+)
 from tiercache.packer.tables import say_type
 from tiercache.shard.conversion import infer_records
 from tiercache.shard.schema import Image, Schema, UserType
@@ -140,15 +149,11 @@ class LitDataTables:
                 n = len(batch)
                 there = {name: batch[name] for name in table.column_names}
                 columns = {name: there[name] if name in there else pa.nulls(n) for name in self.schema.names}
-                yield InputBatch(columns, n, split.n_bytes * n // len(table), partial(_location, path, number))
+                yield InputBatch(columns, n, split.n_bytes * n // len(table), partial(record_location, path, number))
                 number += n
         except (ValueError, OSError) as error:  # pa.ArrowInvalid is a ValueError
             location = f"{path}, from record {number} on"
             yield InputBatch({}, 0, 0, str, [BadRecord(location, f"damaged chunk: {error}")])
-
-
-def _location(path: str, first: int, record: int) -> str:
-    return f"{path}, record {first + record}"
 
 
 def _table_at_end(files: Files, path: str) -> pa.Table | None:

@@ -750,10 +750,11 @@ def pack(
     source_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[PackProgress], None] | None = None,
 ) -> Version:
-    """Pack files, the records of a function, or a Python object into a data set, in the order of the source.
+    """Pack files, the records of a function, or a Python object into a data set.
 
-    After Ctrl-C, a kill or an error, the same call continues: parts that are finished are kept, below the data set's
-    URL, and no record is lost or written twice.
+    The records are in the order of the source, unless `shuffle` or `sort` states another one. After Ctrl-C, a kill or
+    an error, the same call continues: parts that are finished are kept, below the data set's URL, and no record is lost
+    or written twice.
 
     ::
 
@@ -763,8 +764,9 @@ def pack(
         tiercache.pack(frame, "s3://bucket/table")
 
     Args:
-        source: File, folder, glob or URL to pack; of a folder, all files below it are packed in the order of their
-            paths, except hidden files. Or a function, which is called with each of `inputs`, and returns a record (a
+        source: File, folder, glob or URL to pack, also that of a data set of tiercache or of a repository of the
+            Hugging Face Hub; of a folder, all files below it are packed in the order of their paths, except hidden
+            files. Or a function, which is called with each of `inputs`, and returns a record (a
             dict), an iterable of records, an Arrow table or a frame, or None. Or an object: a Dataset of torch or
             Hugging Face, a frame of pandas or polars, an Arrow table or reader, data sets of tiercache (one or a list),
             an iterable of records; "module:callable" names a function that returns such an object or yields records.
@@ -835,7 +837,7 @@ def pack(
         skipped, such as dangling links.
 
     Raises:
-        NotFound, CommitConflict, SchemaError, ValueError: See plan_pack() and run_pack().
+        NotFound, CommitConflict, SchemaError, StoreError, TypeError, ValueError: See plan_pack() and run_pack().
     """
     options = PackOptions(
         kind=kind,

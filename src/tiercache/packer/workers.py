@@ -21,8 +21,6 @@ Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records and
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
 # an abort does.
 _STOP_S = 10.0
-
-
 Engine: TypeAlias = Literal["process", "ray"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
@@ -35,9 +33,7 @@ def check_engine(engine: str) -> None:
         import_ray()
 
 
-def run_in_processes(
-    work: Callable[[Any, Report], object], tasks: Sequence[Any], n_processes: int, report: Report
-) -> None:
+def run_in_processes(work: Work, tasks: Sequence[Any], n_processes: int, report: Report) -> None:
     """Run work(task, report) for all tasks, in n_processes processes.
 
     Processes are spawned: forked ones would inherit the threads and clients of stores, which do not survive a fork.
@@ -100,7 +96,7 @@ def _stop(workers: Mapping[Connection, SpawnProcess]) -> None:
             process.close()
 
 
-def _serve(connection: Connection, work: Callable[[Any, Report], object]) -> None:
+def _serve(connection: Connection, work: Work) -> None:
     """Run a worker process: receive tasks, send reports and one answer each, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
