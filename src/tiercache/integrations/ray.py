@@ -20,16 +20,7 @@ from tiercache.data.dataset import Dataset
 from tiercache.errors import SchemaError
 from tiercache.model import ShardInfo, parse_bytes
 from tiercache.shard.schema import Schema, UserType, check_same_schema
-from tiercache.shard.versions import (
-    Commit,
-    Version,
-    VersionKind,
-    check_mode,
-    check_writable,
-    data_set_exists_error,
-    find_latest,
-    no_data_set_error,
-)
+from tiercache.shard.versions import Commit, Version, VersionKind, check_mode, find_parent
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import open_store
 from tiercache.store.access import absolute_url
@@ -132,14 +123,7 @@ class DatasetSink(Datasink):  # type: ignore[misc]
 
     def _check_target(self) -> Version | None:
         with closing(open_store(self._url, **self._storage_options)) as store:
-            store.require_conditional_put()
-            parent = find_latest(store)
-            if self._mode == "create" and parent is not None:
-                raise data_set_exists_error(store, parent)
-            if self._mode == "append" and parent is None:
-                raise no_data_set_error(store)
-            if parent is not None:
-                check_writable(parent, store.url)
+            parent = find_parent(store, self._mode)
         if self._mode == "append" and parent is not None:
             self._schema = self._schema or parent.schema
             check_same_schema(parent.schema, self._schema)

@@ -1066,6 +1066,22 @@ def no_data_set_error(store: Store) -> NotFound:
     return NotFound('no data set to append to; write with mode="create" first', url=store.url)
 
 
+def find_parent(store: Store, mode: VersionKind) -> Version | None:
+    """Return the newest version, on which a commit of a mode will be based; None if there is no data set.
+
+    The commit may come hours later. Raises CommitConflict, NotFound, UnsupportedFormat or StoreError if it must fail.
+    """
+    store.require_conditional_put()
+    parent = find_latest(store)
+    if mode == "create" and parent is not None:
+        raise data_set_exists_error(store, parent)
+    if mode == "append" and parent is None:
+        raise no_data_set_error(store)
+    if parent is not None:
+        check_writable(parent, store.url)
+    return parent
+
+
 def plan_merge(n_rows: Sequence[int]) -> int:
     """Return the index from which the last segments are merged into one; len(n_rows) if there are few segments.
 

@@ -50,10 +50,7 @@ from tiercache.shard.versions import (
     Version,
     VersionKind,
     check_mode,
-    check_writable,
-    data_set_exists_error,
-    find_latest,
-    no_data_set_error,
+    find_parent,
 )
 from tiercache.store import open_store
 from tiercache.store.contract import Store
@@ -486,15 +483,8 @@ class Writer:
         self._first_records: list[dict[str, Any]] = []  # records that wait for the schema
         self._classes = dict(classes or {})
         given = None if schema is None else Schema.of(schema).with_classes(self._classes)
-        self._store.require_conditional_put()  # here, because the commit comes hours later
-        self._parent = find_latest(self._store)
-        if mode == "create" and self._parent is not None:
-            raise data_set_exists_error(self._store, self._parent)
-        if self._parent is not None:
-            check_writable(self._parent, self._store.url)
-        if mode == "append":
-            if self._parent is None:
-                raise no_data_set_error(self._store)
+        self._parent = find_parent(self._store, mode)
+        if mode == "append" and self._parent is not None:
             if given is None:
                 given = self._parent.schema.with_classes(self._classes)
             check_same_schema(self._parent.schema, given)
