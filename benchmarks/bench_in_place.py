@@ -44,6 +44,7 @@ TOKENS, BATCH = 2048, 32
 TURN_S = 2.0
 # In Parquet and Megatron the lengths of documents vary. The others' batches are one tensor because all are equal here.
 ONE_TENSOR = {"tokens": tc.Padded()}
+_TICK_S = 0.01  # of the clock of CPU time
 Epoch = Callable[[], int]  # reads an epoch and returns its bytes
 Contender = Callable[[], Epoch]  # makes a loader
 
@@ -237,7 +238,7 @@ def measure(
                 n_bytes += epoch()
                 took_s = time.perf_counter() - start_s
             rates[name].append(n_bytes / took_s / 1e6)
-            cpu[name].append((cpu_s() - start_cpu_s) / n_bytes * 1e9)
+            cpu[name].append(max(cpu_s() - start_cpu_s, _TICK_S) / n_bytes * 1e9)
             del epoch
     return {name: {"mb_per_s": spread(rates[name]), "cpu_s_per_gb": spread(cpu[name])} for name in contenders}
 

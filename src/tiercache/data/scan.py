@@ -29,6 +29,7 @@ from tiercache.order.epoch_order import derive_key
 from tiercache.order.explicit import ServedOrder
 from tiercache.order.mixture import exact_weight
 from tiercache.order.window import BlockSizes
+from tiercache.shard.conversion import arrow_to_numpy
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.values import join_arrow
 from tiercache.shard.versions import as_arrow
@@ -259,10 +260,8 @@ def evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
     found = plan.to_table(use_threads=False)["found"]
     if not pa.types.is_boolean(found.type):
         raise TypeError(f"its type is {found.type}, not bool")
-    # Not to_numpy(): Arrow then imports pandas if it is installed, which takes 110 ms.
-    flags = pc.fill_null(found, fill_value=False).cast(pa.uint8())
-    parts = [np.frombuffer(c.buffers()[1], np.bool_, len(c), c.offset) for c in flags.chunks if len(c)]
-    return np.concatenate([np.empty(0, np.bool_), *parts])
+    flags = pc.fill_null(found, fill_value=False)
+    return np.concatenate([np.empty(0, np.bool_), *map(arrow_to_numpy, flags.chunks)])
 
 
 def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> NDArray[np.uint32]:

@@ -455,10 +455,20 @@ def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnDat
     return converted if valid is None or converted.array is not None else replace(converted, valid=valid)
 
 
+def arrow_to_numpy(array: pa.Array) -> Array:
+    """Return an array of numbers or bool without nulls as numpy. to_numpy() would import pandas, which takes 0.3 s."""
+    is_bool = pt.is_boolean(array.type)
+    if is_bool:
+        array = array.cast(pa.uint8())
+    dtype = np.dtype(np.bool_ if is_bool else array.type.to_pandas_dtype())
+    values = array.buffers()[1]
+    return np.frombuffer(values, dtype, len(array), array.offset * dtype.itemsize) if len(array) else np.empty(0, dtype)
+
+
 def _valid(column: Column, array: pa.Array) -> Array | None:
     if not array.null_count:
         return None
-    valid: Array = array.is_valid().to_numpy(zero_copy_only=False)
+    valid: Array = arrow_to_numpy(array.is_valid())
     if not column.nullable:
         raise ConversionError(str(column), "null", int(np.argmin(valid)))
     return valid
@@ -474,7 +484,7 @@ def _numbers(column: Column, array: pa.Array) -> Array:
         array = array.fill_null(False if pt.is_boolean(array.type) else 0)
     if not (pt.is_integer(array.type) or pt.is_floating(array.type) or pt.is_boolean(array.type)):
         raise _no(column, array)
-    elements = array.to_numpy(zero_copy_only=False)
+    elements = arrow_to_numpy(array)
     return fit(elements, elements.dtype.name, column.dtype or "")
 
 
@@ -500,7 +510,7 @@ def _tensors(column: Column, array: pa.Array) -> ColumnData:
 
 def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
     """Return lists as fixed-size lists, after checking that each has the tensor's number of elements."""
-    lengths = pc.fill_null(pc.list_value_length(array), column.n_elements).to_numpy(zero_copy_only=False)
+    lengths = arrow_to_numpy(pc.fill_null(pc.list_value_length(array), column.n_elements))
     wrong = lengths != column.n_elements
     if wrong.any():
         index = int(np.argmax(wrong))
@@ -513,8 +523,8 @@ def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_recor
     if inner.null_count:
         allowed = np.zeros(len(inner), bool)
         if valid is not None:
-            allowed = np.repeat(~valid.to_numpy(zero_copy_only=False), per_record)[: len(inner)]
-        wrong = inner.is_null().to_numpy(zero_copy_only=False) & ~allowed
+            allowed = np.repeat(~arrow_to_numpy(valid), per_record)[: len(inner)]
+        wrong = arrow_to_numpy(inner.is_null()) & ~allowed
         if wrong.any():
             got = "a tensor with nulls inside"
             if column.kind is Kind.RAGGED:
@@ -561,14 +571,14 @@ def _ragged(column: Column, array: pa.Array) -> ColumnData:
         "data",
         "shape",
     }:
-        valid = array.is_valid().to_numpy(zero_copy_only=False)
+        valid = arrow_to_numpy(array.is_valid())
         data, shape = array.field("data"), array.field("shape")
         if pt.is_list(data.type):
             data = data.cast(pa.large_list(data.type.value_type))
         return _ragged_of(column, data, _shapes(column, shape, valid), valid)
     if is_list(array.type) and len(column.shape) == 1:
         data = array.cast(pa.large_list(array.type.value_type))
-        valid = array.is_valid().to_numpy(zero_copy_only=False)
+        valid = arrow_to_numpy(array.is_valid())
         return _ragged_of(column, data, None, valid)
     raise _no(column, array)
 
@@ -578,12 +588,12 @@ def _shapes(column: Column, shape: pa.Array, valid: Array) -> Array:
     if size != len(column.shape) or not pt.is_int32(shape.type.value_type):
         raise ConversionError(str(column), f"shapes of {shape.type}")
     flat = shape.values.slice(shape.offset * size, len(shape) * size).fill_null(0)
-    return np.where(valid[:, None], flat.to_numpy(zero_copy_only=False).reshape(len(shape), size), 0)
+    return np.where(valid[:, None], arrow_to_numpy(flat).reshape(len(shape), size), 0)
 
 
 def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Array) -> ColumnData:
     n = len(data)
-    if data.null_count and (data.is_null().to_numpy(zero_copy_only=False) & valid).any():
+    if data.null_count and (arrow_to_numpy(data.is_null()) & valid).any():
         raise ConversionError(str(column), "a record without data")
     if not valid.all():
         # The data of a null record is undefined: replace it with an empty list.
