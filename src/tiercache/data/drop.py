@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.config import available_cpus
-from tiercache.data.scan import chunks_of, columns_of, evaluate, explained, storage_table
+from tiercache.data.scan import arrow_errors_as_schema_errors, chunks_of, columns_of, evaluate, storage_table
 from tiercache.errors import CommitConflict, SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.order.window import BlockSizes
@@ -185,7 +185,7 @@ class _Rewriting:
             return keep
         start = 0
         for _, arrays in _load(reader, self._keys, reader.footer.block_records):
-            with explained(self._stored, self._where):
+            with arrow_errors_as_schema_errors(self._stored, self._where):
                 flags = evaluate(storage_table(self._keys, arrays), self._where)
             keep[start : start + len(flags)] = ~flags
             start += len(flags)

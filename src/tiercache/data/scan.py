@@ -146,7 +146,7 @@ def matching(source: Records, expression: pc.Expression) -> Selection:
         names = [source.schema.names[0]]
 
     def matches_of(table: pa.Table) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
-        with explained(source.stored_schema, expression):
+        with arrow_errors_as_schema_errors(source.stored_schema, expression):
             flags = evaluate(table, expression)
         starts, first = runs_of(np.flatnonzero(flags))
         return len(flags), starts, np.diff(first)
@@ -213,7 +213,7 @@ def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
             schema, expression, "name columns, as in pyarrow.compute.field('label'), instead of numbering them"
         )
     empty = pa.table({column.name: pa.array([], column.storage_type) for column in schema.columns})
-    with explained(schema, expression):
+    with arrow_errors_as_schema_errors(schema, expression):
         evaluate(empty, expression)
     return [name for name in schema.names if not _can_do_without(empty, expression, name)]
 
@@ -228,7 +228,7 @@ def _can_do_without(empty: pa.Table, expression: pc.Expression, name: str) -> bo
 
 
 @contextmanager
-def explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
+def arrow_errors_as_schema_errors(schema: Schema, expression: pc.Expression) -> Iterator[None]:
     """Convert Arrow's errors about an expression or its values (a division by zero) into SchemaError."""
     try:
         yield

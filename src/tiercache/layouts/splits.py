@@ -20,7 +20,7 @@ _KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _WORDS = {split: re.compile(rf"(.*[-._ 0-9])?({'|'.join(words)})([-._ 0-9].*)?") for split, words in _KEYWORDS.items()}
-_NUMBERED = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+_NUMBERED_SPLIT = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _OTHERS = "files of no split"
 # The splits of each configuration, and the keys of each split.
 Splits = Mapping[str, Sequence[str]]
@@ -162,7 +162,7 @@ def named_splits(keys: Sequence[str], folder: str = "") -> Splits:
 
 
 def _numbered(key: str) -> Iterator[str]:
-    if match := _NUMBERED.fullmatch(key):
+    if match := _NUMBERED_SPLIT.fullmatch(key):
         yield match[1]
 
 

@@ -127,12 +127,15 @@ class LitDataChunks:
 
 @dataclass(frozen=True)
 class LitDataTables:
-    """Chunks of a data set of LitData with tables, a files.RecordSource. A split is a chunk. known: All columns."""
+    """Chunks of a data set of LitData with tables, a files.RecordSource. A split is a chunk.
+
+    column_names: Names of all columns.
+    """
 
     files: Files
     schema: Schema
     splits: tuple[InputSplit, ...]
-    known: tuple[str, ...]
+    column_names: tuple[str, ...]
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
         path = self.files.location(split.path)
@@ -142,7 +145,7 @@ class LitDataTables:
             if table is None or len(table) != split.end:
                 found = "no table" if table is None else f"{len(table):,}"
                 raise ValueError(f"expected a table of {split.end:,} records, got {found}")
-            if new := set(table.column_names) - set(self.known):
+            if new := set(table.column_names) - set(self.column_names):
                 raise ValueError(f"the first chunk has no column {min(new)!r}; {say_type(min(new))}")
             step = max(1, batch_bytes * len(table) // max(table.nbytes, 1))
             for batch in table.to_batches(max_chunksize=step):

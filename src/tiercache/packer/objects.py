@@ -57,7 +57,7 @@ class Units(ABC):
     types: Mapping[str, UserType] = MappingProxyType({})  # of columns, where they cannot be inferred
     most_sampled = 100  # units
     is_read_once = False  # records of an iterator, unless its function can be called again
-    is_inspected = True  # until the source is planned: what is read is read again
+    is_inspected = True  # while true, read() is a sample and is repeated later
 
     @property
     @abstractmethod

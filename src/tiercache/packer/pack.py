@@ -39,23 +39,23 @@ from tiercache.packer.rearrange import (
     BY_POSITION,
     POSITIONS,
     Buckets,
-    Duplicates,
+    DuplicatePositions,
     Hashes,
-    Order,
     RunPlan,
     Runs,
     RunWriter,
     Shuffle,
     SortBy,
+    SortOrder,
     TooManyRecordsError,
-    Unique,
+    WithoutDuplicates,
     bucket_splits,
     check_sortable,
 )
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of, with_types
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, MappedSource, divide, map_source, select_source
-from tiercache.packer.workers import Engine, Report, check_engine, run_in_processes, run_in_ray
+from tiercache.packer.workers import PackEngine, Report, check_engine, run_in_processes, run_in_ray
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings, pass_folder
 from tiercache.shard.schema import Image, Kind, Schema, UserType, check_same_schema
 from tiercache.shard.versions import (
@@ -94,7 +94,7 @@ class PackOptions(SourceOptions):
     block_size: int | str = "1MiB"
     compression: str | Mapping[str, str] = "auto"
     workers: int = 1
-    engine: Engine = "process"
+    engine: PackEngine = "process"
     map: MapFunction | str | None = None
     resize: int | None = None
     encode: str | None = None
@@ -149,7 +149,7 @@ class PackOptions(SourceOptions):
         return None if self.split is None else Split.of(self.split, 0, None, self.split_by)
 
     @property
-    def order(self) -> Order | None:
+    def order(self) -> SortOrder | None:
         """The order of the records; None: that of the source."""
         if self.shuffle is not None:
             return Shuffle(self.shuffle)
@@ -170,9 +170,9 @@ class PackOptions(SourceOptions):
 class PackPlan:
     """Plan of a packing. Nothing has been written.
 
-    key: Hash of the source and of the options that decide what is written. is_begun: Whether an earlier run has begun
-    this packing; finished: tasks that it has finished, if the packing has one pass. runs: What this pass makes of the
-    records, if it does not write them as they come.
+    key: Hash of the source and of the options that decide what is written; all passes of a packing have the same key.
+    is_begun: Whether an earlier run has begun this packing; finished: tasks that it has finished, if the packing has
+    one pass. run_plan: How this pass orders the records; None: they are written in the order of the source.
     """
 
     source: RecordSource
@@ -183,7 +183,7 @@ class PackPlan:
     finished: frozenset[int] = frozenset()
     skipped: tuple[SkippedFile, ...] = ()  # although neither include nor exclude says so
     is_begun: bool = False
-    runs: RunPlan | None = None
+    run_plan: RunPlan | None = None
 
     @property
     def n_workers(self) -> int:
@@ -463,20 +463,20 @@ def _run_passes(
     if options.dedup:
         positions = _find_duplicates(plan, progress)
         n_duplicates = sum(info.n_records for info in positions.infos)
-        plan = _with_source(plan, Unique.of(plan.source, positions))
+        plan = _with_source(plan, WithoutDuplicates.of(plan.source, positions))
     if options.order is None:
         _run_tasks(plan, packing, targets, progress)
         return _Passes(plan, plan, n_duplicates)
     if is_small:
         tasks = (tuple(split for task in plan.tasks for split in task),) if plan.tasks else ()
-        whole = replace(plan, tasks=tasks, runs=RunPlan(options.order, _run_bytes(options), is_whole=True))
+        whole = replace(plan, tasks=tasks, run_plan=RunPlan(options.order, _run_bytes(options), is_whole=True))
         try:
             _run_tasks(whole, packing, targets, progress)
         except TooManyRecordsError:
             progress.n_passes += 2
         else:
             return _Passes(whole, whole, n_duplicates)
-    first = replace(plan, url=_pass_url(plan, "runs"), runs=RunPlan(options.order, _run_bytes(options)))
+    first = replace(plan, url=_pass_url(plan, "runs"), run_plan=RunPlan(options.order, _run_bytes(options)))
     runs = _run_pass(first, progress)
     splits = bucket_splits(runs, options.order, rearrange.RUN_BYTES)
     last = _with_source(plan, Buckets(runs, options.order, plan.source.schema, splits))
@@ -506,10 +506,10 @@ def _find_duplicates(plan: PackPlan, progress: _Progress) -> Runs:
     options = replace(plan.options, split=None, split_by=None)
     hashes = _with_source(replace(plan, options=options), Hashes(plan.source, column))
     by_hash, by_position = RunPlan(BY_HASH, rearrange.RUN_BYTES), RunPlan(BY_POSITION, rearrange.RUN_BYTES)
-    runs = _run_pass(replace(hashes, url=_pass_url(plan, "hashes"), runs=by_hash), progress)
+    runs = _run_pass(replace(hashes, url=_pass_url(plan, "hashes"), run_plan=by_hash), progress)
     buckets = bucket_splits(runs, BY_HASH, rearrange.RUN_BYTES)
-    found = _with_source(hashes, Duplicates(runs, BY_HASH, POSITIONS, buckets))
-    found = replace(found, url=_pass_url(plan, "duplicates"), runs=by_position)
+    found = _with_source(hashes, DuplicatePositions(runs, BY_HASH, POSITIONS, buckets))
+    found = replace(found, url=_pass_url(plan, "duplicates"), run_plan=by_position)
     return _run_pass(found, _Progress(None, 0, 1))[""]
 
 
@@ -576,7 +576,7 @@ def _run_tasks(plan: PackPlan, packing: Packing, targets: Mapping[str, Store], p
     report = progress.begin_pass(
         plan.total_bytes, sum(split.n_bytes for number in finished for split in plan.tasks[number])
     )
-    job = _Job(plan.source, absolute_url(plan.url), plan.options, packing.id, plan.key, packing.bases, plan.runs)
+    job = _Job(plan.source, absolute_url(plan.url), plan.options, packing.id, plan.key, packing.bases, plan.run_plan)
     left = [(number, splits) for number, splits in enumerate(plan.tasks) if number not in finished]
     if not left:
         return
@@ -660,7 +660,7 @@ class _Job:
     packing_id: str
     key: str
     bases: Mapping[str, int]
-    runs: RunPlan | None = None
+    run_plan: RunPlan | None = None
 
     def run(self, task: tuple[int, Sequence[InputSplit]], report: Report) -> None:
         """Write the records of a task, its number and its splits, and record its shards. After an error none is left.
@@ -699,8 +699,8 @@ class _Job:
     def _writer(self, target: Store, number: int, n_bytes: int) -> ShardWriter | RunWriter:
         options = self.options.shard_options
         options = replace(options, shard_bytes=_even_shard_bytes(n_bytes, options))
-        if self.runs is not None:
-            return RunWriter(target, self.source.schema, options, self.runs, number)
+        if self.run_plan is not None:
+            return RunWriter(target, self.source.schema, options, self.run_plan, number)
         return ShardWriter(target, self.source.schema, options)
 
     def _batches(self, split: InputSplit) -> Iterator[tuple[str, InputBatch]]:
@@ -731,7 +731,7 @@ def pack(
     block_size: int | str = "1MiB",
     compression: str | Mapping[str, str] = "auto",
     workers: int = 1,
-    engine: Engine = "process",
+    engine: PackEngine = "process",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     columns: Sequence[str] = (),

@@ -39,8 +39,8 @@ from tiercache.shard.writer import RecordBuffer, ShardOptions, ShardWriter, conv
 from tiercache.store import Store, open_store
 from tiercache.store.remote import call_threads
 
-# Bytes of records in memory, of a run and of a bucket. A process needs up to eight times as much, where the values to
-# sort by are nearly all of a record. Each bucket reads a range of each run: a million of 100 KB for 100 GB.
+# Bytes of records of a run, and of a bucket. If the sort column is most of the record, a process needs up to eight
+# times as much memory. N runs give N^2 ranges: a million reads of 100 KB for 100 GB.
 RUN_BYTES = 96 << 20
 # Small blocks, because both ends of a range lie somewhere in a block. A run is one shard.
 _RUN_OPTIONS = ShardOptions(shard_bytes=1 << 62, block_bytes=256 << 10, compression="none")
@@ -99,7 +99,7 @@ class StoredRecords:
                 self.n_bytes += n_bytes * one.n if isinstance(n_bytes, int) else int(n_bytes.sum())
 
 
-class Order(ABC):
+class SortOrder(ABC):
     """An order of records. Picklable."""
 
     @abstractmethod
@@ -107,12 +107,12 @@ class Order(ABC):
         """Return the order of some records that are in memory. where: Numbers of the run, or of the bucket."""
 
     @abstractmethod
-    def cuts(self, runs: Runs, n_buckets: int) -> NDArray[np.int32]:
+    def bucket_bounds(self, runs: Runs, n_buckets: int) -> NDArray[np.int32]:
         """Return the first record of each bucket in each run, int32[n_runs, n_buckets + 1]."""
 
 
 @dataclass(frozen=True)
-class Shuffle(Order):
+class Shuffle(SortOrder):
     """A random order: each run is shuffled, its records are dealt to buckets, and each bucket is shuffled."""
 
     seed: int
@@ -120,8 +120,8 @@ class Shuffle(Order):
     def indices(self, records: pa.Table, *where: int) -> NDArray[Any]:
         return permutation(derive_key(self.seed, "pack", *where), len(records))
 
-    def cuts(self, runs: Runs, n_buckets: int) -> NDArray[np.int32]:
-        """See Order.cuts. Each record of a run has a bucket drawn for it: how many have which one is what matters."""
+    def bucket_bounds(self, runs: Runs, n_buckets: int) -> NDArray[np.int32]:
+        """See SortOrder. A bucket is drawn for each record; runs are shuffled, so only the counts of draws matter."""
         found = np.zeros((len(runs.infos), n_buckets + 1), np.int32)
         for number, info in enumerate(runs.infos):
             key = int.from_bytes(derive_key(self.seed, "pack", "buckets", number), "little")
@@ -132,7 +132,7 @@ class Shuffle(Order):
 
 
 @dataclass(frozen=True)
-class SortBy(Order):
+class SortBy(SortOrder):
     """The order of the values of some columns, nulls last; records with equal values stay in the order of the source.
 
     A bucket begins at a record, not at a value, so no value is too frequent for a bucket.
@@ -150,8 +150,8 @@ class SortBy(Order):
         chosen = [records.column(name) for name in self.columns]
         return pa.table({str(i): values for i, values in enumerate(chosen)})
 
-    def cuts(self, runs: Runs, n_buckets: int) -> NDArray[np.int32]:
-        """See Order.cuts. Blocks have about equal sizes, so their first records divide the order into equal sizes."""
+    def bucket_bounds(self, runs: Runs, n_buckets: int) -> NDArray[np.int32]:
+        """See SortOrder. Blocks have about equal sizes, so their first records divide the order into equal sizes."""
         n_runs, names = len(runs.infos), [str(i) for i in range(len(self.columns))]
         samples = []
         for run in range(n_runs):
@@ -178,12 +178,13 @@ class SortBy(Order):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is done to the records of a pass. is_whole: They must fit into one run, which is not a run but the result.
+    """How a pass orders its records.
 
-    run_bytes: Limit of the records of a run, in stored form.
+    run_bytes: Limit of the records of a run, in stored form. is_whole: All records must fit into one run, which is
+    written as the final shards.
     """
 
-    order: Order
+    order: SortOrder
     run_bytes: int
     is_whole: bool = False
 
@@ -319,9 +320,10 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class RunSplit(InputSplit):
-    """Records [starts[i], stops[i]) of each run i: a bucket of a part, which path names; or what Unique leaves out.
+    """Records [starts[i], stops[i]) of each run i: a bucket of a part, or positions that WithoutDuplicates leaves out.
 
-    number: That of the bucket, or of `inner`, the split of the source of which Unique, or Hashes, reads the records.
+    path: Name of the part. number: Number of the bucket; with `inner`, number of that split in the source. inner: Split
+    of the source from which Hashes and WithoutDuplicates read the records.
     """
 
     number: int
@@ -330,14 +332,14 @@ class RunSplit(InputSplit):
     inner: InputSplit | None = None
 
 
-def bucket_splits(runs: Mapping[str, Runs], order: Order, bucket_bytes: int) -> tuple[RunSplit, ...]:
+def bucket_splits(runs: Mapping[str, Runs], order: SortOrder, bucket_bytes: int) -> tuple[RunSplit, ...]:
     """Return the buckets of the runs of each part, in order."""
     found: list[RunSplit] = []
     for part, of_part in runs.items():
         sizes = np.array([(info.n_records, info.n_bytes) for info in of_part.infos], np.int64).reshape(-1, 2)
         n_buckets = -(-int(sizes[:, 1].sum()) // bucket_bytes)
         if n_buckets > 1:
-            cuts = order.cuts(of_part, n_buckets)
+            cuts = order.bucket_bounds(of_part, n_buckets)
         else:
             cuts = np.stack([np.zeros(len(sizes), np.int32), sizes[:, 0].astype(np.int32)], axis=1)
         record_sizes = sizes[:, 1] / np.maximum(sizes[:, 0], 1)
@@ -354,7 +356,7 @@ class Buckets:
     """The records of the runs of each part, in their whole order, a files.RecordSource. A split is a bucket."""
 
     runs: Mapping[str, Runs]
-    order: Order
+    order: SortOrder
     schema: Schema
     splits: tuple[RunSplit, ...]
 
@@ -459,7 +461,7 @@ def _bytes_of(array: pa.Array) -> tuple[Any, Any, Any]:
 
 
 @dataclass(frozen=True)
-class Duplicates(Buckets):
+class DuplicatePositions(Buckets):
     """The positions of the records, but the first, that have one hash. The runs are those of Hashes."""
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:  # noqa: ARG002
@@ -476,7 +478,7 @@ class Duplicates(Buckets):
 
 
 @dataclass(frozen=True)
-class Unique:
+class WithoutDuplicates:
     """A source without the records at some positions, a files.RecordSource."""
 
     source: RecordSource
@@ -484,7 +486,7 @@ class Unique:
     splits: tuple[RunSplit, ...]
 
     @staticmethod
-    def of(source: RecordSource, positions: Runs) -> Unique:
+    def of(source: RecordSource, positions: Runs) -> WithoutDuplicates:
         """Return the source without the records at positions, whose runs are sorted."""
         bounds = np.arange(len(source.splits) + 1) << _POSITION_BITS
         found = [positions.read(run, names=["position"])["position"] for run in range(len(positions.infos))]
@@ -493,7 +495,7 @@ class Unique:
             RunSplit(one.path, one.start, one.end, one.n_bytes, number, cuts[:, number], cuts[:, number + 1], one)
             for number, one in enumerate(source.splits)
         ]
-        return Unique(source, positions, tuple(splits))
+        return WithoutDuplicates(source, positions, tuple(splits))
 
     @property
     def schema(self) -> Schema:
@@ -510,7 +512,7 @@ class Unique:
             first += batch.n_records
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Unique, (self.source, self.positions, ())  # a task is sent with its splits
+        return WithoutDuplicates, (self.source, self.positions, ())  # a task is sent with its splits
 
 
 def check_sortable(schema: Schema, name: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tiercache.data.scan import Split, columns_of, evaluate, explained
+from tiercache.data.scan import Split, arrow_errors_as_schema_errors, columns_of, evaluate
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import DecodeError
 from tiercache.layouts.reader import blocks_of
@@ -89,7 +89,7 @@ class SelectedSource:
                 arrays[column.name] = plain.cast(column.storage_type)
             else:
                 arrays[column.name] = pa.array(list(values), column.storage_type)
-        with explained(keys, self.filter):
+        with arrow_errors_as_schema_errors(keys, self.filter):
             return evaluate(pa.table(arrays), self.filter)
 
     def __repr__(self) -> str:

@@ -21,8 +21,8 @@ Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records and
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
 # an abort does.
 _STOP_S = 10.0
-Engine: TypeAlias = Literal["process", "ray"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)
+PackEngine: TypeAlias = Literal["process", "ray"]
+ENGINES: tuple[PackEngine, ...] = get_args(PackEngine)
 
 
 def check_engine(engine: str) -> None:
