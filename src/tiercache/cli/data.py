@@ -309,6 +309,7 @@ def info(
 ) -> None:
     """Show a data set's version, size and columns, or list its shards.
 
+    URL may also be data of another library that is read in place, such as Parquet, WebDataset or MDS.
     --include and --exclude select shards to list.
     """
     with _served(url, at, storage_option) as dataset:
@@ -381,6 +382,7 @@ def head(
 ) -> None:
     """Show some records of a data set.
 
+    URL may also be data of another library that is read in place, such as Parquet, WebDataset or MDS.
     Images are shown by their size, arrays by their first elements. Only the needed bytes are read.
     """
     with _served(url, at, storage_option) as dataset:
