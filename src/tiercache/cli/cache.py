@@ -46,9 +46,9 @@ from tiercache.errors import CorruptShard, StoreError
 from tiercache.images.decoder import image_checker
 from tiercache.model import ShardInfo, format_bytes
 from tiercache.packer.files import selected
-from tiercache.packer.workers import call_in_ray, check_engine
 from tiercache.peers import server
 from tiercache.peers.server import PeerService, ServerOptions
+from tiercache.ray_tasks import call_in_ray, check_engine
 from tiercache.shard.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
 from tiercache.shard.versions import Version, latest
 from tiercache.store import Store, redact

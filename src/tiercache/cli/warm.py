@@ -44,7 +44,7 @@ from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.rank_plan import RankPlan
 from tiercache.order.window import DatasetSizes, OrderOptions
 from tiercache.packer.files import selected
-from tiercache.packer.workers import call_in_ray, check_engine
+from tiercache.ray_tasks import call_in_ray, check_engine
 from tiercache.shard.source import column_ranges, fetch_footer
 from tiercache.store import LocalStore, Store
 from tiercache.store.access import absolute_url

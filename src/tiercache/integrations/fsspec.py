@@ -28,6 +28,7 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import FsspecStore, Span, Store, StoreFile, check_key, open_store, redact, uses
 from tiercache.store.access import plain_url, scheme_of
 from tiercache.store.contract import ProcessLocal
+from tiercache.store.hub import store_type
 from tiercache.store.placement import FileLocator, archived_file_error, is_archived, options_of
 from tiercache.store.placement_log import prefix_store
 
@@ -113,7 +114,7 @@ class TargetFileSystem:
             slash = "/" if self._server and not root.startswith("/") else ""
             is_url = root.startswith(("http://", "https://"))
             url = redact(root) if is_url else f"{self.protocol}://{self._server}{slash}{root}"
-            store = _stores[self._digest, root] = FsspecStore(root, url, {}, make=self._make)
+            store = _stores[self._digest, root] = store_type(url)(root, url, {}, make=self._make)
         return store
 
 

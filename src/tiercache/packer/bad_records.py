@@ -12,9 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import pyarrow as pa
 
 from tiercache.errors import SchemaError
-from tiercache.packer.export import UploadFile
 from tiercache.packer.files import BadRecord, InputBatch
-from tiercache.store import Store, Upload
+from tiercache.store import Store, Upload, UploadFile
 
 OnError: TypeAlias = Literal["stop", "skip", "dead-letter"]
 ON_ERROR: tuple[OnError, ...] = get_args(OnError)

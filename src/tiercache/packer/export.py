@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.layouts.mds import INDEX
 from tiercache.packer.export_formats import FORMATS
 from tiercache.shard.schema import Schema
-from tiercache.store import Store, Upload, open_store, redact, split_url
+from tiercache.store import Store, UploadFile, open_store, redact, split_url
 from tiercache.store.remote import call_threads
 
 ExportFormat: TypeAlias = Literal["parquet", "arrow", "webdataset", "mds", "jsonl"]
@@ -252,36 +251,3 @@ class _Run:
             self._n_written += n_records
             if self._on_progress is not None:
                 self._on_progress(self._n_written)
-
-
-class UploadFile(io.RawIOBase):
-    """File whose bytes become the parts of an upload. finish() uploads the last one, without completing the upload."""
-
-    def __init__(self, upload: Upload, part_bytes: int) -> None:
-        self._upload, self._part_bytes = upload, part_bytes
-        self._pending = bytearray()
-        self._n_parts = 0
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any) -> int:
-        self._pending += data
-        n_bytes = memoryview(data).nbytes
-        self._position += n_bytes
-        if len(self._pending) >= self._part_bytes:
-            self._put()
-        return n_bytes
-
-    def _put(self) -> None:
-        part, self._pending = self._pending, bytearray()
-        self._upload.put_part(self._n_parts, part)
-        self._n_parts += 1
-
-    def finish(self) -> None:
-        if self._pending or not self._n_parts:
-            self._put()

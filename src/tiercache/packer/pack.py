@@ -55,7 +55,8 @@ from tiercache.packer.rearrange import (
 from tiercache.packer.sources import SourceKind, SourceOptions, find_source, narrow, with_schema_of, with_types
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, MappedSource, divide, map_source, select_source
-from tiercache.packer.workers import PackEngine, Report, check_engine, run_in_processes, run_in_ray
+from tiercache.packer.workers import Report, run_in_processes, run_in_ray
+from tiercache.ray_tasks import PackEngine, check_engine
 from tiercache.shard.packings import Packing, begin_packing, find_packing, list_packings, pass_folder
 from tiercache.shard.schema import Image, Kind, Schema, UserType, check_same_schema
 from tiercache.shard.versions import (

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, TypeAlias, cast
 
 from tiercache.errors import TierCacheError
+from tiercache.ray_tasks import call_in_ray
 
-T = TypeVar("T")
 Work: TypeAlias = "Callable[[Any, Report], object]"
 Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records and bytes
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
 # an abort does.
 _STOP_S = 10.0
-PackEngine: TypeAlias = Literal["process", "ray"]
-ENGINES: tuple[PackEngine, ...] = get_args(PackEngine)
-
-
-def check_engine(engine: str) -> None:
-    """Raise ValueError for an unknown engine, and for one whose package is not installed."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if engine == "ray":
-        import_ray()
 
 
 def run_in_processes(work: Work, tasks: Sequence[Any], n_processes: int, report: Report) -> None:
@@ -116,62 +105,6 @@ def run_in_ray(work: Work, tasks: Sequence[Any], report: Report) -> None:
     with closing(call_in_ray(partial(_counted, work), tasks)) as results:
         for done in results:
             report(*done)
-
-
-def call_in_ray(
-    function: Callable[[Any], T], tasks: Sequence[Any], *, on_each_machine: bool = False
-) -> Generator[T, None, None]:
-    """Yield function(task) for all tasks, as they end, from the Ray cluster of this process, or one that Ray starts.
-
-    Ray places the tasks, and repeats those of a worker that died, so the function may run more than once for a task.
-    An exception of the function is raised after the others have been cancelled.
-
-    Args:
-        function: Function that Ray's workers can import or unpickle.
-        tasks: Arguments of the calls.
-        on_each_machine: Whether each task runs on each machine of the cluster.
-    """
-    ray = import_ray()
-    starts = not ray.is_initialized()
-    if starts:
-        ray.init()  # RAY_ADDRESS names a cluster; without it, Ray starts one on this machine
-    try:
-        remote, shared = ray.remote(_call), ray.put(function)
-        places = [remote]
-        if on_each_machine:
-            strategies = importlib.import_module("ray.util.scheduling_strategies")
-            nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-            pins = [strategies.NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-            places = [remote.options(num_cpus=0, scheduling_strategy=pin) for pin in pins]
-        left = [place.remote(shared, task) for task in tasks for place in places]
-        try:
-            while left:
-                done, left = ray.wait(left)
-                yield ray.get(done[0])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise TierCacheError(f"a task failed in Ray: {error}; the same command continues") from error
-        finally:
-            for one in left:
-                ray.cancel(one)
-            if left:
-                ray.wait(left, num_returns=len(left), timeout=_STOP_S)
-    finally:
-        if starts:
-            ray.shutdown()
-
-
-def import_ray() -> Any:
-    """Return the package ray. Raises ValueError, which says what to install."""
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise ValueError("engine='ray' needs the package ray: pip install 'tiercache-data[ray]'") from error
-
-
-def _call(function: Callable[[Any], T], task: Any) -> T:
-    return function(task)
 
 
 def _counted(work: Work, task: Any) -> tuple[int, int]:

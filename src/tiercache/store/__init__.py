@@ -13,8 +13,9 @@ import re
 from typing import Any
 
 from tiercache.store.access import CLOUDS, CallOptions, CloudOptions, ParsedUrl, redact, split_url
-from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, StoreFile, Upload, check_key
-from tiercache.store.fsspec import FsspecStore, check_scheme, folders_above, pin_revision, without_commit
+from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, StoreFile, Upload, UploadFile, check_key
+from tiercache.store.fsspec import FsspecStore, check_scheme
+from tiercache.store.hub import folders_above, pin_revision, store_type, without_commit
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.store.obstore import BucketFolder, CloudStore
@@ -31,6 +32,7 @@ __all__ = [
     "Store",
     "StoreFile",
     "Upload",
+    "UploadFile",
     "check_key",
     "folders_above",
     "open_store",
@@ -80,7 +82,7 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
 def _by_fsspec(parsed: ParsedUrl, given: dict[str, Any]) -> FsspecStore:
     check_scheme(parsed.scheme)
     call, options = CallOptions.take(given)
-    return FsspecStore(parsed.full, parsed.shown, options, call)
+    return store_type(parsed.shown)(parsed.full, parsed.shown, options, call)
 
 
 def _bucket_folder(cloud: str, parsed: ParsedUrl) -> BucketFolder:

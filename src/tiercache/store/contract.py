@@ -73,6 +73,39 @@ class Upload(ABC):
         self.abort()  # has no effect after complete()
 
 
+class UploadFile(io.RawIOBase):
+    """File whose bytes become the parts of an upload. finish() uploads the last one, without completing the upload."""
+
+    def __init__(self, upload: Upload, part_bytes: int) -> None:
+        self._upload, self._part_bytes = upload, part_bytes
+        self._pending = bytearray()
+        self._n_parts = 0
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self._pending += data
+        n_bytes = memoryview(data).nbytes
+        self._position += n_bytes
+        if len(self._pending) >= self._part_bytes:
+            self._put()
+        return n_bytes
+
+    def _put(self) -> None:
+        part, self._pending = self._pending, bytearray()
+        self._upload.put_part(self._n_parts, part)
+        self._n_parts += 1
+
+    def finish(self) -> None:
+        if self._pending or not self._n_parts:
+            self._put()
+
+
 class SequentialUpload(Upload):
     """An upload whose subclass appends bytes, and makes the object of them or discards them, each under the lock."""
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from difflib import get_close_matches
 from functools import partial
@@ -19,7 +18,6 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.access import CallOptions, hide_secrets, redact, server_url
-from tiercache.store.contract import ProcessLocal
 from tiercache.store.remote import (
     CONFLICT_CODES,
     RETRYABLE_STATUSES,
@@ -282,93 +280,6 @@ class S3fsClient(FsspecClient):
             fs._s3 = None  # noqa: SLF001
 
 
-# What to do about an error of huggingface_hub, by its class.
-_OF_THE_HUB = {
-    "GatedRepoError": "accept the conditions of this repository on its page, with the account of the token",
-    "RepositoryNotFoundError": (
-        "no such repository, or it is private: give a token that may read it, as storage_options={'token': ...}, in "
-        "the environment as HF_TOKEN, or by `hf auth login`"
-    ),
-    "RevisionNotFoundError": "the repository has no branch, tag or commit of this name",
-}
-_REPOSITORY = len(("hf:", "", "datasets", "owner", "name"))
-_COMMIT = re.compile(r"@[0-9a-f]{40}(?=/|$)")
-
-
-# The files of the last commits that this process has read, by endpoint, token and commit.
-_listings: dict[tuple[str, str, str], Mapping[str, Mapping[str, Any]]] = {}
-_listings_lock = ProcessLocal(Lock, lambda _lock: None)
-_MOST_LISTINGS = 8
-
-
-class HubClient(FsspecClient):
-    """The Hugging Face Hub by its own file system. Files of a commit do not change, so a process lists them once."""
-
-    @property
-    def checks_etag(self) -> bool:  # type: ignore[override]
-        return _COMMIT.search(self.url) is not None
-
-    def describe(self, fs: Any, path: str) -> Mapping[str, Any]:
-        files = self._files(fs, path)
-        if files is None:
-            return super().describe(fs, path)
-        if path not in files:
-            raise FileNotFoundError(path)
-        return files[path]
-
-    def describe_below(self, fs: Any, folder: str) -> Mapping[str, Mapping[str, Any]]:
-        files = self._files(fs, folder)
-        return super().describe_below(fs, folder) if files is None else files
-
-    def _files(self, fs: Any, path: str) -> Mapping[str, Mapping[str, Any]] | None:
-        """Return all files of the commit that a path names; None if it names none. The Hub limits such requests."""
-        commit = _COMMIT.search(path)
-        if commit is None:
-            return None
-        name = fs.endpoint, str(fs.token), path[: commit.end()]
-        with _listings_lock.get():
-            if name not in _listings:
-                _listings[name] = fs.find(name[-1], detail=True)
-                if len(_listings) > _MOST_LISTINGS:
-                    del _listings[next(iter(_listings))]
-            return _listings[name]
-
-    @contextmanager
-    def errors(self, key: str, doing: str) -> Iterator[None]:
-        with super().errors(key, doing):
-            try:
-                yield
-            except Exception as error:
-                names = [kind.__name__ for one in (error, error.__cause__) for kind in type(one).__mro__]
-                known = next((text for name, text in _OF_THE_HUB.items() if name in names), None)
-                if known is None:
-                    raise
-                raise NotFound(known, url=self.url_of(key)) from None
-
-    def range(
-        self,
-        key: str,
-        byte_range: ByteRange,
-        if_match: str | None,  # noqa: ARG002 - see checks_etag
-    ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
-        fs, path = self.at(key)
-        # No bytes beyond the range are read, and no description of the file, whose size is this or more.
-        plain = {"cache_type": "none", "size": byte_range.end}
-        data = fs.cat_file(path, start=byte_range.start, end=byte_range.end, **plain)
-        return None, (memoryview(data),)
-
-    def pinned(self) -> str:
-        """Return the URL with the commit that its revision names now."""
-        fs, path = self.at("")
-        found = fs.resolve_path(path)
-        if not hasattr(found, "repo_id"):
-            return self.url  # a bucket has no revisions
-        api = importlib.import_module("huggingface_hub").HfApi(endpoint=fs.endpoint, token=fs.token)
-        commit = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
-        kind = "" if found.repo_type == "model" else f"{found.repo_type}s/"
-        return f"hf://{kind}{found.repo_id}@{commit}/{found.path_in_repo}".rstrip("/")
-
-
 class _SpooledWriter:
     """A temporary local file that close() sends: most file systems would show a file that grows."""
 
@@ -409,19 +320,16 @@ class FsspecStore(RemoteStore):
         self._full_url, self._options, self._make = full_url, dict(options), make
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FsspecStore, (self._full_url, self.url, self._options, self.call_options, self._make)
+        return type(self), (self._full_url, self.url, self._options, self.call_options, self._make)
 
     def _open_client(self) -> FsspecClient:
         endpoint = server_url("http", self.url, {}) if self.url.startswith("http") else self.url
         make, full_url = self._make, self._full_url
         open_fs = partial(open_file_system, full_url, self._options) if make is None else lambda: (make(), full_url)
-        scheme = self.url.partition("://")[0]
-        kind = {"s3": S3fsClient, "s3a": S3fsClient, "hf": HubClient}.get(scheme, FsspecClient)
-        return kind(open_fs, self.url, self.counters, endpoint)
+        return self._client_type()(open_fs, self.url, self.counters, endpoint)
 
-    def pinned(self) -> str:
-        """Return the URL of a repository of the Hub with the commit that its revision names now. Raises StoreError."""
-        return self._read("", "find the commit", lambda client, _attempt: cast("HubClient", client).pinned())
+    def _client_type(self) -> type[FsspecClient]:
+        return S3fsClient if self.url.startswith(("s3://", "s3a://")) else FsspecClient
 
 
 def check_scheme(scheme: str) -> None:
@@ -446,25 +354,3 @@ def open_file_system(full_url: str, options: Mapping[str, Any]) -> tuple[Any, st
         text = f"{error}: {install_command('hub')}" if scheme == "hf" and isinstance(error, ImportError) else error
         raise StoreError(f"the file system cannot be opened: {text}", url=redact(full_url)) from None
     return fs, "" if fs.protocol == "dir" else root  # a "dir" is the folder itself
-
-
-def pin_revision(url: str, options: Mapping[str, Any]) -> str:
-    """Return a URL of the Hugging Face Hub with the commit that its revision names now; other URLs as they are."""
-    if not url.startswith("hf://") or _COMMIT.search(url):
-        return url
-    call, others = CallOptions.take(options)
-    with closing(FsspecStore(url, url, others, call)) as store:
-        return store.pinned()
-
-
-def without_commit(url: str) -> str:
-    """Return a URL of the Hub without its commit: the repository, which keeps files from one commit to the next."""
-    return _COMMIT.sub("", url) if url.startswith("hf://") else url
-
-
-def folders_above(url: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the folders above the URL of a split in a repository of the Hub, and the names below each: two, or one."""
-    segments = url.rstrip("/").split("/")
-    for n in (2, 1):
-        if url.startswith("hf://datasets/") and len(segments) - n >= _REPOSITORY:
-            yield "/".join(segments[:-n]), segments[-n:]
