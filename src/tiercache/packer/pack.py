@@ -26,7 +26,7 @@ from tiercache import config
 from tiercache.crash_points import crash_point
 from tiercache.data.dataset import Dataset
 from tiercache.data.scan import Split
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import NotFound, SchemaError, StoreError
 from tiercache.model import parse_bytes
 from tiercache.packer import rearrange
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
@@ -594,7 +594,8 @@ def _run_tasks(plan: PackPlan, packing: Packing, targets: Mapping[str, Store], p
 def _report_bad_records(target: str, plan: PackPlan, on_bad: Callable[[int, str], None] | None) -> None:
     """Write the report of all bad records, in the order of the source, and call on_bad with their number.
 
-    target: URL of the data set. plan: That of the pass that has read the source.
+    target: URL of the data set. plan: That of the pass that has read the source. Raises SchemaError if all records are
+    bad: that is a mistake in the options rather than in the data.
     """
     url = report_url(target, plan.options.report)
     root, key = split_url(url)
@@ -605,6 +606,11 @@ def _report_bad_records(target: str, plan: PackPlan, on_bad: Callable[[int, str]
     ):
         packing = begin_packing(records, plan.key, {})  # which has begun
         n_bad = write_report(store, key, (packing.bad_records(number) for number in range(len(plan.tasks))))
+        parts = [infos for of_task in packing.finished().values() for infos in of_task.values()]
+        if n_bad and not any(info.n_records for infos in parts for info in infos):
+            packing.remove()
+            message = f"none of the {n_bad:,} records could be packed, so nothing was committed; the reasons: "
+            raise SchemaError(f"{message}{redact(url)}")
     if n_bad and on_bad is not None:
         on_bad(n_bad, redact(url))
 

@@ -79,3 +79,12 @@ def test_without_bad_records_the_report_is_empty_and_an_unknown_policy_is_an_err
     with pytest.raises(ValueError, match="on_error must be one of stop, skip, dead-letter"):
         pack(folder, tmp_path / "other", on_error="ignore")
     assert is_empty(tmp_path / "other")
+
+
+def test_if_all_records_are_bad_nothing_is_committed(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"x": f"text {i}"}) + "\n" for i in range(30)))
+    with pytest.raises(SchemaError, match=r"none of the 30 records could be packed.*out\.bad\.jsonl"):
+        pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "int8"}, on_error="skip", workers=2)
+    assert len((tmp_path / "out.bad.jsonl").read_text().splitlines()) == 30
+    version = pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "str"}, on_error="skip")
+    assert (version.number, version.n_records) == (1, 30)
