@@ -21,7 +21,7 @@ from tiercache.layouts.mds import MdsLayout
 from tiercache.layouts.megatron import MegatronLayout
 from tiercache.layouts.parquet import ParquetLayout
 from tiercache.layouts.reader import SourceBytes
-from tiercache.layouts.splits import choose_split
+from tiercache.layouts.splits import keys_of_split
 from tiercache.layouts.webdataset import WebDatasetLayout
 from tiercache.model import ObjectInfo, ShardIdentity
 from tiercache.store import without_commit
@@ -121,17 +121,17 @@ class StoreFolder:
         return sorted(found, key=lambda info: info.key.split("/"))
 
     def of_split(self, names: Sequence[str]) -> StoreFolder:
-        """Return the folder with the files of one split, see choose_split(). Files that the URL names are all read."""
+        """Return the folder with the files of one split, see keys_of_split(). Files that the URL names are all read."""
+        if self._only or self._globs:
+            return self
         by_key = {info.key: info for info in self.objects}
         keys = next((some for ends in _OF_SPLITS if (some := [k for k in by_key if k.lower().endswith(ends)])), [])
-        if self._only or self._globs or "state.json" in {key.rpartition("/")[2] for key in by_key} or not keys:
-            return self
 
-        def readme() -> str:
-            info = by_key.get("README.md")
-            return "" if info is None else bytes(self.open(info).read_one(0, info.n_bytes)).decode(errors="replace")
+        def read_card() -> bytes:
+            info = by_key["README.md"]
+            return bytes(self.open(info).read_one(0, info.n_bytes))
 
-        chosen = choose_split(self.url.rstrip("/"), keys, names, readme)
+        chosen = keys_of_split(self.url, by_key, keys, names, read_card)
         if len(chosen) == len(keys):
             return self
         return StoreFolder(self._store, self._indexes, listed=[by_key[key] for key in chosen])

@@ -6,7 +6,7 @@ import importlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,24 @@ _NUMBERED_SPLIT = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _OTHERS = "files of no split"
 # The splits of each configuration, and the keys of each split.
 Splits = Mapping[str, Sequence[str]]
+
+
+def keys_of_split(
+    url: str, there: Collection[str], keys: Sequence[str], names: Sequence[str], read_card: Callable[[], bytes]
+) -> Sequence[str]:
+    """Return the keys of the files of one split, see choose_split(); all of them if a state.json lists the files.
+
+    there: Keys of all files of the folder; keys: of its files of records. read_card: Returns the README.md, which is
+    called only if there is one.
+    """
+    if not keys or any(key.rpartition("/")[2] == "state.json" for key in there):
+        return keys
+    return choose_split(url.rstrip("/"), keys, names, lambda: text_of_card(there, read_card))
+
+
+def text_of_card(there: Collection[str], read_card: Callable[[], bytes]) -> str:
+    """Return the text of the README.md of a folder, "" if there is none. See keys_of_split() for the parameters."""
+    return read_card().decode(errors="replace") if "README.md" in there else ""
 
 
 def choose_split(url: str, keys: Sequence[str], names: Sequence[str], readme: Callable[[], str]) -> Sequence[str]:

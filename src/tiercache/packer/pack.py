@@ -26,7 +26,7 @@ from tiercache import config
 from tiercache.crash_points import crash_point
 from tiercache.data.dataset import Dataset
 from tiercache.data.scan import Split
-from tiercache.errors import NotFound, SchemaError, StoreError
+from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.model import parse_bytes
 from tiercache.packer import rearrange
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
@@ -64,10 +64,9 @@ from tiercache.shard.versions import (
     Version,
     VersionKind,
     check_mode,
-    check_writable,
     data_set_exists_error,
     find_latest,
-    no_data_set_error,
+    find_parent,
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore, Store, open_store, redact, split_url
@@ -348,14 +347,12 @@ def _part_url(url: str | os.PathLike[str], part: str) -> str:
 
 def _check_target(store: Store, target: Store, options: PackOptions) -> Version | None:
     """Check a data set's store, and return the newest version, if any. store: That of the packing's records."""
-    target.require_conditional_put()  # here, because the commit comes hours later
-    parent = find_latest(target)
-    if options.mode == "create" and parent is not None and next(list_packings(store), None) is None:
-        raise data_set_exists_error(target, parent)
-    if options.mode == "append" and parent is None:
-        raise no_data_set_error(target)
-    if parent is not None:
-        check_writable(parent, target.url)
+    try:
+        parent = find_parent(target, options.mode)
+    except CommitConflict:  # perhaps this packing committed it, or a part of it, before it was killed
+        if options.mode != "create" or next(list_packings(store), None) is None:
+            raise
+        parent = find_parent(target, "overwrite")
     if (options.n_workers > 1 or options.engine == "ray") and isinstance(store, MemoryStore):
         raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with workers=1")
     return parent

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.layouts.hive import find_partitions
-from tiercache.layouts.splits import choose_split
+from tiercache.layouts.splits import choose_split, keys_of_split, text_of_card
 from tiercache.packer import folders, images, tables
 from tiercache.packer.arrays import ARRAY_SUFFIXES, ArrayFiles, find_arrays
 from tiercache.packer.bad_records import ON_ERROR, OnError
@@ -211,7 +212,9 @@ def _find_files(
         for root, names in folders_above(source):
             with suppress(NotFound):
                 files, found, skipped = find_files(root, storage_options)
-                if len(names) < 2 or choose_split(root, [f.path for f in found], names, _reader_of_card(files, found)):
+                keys = [file.path for file in found]
+                readme = partial(text_of_card, keys, partial(_read_card, files))
+                if len(names) < 2 or choose_split(root, keys, names, readme):
                     return files, found, skipped, names
         raise
 
@@ -221,18 +224,15 @@ def _of_split(files: Files, found: Sequence[SourceFile], kind: SourceKind, names
     if kind not in _SPLIT_KINDS:
         return list(found)
     keys = [file.path for file in found if _is_named_as(kind, file.path)]
-    if any(file.path.rpartition("/")[2] == "state.json" for file in found) or not keys:
-        return list(found)
-    others = set(keys) - set(choose_split(files.location("").rstrip("/"), keys, names, _reader_of_card(files, found)))
-    if files.root.startswith("hf://"):  # each repository has it
+    there = [file.path for file in found]
+    others = set(keys) - set(keys_of_split(files.location(""), there, keys, names, partial(_read_card, files)))
+    if keys and files.root.startswith("hf://"):  # each repository has it
         others.add("README.md")
     return [file for file in found if file.path not in others]
 
 
-def _reader_of_card(files: Files, found: Sequence[SourceFile]) -> Callable[[], str]:
-    """Return a function that returns the README.md of a folder, "" if there is none."""
-    there = any(file.path == "README.md" for file in found)
-    return lambda: files.read_many(["README.md"])[0].decode(errors="replace") if there else ""
+def _read_card(files: Files) -> bytes:
+    return files.read_many(["README.md"])[0]
 
 
 def with_types(schema: Schema, given: Mapping[str, UserType] | pa.Schema | Schema | None) -> Schema:
