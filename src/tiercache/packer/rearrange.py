@@ -319,22 +319,33 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class RunSplit(InputSplit):
-    """Records [starts[i], stops[i]) of each run i: a bucket of a part, or positions that WithoutDuplicates leaves out.
-
-    path: Name of the part. number: Number of the bucket; with `inner`, number of that split in the source. inner: Split
-    of the source from which Hashes and WithoutDuplicates read the records.
-    """
+class BucketSplit(InputSplit):
+    """A bucket of a part, whose name is path: records [starts[i], stops[i]) of each run i."""
 
     number: int
     starts: NDArray[np.int32] = field(repr=False, compare=False)
     stops: NDArray[np.int32] = field(repr=False, compare=False)
-    inner: InputSplit | None = None
 
 
-def bucket_splits(runs: Mapping[str, Runs], order: SortOrder, bucket_bytes: int) -> tuple[RunSplit, ...]:
+@dataclass(frozen=True, slots=True)
+class NumberedSplit(InputSplit):
+    """A split of a source, `inner`, with its number there."""
+
+    number: int
+    inner: InputSplit
+
+
+@dataclass(frozen=True, slots=True)
+class UniqueSplit(NumberedSplit):
+    """A split of a source that is read without the positions [starts[i], stops[i]) of each run i of positions."""
+
+    starts: NDArray[np.int32] = field(repr=False, compare=False)
+    stops: NDArray[np.int32] = field(repr=False, compare=False)
+
+
+def bucket_splits(runs: Mapping[str, Runs], order: SortOrder, bucket_bytes: int) -> tuple[BucketSplit, ...]:
     """Return the buckets of the runs of each part, in order."""
-    found: list[RunSplit] = []
+    found: list[BucketSplit] = []
     for part, of_part in runs.items():
         sizes = np.array([(info.n_records, info.n_bytes) for info in of_part.infos], np.int64).reshape(-1, 2)
         n_buckets = -(-int(sizes[:, 1].sum()) // bucket_bytes)
@@ -347,7 +358,7 @@ def bucket_splits(runs: Mapping[str, Runs], order: SortOrder, bucket_bytes: int)
             starts, stops = cuts[:, number], cuts[:, number + 1]
             if (stops > starts).any():
                 n_bytes = int(((stops - starts) * record_sizes).sum())
-                found.append(RunSplit(part, number, number + 1, n_bytes, number, starts, stops))
+                found.append(BucketSplit(part, number, number + 1, n_bytes, number, starts, stops))
     return tuple(found)
 
 
@@ -358,10 +369,10 @@ class Buckets:
     runs: Mapping[str, Runs]
     order: SortOrder
     schema: Schema
-    splits: tuple[RunSplit, ...]
+    splits: tuple[BucketSplit, ...]
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        bucket = cast("RunSplit", split)
+        bucket = cast("BucketSplit", split)
         records = self.runs[bucket.path].read_ranges(bucket.starts, bucket.stops)
         order = self.order.indices(records, bucket.number)
         for rows in in_steps(len(records), split.n_bytes, max(batch_bytes, _STEP_BYTES)):
@@ -376,7 +387,6 @@ class Buckets:
 
 # A position is the number of the split, and below that of the record in it.
 _POSITION_BITS = 36
-_NO_ROWS = np.zeros(0, np.int32)
 BY_HASH, BY_POSITION = SortBy(("high", "low")), SortBy(("position",))
 POSITIONS = Schema.of({"position": "int64"})
 
@@ -393,17 +403,17 @@ class Hashes:
     schema: Schema = Schema.of({"high": "uint64", "low": "uint64", "position": "int64"})  # noqa: RUF009 - immutable
 
     @property
-    def splits(self) -> tuple[RunSplit, ...]:
+    def splits(self) -> tuple[NumberedSplit, ...]:
         return tuple(
-            RunSplit(one.path, one.start, one.end, one.n_bytes, number, _NO_ROWS, _NO_ROWS, one)
+            NumberedSplit(one.path, one.start, one.end, one.n_bytes, number, one)
             for number, one in enumerate(self.source.splits)
         )
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        number, inner = cast("RunSplit", split).number, cast("InputSplit", cast("RunSplit", split).inner)
-        schema, position = self.source.schema, number << _POSITION_BITS
+        numbered, schema = cast("NumberedSplit", split), self.source.schema
+        position = numbered.number << _POSITION_BITS
         chosen = range(len(schema)) if self.column is None else [schema.index(self.column)]
-        for batch in self.source.read(inner, batch_bytes):
+        for batch in self.source.read(numbered.inner, batch_bytes):
             records = StoredRecords(schema)
             numbers, _ = write_good(records, batch)  # the bad ones are reported when they are left out
             found = np.zeros((0, 2), np.uint64)
@@ -465,7 +475,7 @@ class DuplicatePositions(Buckets):
     """The positions of the records, but the first, that have one hash. The runs are those of Hashes."""
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:  # noqa: ARG002
-        bucket = cast("RunSplit", split)
+        bucket = cast("BucketSplit", split)
         # With the record of each run that comes before the bucket: the first of a hash may be one of them.
         records = self.runs[bucket.path].read_ranges(np.maximum(bucket.starts - 1, 0), bucket.stops)
         records = records.take(self.order.indices(records))
@@ -483,7 +493,7 @@ class WithoutDuplicates:
 
     source: RecordSource
     positions: Runs
-    splits: tuple[RunSplit, ...]
+    splits: tuple[UniqueSplit, ...]
 
     @staticmethod
     def of(source: RecordSource, positions: Runs) -> WithoutDuplicates:
@@ -492,7 +502,7 @@ class WithoutDuplicates:
         found = [positions.read(run, names=["position"])["position"] for run in range(len(positions.infos))]
         cuts = np.array([np.searchsorted(one.to_numpy(), bounds) for one in found], np.int32).reshape(-1, len(bounds))
         splits = [
-            RunSplit(one.path, one.start, one.end, one.n_bytes, number, cuts[:, number], cuts[:, number + 1], one)
+            UniqueSplit(one.path, one.start, one.end, one.n_bytes, number, one, cuts[:, number], cuts[:, number + 1])
             for number, one in enumerate(source.splits)
         ]
         return WithoutDuplicates(source, positions, tuple(splits))
@@ -502,11 +512,11 @@ class WithoutDuplicates:
         return self.source.schema
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        chosen = cast("RunSplit", split)
+        chosen = cast("UniqueSplit", split)
         positions = self.positions.read_ranges(chosen.starts, chosen.stops)["position"].to_numpy()
         left_out = np.sort(positions) - (chosen.number << _POSITION_BITS)
         first = 0
-        for batch in self.source.read(cast("InputSplit", chosen.inner), batch_bytes):
+        for batch in self.source.read(chosen.inner, batch_bytes):
             start, stop = np.searchsorted(left_out, [first, first + batch.n_records])
             yield taken(batch, np.delete(np.arange(batch.n_records), left_out[start:stop] - first))
             first += batch.n_records
