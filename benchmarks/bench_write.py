@@ -5,13 +5,22 @@
 The records are in memory, as arrays, bytes and str, and are written repeatedly until the requested size is reached. All
 files are durable when the clock stops (fsync), and the disk is idle when it starts. The ways are interleaved, and each
 repetition begins with another one.
+
+    python benchmarks/bench_write.py --packers [images tokens rows] [--only tiercache mosaic ...] [--repetitions 3]
+
+--packers instead compares `tiercache.pack` with the packers of other libraries on the same files: 3,000 JPEGs in ten
+folders, 60 million tokens as documents, and a Parquet table of a million rows. Each packing runs in a process
+(`peers/packers.py`) in an environment of its own below benchmarks/out/envs, which is made on first use; one that cannot
+be made is left out. The time ends when all files are on the disk. Peak memory is that of one more packing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 import tiercache as tc
 from generate import generate
+from peers.catalogue import MEGATRON, PEERS
+from peers.environments import NotInstalledError, interpreter
+from peers.runner import FailedError, run_child
 from rows import OUT, spread, table, write_rows
 from source import PIECE_BYTES
 from tiercache._native.checksum import crc32c
@@ -208,15 +222,148 @@ def line(row: dict[str, Any]) -> list[str]:
     ]
 
 
+# By case: number of records, and its part with --quick.
+PACKED = {"images": (3_000, 20), "tokens": (100_000, 300), "rows": (1_000_000, 2_000)}
+PACKERS = {
+    name: PEERS[name] for name in ("tiercache", "mosaic", "lit", "wds", "beton", "grain_ar", "lance_arrow", "hf")
+}
+PACKERS["megatron"] = MEGATRON
+# With processes of its own, of which each number is one contender; the others pack in one process.
+PARALLEL = ("tiercache", "lit", "beton", "hf")
+WDS_ROWS = 100_000
+PACKER_TITLES = (
+    "packer",
+    "k records/s",
+    "MB/s",
+    "min - max",
+    "tiercache is times as fast",
+    "CPU s",
+    "MB stored",
+    "peak MB",
+)
+
+
+def make_input(case: str, n: int, folder: Path) -> int:
+    """Write the files that all packers pack. Return their bytes."""
+    rng = np.random.default_rng(3)
+    if case == "images":
+        made = generate(replace(WORKLOADS["images"], n_records=n), folder / "made")
+        images = made.batch(0, n)["image"]
+        for number in range(n):
+            path = folder / "images" / f"class-{number % 10}" / f"{number:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(images[number])
+    elif case == "tokens":
+        lengths = np.maximum(rng.lognormal(5.9, 1.0, n), 1).astype(np.int64)
+        (folder / "tokens").mkdir(parents=True)
+        np.save(folder / "tokens" / "lengths.npy", lengths)
+        np.save(folder / "tokens" / "tokens.npy", rng.integers(0, 50_000, lengths.sum(), np.uint16))
+    else:
+        (folder / "rows").mkdir(parents=True)
+        letters = rng.integers(ord("a"), ord("z") + 1, (n, 60), np.uint8)
+        numbers = {"id": np.arange(n), "count": rng.integers(0, 1000, n, np.int32)}
+        floats = {"price": rng.random(n, np.float32), "score": rng.standard_normal(n)}
+        text = [row.tobytes().decode() for row in letters]
+        pq.write_table(
+            pa.table({**numbers, **floats, "text": text}), folder / "rows/rows.parquet", row_group_size=WDS_ROWS
+        )
+    return sum(path.stat().st_size for path in (folder / case).rglob("*") if path.is_file())
+
+
+def compare_packers(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each case and packer, and print a table for each case."""
+    environments, work = (OUT / "envs").resolve(), (asked.folder / "packers").resolve()
+    rows: list[dict[str, Any]] = []
+    for case in asked.packers or PACKED:
+        n = PACKED[case][asked.quick]
+        shutil.rmtree(work, ignore_errors=True)
+        n_bytes = make_input(case, n, work)
+        found: dict[str, list[dict[str, Any]]] = {}
+        jobs: dict[str, tuple[list[str], dict[str, Any]]] = {}
+        for name in asked.only or (["tiercache"] if asked.quick else PACKERS):
+            if case != "tokens" and name == "megatron":
+                continue
+            try:
+                python = interpreter(name, PACKERS[name], environments)
+            except NotInstalledError as error:
+                print(f"{PACKERS[name].title}: not installed: {error}", file=sys.stderr)
+                continue
+            for workers in (1, 2) if name in PARALLEL else (1,):
+                title = PACKERS[name].title + (f", {workers} processes" if workers > 1 else "")
+                job = {"peer": name, "case": case, "source": str(work / case), "workers": workers}
+                jobs[title] = [str(python), "-m", "peers.packers"], job
+                found[title] = []
+        for repetition in range(-1, 1 if asked.quick else asked.repetitions):
+            for title, (command, job) in list(jobs.items()):
+                target = work / "packed"
+                target.mkdir()
+                # The first packing warms the page cache, and its memory is sampled, which takes time.
+                of_it = {**job, "target": str(target), "memory": repetition < 0}
+                try:
+                    found[title].append(run_child([*command, json.dumps(of_it)], work / "log", asked.timeout))
+                except FailedError as error:
+                    print(f"{title}, {case}: {error}", file=sys.stderr)
+                    del jobs[title], found[title]
+                shutil.rmtree(target)
+        ours_s = float(np.median([one["seconds"] for one in found["tiercache"][1:]]))
+        of_case = [packer_row(case, title, n, n_bytes, ours_s, of_it) for title, of_it in found.items()]
+        print(f"{case}: {n:,} records, {n_bytes / 1e6:,.0f} MB in files\n")
+        print(f"{table(PACKER_TITLES, [packer_line(row) for row in of_case])}\n", flush=True)
+        rows += of_case
+    shutil.rmtree(work)
+    return rows
+
+
+def packer_row(
+    case: str, title: str, n: int, n_bytes: int, ours_s: float, found: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the row of a packer. found: First the packing whose memory was sampled."""
+    part = min(WDS_ROWS / n, 1) if case == "rows" and title == PEERS["wds"].title else 1.0
+    seconds = [one["seconds"] / part for one in found[1:]]
+    return {
+        "benchmark": "pack",
+        "case": case,
+        "packer": title,
+        "n_bytes": n_bytes,
+        "records_per_s": spread([n / s for s in seconds]),
+        "bytes_per_s": spread([n_bytes / s for s in seconds]),
+        "of_ours": spread([s / ours_s for s in seconds]),
+        "cpu_s": spread([one["cpu_s"] / part for one in found[1:]]),
+        "stored_bytes": found[0]["stored_bytes"] / part,
+        "peak_bytes": found[0]["peak_bytes"],
+    }
+
+
+def packer_line(row: dict[str, Any]) -> list[str]:
+    """Return the printed cells of a packer's row."""
+    speed = row["bytes_per_s"]
+    return [
+        row["packer"],
+        f"{row['records_per_s']['median'] / 1e3:,.1f}",
+        f"{speed['median'] / 1e6:,.0f}",
+        f"{speed['min'] / 1e6:,.0f} - {speed['max'] / 1e6:,.0f}",
+        f"{row['of_ours']['median']:.2f}",
+        f"{row['cpu_s']['median']:.1f}",
+        f"{row['stored_bytes'] / 1e6:,.0f}",
+        f"{row['peak_bytes'] / 1e6:,.0f}",
+    ]
+
+
 def main(given: list[str] | None = None) -> None:
     """Measure, print a table for each workload, write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*DEFAULT])
     parser.add_argument("--megabytes", type=int, default=512, help="Megabytes that each way writes in each repetition.")
+    parser.add_argument("--packers", nargs="*", choices=[*PACKED], help="Compare packers, on these cases or all.")
+    parser.add_argument("--only", nargs="+", choices=[*PACKERS], help="Packers to compare; tiercache must be one.")
+    parser.add_argument("--timeout", type=float, default=600.0, help="Timeout of one packing in seconds.")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=OUT / "write", help="Folder on the disk to measure.")
     parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
+    if asked.packers is not None:
+        write_rows(asked.folder / "packers.jsonl", compare_packers(asked))
+        return
     n_bytes, repetitions = (QUICK_BYTES, 1) if asked.quick else (asked.megabytes << 20, asked.repetitions)
     rows: list[dict[str, Any]] = []
     for name in asked.workload:

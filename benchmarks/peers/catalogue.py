@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 TORCH = "torch"
 PILLOW = "pillow"
+PYARROW = "pyarrow"  # reads the table that all packers pack
 # At most both: shuffled fully, and with the library's own default shuffle.
 ALL = ("none", "full", "default")
 # Layouts of decoded pictures besides the usual one: with libjpeg-turbo's faster and less exact transform, which FFCV
@@ -109,7 +110,7 @@ PEERS = {
     "mosaic": Peer(
         title="MosaicML Streaming",
         distribution="mosaicml-streaming",
-        requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW),
+        requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW, PYARROW),
         shuffles=ALL,
         workloads=(*WORKLOADS, COLD),
         # It packs 34 to 55 thousand records/s, two million in up to a minute, and reads 12 to 20 thousand.
@@ -118,7 +119,7 @@ PEERS = {
     "lit": Peer(
         title="LitData",
         distribution="litdata",
-        requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW),
+        requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW, PYARROW),
         shuffles=ALL,
         workloads=(*WORKLOADS, COLD),
         # It packs 40 to 71 thousand records/s, two million in up to a minute. In the stored order it reads 71 to 118
@@ -128,7 +129,7 @@ PEERS = {
     "wds": Peer(
         title="WebDataset",
         distribution="webdataset",
-        requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW),
+        requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW, PYARROW),
         shuffles=("none", "default"),
         workloads=(*WORKLOADS, COLD),
         # It packs 2.4 to 4 thousand records/s, 6 KB of tar each: two million take nine minutes or more, and 12 GB.
@@ -144,6 +145,7 @@ PEERS = {
             "opencv-python-headless<4.12",
             "numba<0.62",
             PILLOW,
+            PYARROW,
             "ffcv==1.0.2",
         ),
         system=("opencv4", "libturbojpeg"),
@@ -155,7 +157,7 @@ PEERS = {
     "grain_ar": Peer(
         title="Grain + ArrayRecord",
         distribution="grain",
-        requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", TORCH, PILLOW),
+        requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", TORCH, PILLOW, PYARROW),
         # The first batch of two million records took more than five minutes, of 131,072 records 10 s.
         fewer={"rows": 65_536},
     ),
@@ -210,6 +212,11 @@ PEERS = {
         baseline=True,
     ),
 }
+
+# Only its packer is compared: its loader is a part of its training.
+MEGATRON = Peer(
+    title="Megatron-LM", distribution="megatron-core", requirements=("numpy", TORCH, "megatron-core==0.16.1")
+)
 
 # Not compared: for the plots.
 PLOTS = Peer(title="plots", requirements=("matplotlib",))

@@ -48,26 +48,35 @@ class Runner:
             read_through(job.path if job.path.exists() else Path(job.source_folder))
         form = job.form.replace(" ", "_")
         log = self.logs / f"{job.workload.name}-{job.peer}-{job.task}-{job.shuffle}-{form}-{job.workers}.log"
-        with log.open("w") as errors:
-            child = subprocess.Popen(
-                [str(python), "-m", "peers.child", json.dumps(job.as_json())],
-                cwd=BENCHMARKS,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                said, _ = child.communicate(timeout=self.timeout_s)
-            except subprocess.TimeoutExpired as error:
-                raise FailedError(f"took longer than {self.timeout_s:.0f} s") from error
-            finally:
-                _end_group(child)
-        if child.returncode:
-            raise FailedError(f"{_reason(log)} (exit {child.returncode}; {log.name})")
-        return json.loads(said.splitlines()[-1])
+        return run_child(
+            [str(python), "-m", "peers.child", json.dumps(job.as_json())], log, self.timeout_s, environment
+        )
+
+
+def run_child(
+    command: list[str], log: Path, timeout_s: float, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the JSON in the last line of a command's output. log: File for its stderr. Raises FailedError."""
+    with log.open("w") as errors:
+        child = subprocess.Popen(
+            command,
+            cwd=BENCHMARKS,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            said, _ = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise FailedError(f"took longer than {timeout_s:.0f} s") from error
+        finally:
+            _end_group(child)
+    if child.returncode:
+        raise FailedError(f"{_reason(log)} (exit {child.returncode}; {log.name})")
+    return json.loads(said.splitlines()[-1])
 
 
 def read_through(folder: Path) -> None:

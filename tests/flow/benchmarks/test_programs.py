@@ -27,6 +27,7 @@ PROGRAMS = [
     pytest.param("bench_packing", "", "packing", ["packed, tokens"], id="packing", marks=STRESS),
     pytest.param("bench_tier_whole", "--only named", "tier_whole", ["named"], id="tier_whole", marks=STRESS),
     pytest.param("bench_write", "", "write", [], id="write", marks=STRESS),
+    pytest.param("bench_write", "--packers tokens rows", "packers", ["tokens", "rows"], id="packers", marks=STRESS),
     pytest.param(
         "bench_checkpoint", "", "checkpoint", ["copy", "save", "save-s3", "dcp"], id="checkpoint", marks=[STRESS, S3]
     ),
