@@ -162,10 +162,10 @@ WINDOW_BYTES = 1 << 20
 
 def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(cold, monkeypatch):
     monkeypatch.setattr("tiercache.load.planner.LOAD_AHEAD_BYTES", 2 * WINDOW_BYTES)
-    # The store answers requests for the bytes of four windows, and holds back the others. So the second window comes
-    # although the two after it are requested beside it.
+    # The store answers requests for the bytes of five windows, and holds back the others. So the second window comes
+    # although the two after it are requested beside it, and on a loaded machine some of the next one before its last.
     footers = N_SHARDS * 4096
-    store, loader = cold(4 * WINDOW_BYTES + footers, cached=False, sizes=SMALL_WINDOWS)
+    store, loader = cold(5 * WINDOW_BYTES + footers, cached=False, sizes=SMALL_WINDOWS)
     batches = iter(loader)
     ids = [i for _ in range(16) for i in next(batches)["id"].tolist()]  # those of two windows
     # The windows that were served and the awaited one have two windows at most.
@@ -173,7 +173,7 @@ def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(c
     requested_bytes = store.n_bytes
     store.go.set()
     ids += [i for batch in batches for i in batch["id"].tolist()]
-    assert requested_bytes <= 7 * WINDOW_BYTES + footers  # four, the awaited one, and two ahead
+    assert requested_bytes <= 8 * WINDOW_BYTES + footers  # five, the awaited one, and two ahead
     assert sorted(ids) == list(range(N))
 
 
