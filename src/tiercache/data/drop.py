@@ -32,7 +32,7 @@ from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import Store
 from tiercache.store.remote import call_threads
 
-# What is left of a shard is one shard, whose footer says when it must end.
+# What remains of a shard is written as one shard, however large it is.
 _NO_LIMIT_BYTES = 1 << 62
 
 
@@ -117,9 +117,9 @@ def drop(
 
 
 class _Rewriting:
-    """What is left of shards, in shards of the new version. Threads process different shards.
+    """Writer of the records that remain of each shard, as shards of the new version. Threads process different shards.
 
-    left: Shards of the new version by the name of the shard that they are left of.
+    left: Shards of the new version that have what remains of a shard, by the name of that shard.
     """
 
     def __init__(

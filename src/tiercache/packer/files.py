@@ -214,7 +214,7 @@ def find_files(
     remote = bool(parsed.scheme)
     text = os.fspath(source) if remote else parsed.path
     root, globs = (text, []) if not remote and Path(text).exists() else split_glob(text)
-    if not globs and (single := _single_file(text, remote, storage_options)) is not None:
+    if not globs and (single := find_file(text, storage_options)) is not None:
         return *single, []
     if not remote and not Path(root).is_dir():
         raise NotFound("no such file or folder", url=text)
@@ -231,7 +231,10 @@ def find_files(
     return files, found, skipped
 
 
-def _single_file(text: str, remote: bool, options: Mapping[str, Any]) -> tuple[Files, list[SourceFile]] | None:
+def find_file(source: str, options: Mapping[str, Any]) -> tuple[Files, list[SourceFile]] | None:
+    """Return the file at a path or URL, and where it lies; None if no file is there."""
+    parsed = ParsedUrl.parse(source)
+    text, remote = source if parsed.scheme else parsed.path, bool(parsed.scheme)
     if not remote:
         path = Path(text).absolute()
         return (LocalFiles(str(path.parent)), [SourceFile(path.name, path.stat().st_size)]) if path.is_file() else None

@@ -58,7 +58,8 @@ class LitDataChunks:
     """Chunks of a data set of LitData, a files.RecordSource. A split is a chunk.
 
     formats: How the leaves are stored, in LitData's terms; leaves: their columns. is_tokens: Whether a record is a bare
-    array, as that of LitData's TokensLoader. compression: What is compressed with zstd: "chunk", "batch", "sample", "".
+    array, as that of LitData's TokensLoader. compression: Unit that zstd compresses, "chunk", "batch" or "sample"; "":
+    none.
     """
 
     files: Files

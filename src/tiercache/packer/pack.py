@@ -30,7 +30,7 @@ from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.model import parse_bytes
 from tiercache.packer import rearrange
 from tiercache.packer.bad_records import BadRecordLog, OnError, report_url, write_batch, write_report
-from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile
+from tiercache.packer.files import InputBatch, InputSplit, RecordSource, SkippedFile, find_file
 from tiercache.packer.folders import FolderFiles
 from tiercache.packer.images import parse_encode, recoded
 from tiercache.packer.objects import find_object, is_object, object_of
@@ -70,7 +70,7 @@ from tiercache.shard.versions import (
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore, Store, open_store, redact, split_url
-from tiercache.store.access import ParsedUrl, absolute_url, split_glob
+from tiercache.store.access import absolute_url, split_glob
 
 logger = logging.getLogger("tiercache")
 
@@ -291,8 +291,8 @@ def _find_unchanged(
 
 def _find_data_set(source: str | os.PathLike[str], options: PackOptions) -> Dataset | None:
     """Return the data set of tiercache at a path or URL; None if it is not the URL of one."""
-    is_file = ParsedUrl.parse(source).scheme == "" and not os.path.isdir(source)  # noqa: PTH112 -- as open() takes it
-    if options.kind is not None or is_file or split_glob(os.fspath(source))[1]:
+    text = os.fspath(source)
+    if options.kind is not None or split_glob(text)[1] or find_file(text, options.source_options) is not None:
         return None
     with closing(open_store(source, **options.source_options)) as store:
         if find_latest(store) is None:
@@ -431,7 +431,7 @@ def run_pack(
                 raise
             crash_point("packing.tasks_finished")
             if plan.options.on_error != "stop":
-                _report_bad_records(plan.url, passes.first, on_bad)
+                _report_bad_records(plan.url, packing, passes.first, on_bad)
             if plan.options.dedup and on_duplicates is not None:
                 on_duplicates(passes.n_duplicates)
             for part, target in targets.items():
@@ -588,11 +588,13 @@ def _run_tasks(plan: PackPlan, packing: Packing, targets: Mapping[str, Store], p
             job.run(task, report)
 
 
-def _report_bad_records(target: str, plan: PackPlan, on_bad: Callable[[int, str], None] | None) -> None:
+def _report_bad_records(
+    target: str, packing: Packing, plan: PackPlan, on_bad: Callable[[int, str], None] | None
+) -> None:
     """Write the report of all bad records, in the order of the source, and call on_bad with their number.
 
-    target: URL of the data set. plan: That of the pass that has read the source. Raises SchemaError if all records are
-    bad: that is a mistake in the options rather than in the data.
+    target: URL of the data set. plan: That of the pass that has read the source. If there are bad records alone, the
+    options are wrong rather than the data: the packing and its other passes are removed. Raises SchemaError then.
     """
     url = report_url(target, plan.options.report)
     root, key = split_url(url)
@@ -601,13 +603,14 @@ def _report_bad_records(target: str, plan: PackPlan, on_bad: Callable[[int, str]
         closing(open_store(root, **plan.options.storage_options if beside else {})) as store,
         _open_targets(plan.url, plan.options) as (records, _),
     ):
-        packing = begin_packing(records, plan.key, {})  # which has begun
-        n_bad = write_report(store, key, (packing.bad_records(number) for number in range(len(plan.tasks))))
-        parts = [infos for of_task in packing.finished().values() for infos in of_task.values()]
-        if n_bad and not any(info.n_records for infos in parts for info in infos):
-            packing.remove()
-            message = f"none of the {n_bad:,} records could be packed, so nothing was committed; the reasons: "
-            raise SchemaError(f"{message}{redact(url)}")
+        of_pass = begin_packing(records, plan.key, {})  # which has begun
+        n_bad = write_report(store, key, (of_pass.bad_records(number) for number in range(len(plan.tasks))))
+        parts = [infos for of_task in of_pass.finished().values() for infos in of_task.values()]
+    if n_bad and not any(info.n_records for infos in parts for info in infos):
+        packing.remove()
+        raise SchemaError(
+            f"no record could be packed, and {n_bad:,} are bad; nothing was committed. Their reasons: {redact(url)}"
+        )
     if n_bad and on_bad is not None:
         on_bad(n_bad, redact(url))
 

@@ -81,10 +81,13 @@ def test_without_bad_records_the_report_is_empty_and_an_unknown_policy_is_an_err
     assert is_empty(tmp_path / "other")
 
 
-def test_if_all_records_are_bad_nothing_is_committed(tmp_path):
+@pytest.mark.parametrize("order", [{}, {"shuffle": 1}, {"dedup": True, "sort": "x"}])
+def test_if_all_records_are_bad_nothing_is_committed_and_no_pass_is_left(tmp_path, order, monkeypatch):
+    monkeypatch.setattr("tiercache.packer.rearrange.RUN_BYTES", 50)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"x": f"text {i}"}) + "\n" for i in range(30)))
-    with pytest.raises(SchemaError, match=r"none of the 30 records could be packed.*out\.bad\.jsonl"):
-        pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "int8"}, on_error="skip", workers=2)
-    assert len((tmp_path / "out.bad.jsonl").read_text().splitlines()) == 30
-    version = pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "str"}, on_error="skip")
+    with pytest.raises(SchemaError, match=r"no record could be packed, and 30 are bad.*out\.bad\.jsonl"):
+        pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "int8"}, on_error="skip", **order)
+    assert len(lines(tmp_path / "out.bad.jsonl")) == 30
+    assert is_empty(tmp_path / "out")
+    version = pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "str"}, on_error="skip", **order)
     assert (version.number, version.n_records) == (1, 30)

@@ -4,7 +4,9 @@ import gzip
 import pickle
 
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer
 
+import tiercache as tc
 from tiercache.errors import NotFound
 from tiercache.packer.files import StoreFiles, find_files, selected
 from tiercache.store import open_store
@@ -98,3 +100,10 @@ def test_include_and_exclude():
         ("a/b.jpg", ["b"], [], False),
     ):
         assert selected(path, include, exclude) is expected
+
+
+def test_one_file_is_packed_although_the_store_refuses_all_other_keys(tmp_path):
+    with HttpFaultServer({"rows.jsonl": b'{"x": 1}\n{"x": 2}\n'}) as server:
+        server.when(lambda _, path: None if path == "/rows.jsonl" else HttpFault("status", 403))
+        tc.pack(f"{server.url}/rows.jsonl", tmp_path / "out")
+    assert [record["x"] for record in tc.Dataset(tmp_path / "out")] == [1, 2]
