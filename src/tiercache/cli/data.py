@@ -39,7 +39,8 @@ from tiercache.data.opened_version import OpenedVersion
 from tiercache.model import format_bytes
 from tiercache.packer.export import plan_export
 from tiercache.packer.files import SkippedFile, selected
-from tiercache.packer.pack import PackOptions, plan_pack, run_pack
+from tiercache.packer.pack import run_pack
+from tiercache.packer.plan import PackOptions, plan_pack
 from tiercache.packer.sources import SOURCE_KINDS
 from tiercache.shard.schema import Column, Kind, UserType
 from tiercache.shard.versions import ShardTable, Version, find_version, read_shards

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from tiercache.cli.app import app
 from tiercache.data.dataset import Dataset
 from tiercache.errors import SchemaError
-from tiercache.packer.pack import PackOptions, pack, plan_pack
+from tiercache.packer.pack import pack
+from tiercache.packer.plan import PackOptions, plan_pack
 
 
 def write(root, files):

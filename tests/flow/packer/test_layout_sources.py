@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.errors import SchemaError
-from tiercache.packer.pack import PackOptions, plan_pack
+from tiercache.packer.plan import PackOptions, plan_pack
 from tiercache.shard.versions import find_version, read_shards
 from tiercache.store import open_store
 

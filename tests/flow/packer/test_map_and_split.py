@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.errors import CommitConflict, SchemaError
-from tiercache.packer.pack import PackOptions, plan_pack
+from tiercache.packer.plan import PackOptions, plan_pack
 
 N = 600
 ROWS = [{"id": i, "text": f"text {i}", "tokens": list(range(i % 5))} for i in range(N)]

@@ -12,7 +12,7 @@ from tests.flow.packer.test_packing import read, shards_of
 
 import tiercache as tc
 from tiercache.errors import SchemaError
-from tiercache.packer.pack import PackOptions, plan_pack
+from tiercache.packer.plan import PackOptions, plan_pack
 
 
 def records_of(number):

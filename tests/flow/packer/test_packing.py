@@ -18,7 +18,8 @@ from tiercache.data.dataset import Dataset
 from tiercache.data.packing import pack_sequences
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import tables
-from tiercache.packer.pack import PackOptions, pack, plan_pack, run_pack
+from tiercache.packer.pack import pack, run_pack
+from tiercache.packer.plan import PackOptions, plan_pack
 from tiercache.shard.gc import collect_garbage
 from tiercache.shard.packings import list_packings
 from tiercache.shard.reader import ShardReader

@@ -13,7 +13,8 @@ import pytest
 
 import tiercache as tc
 from tiercache.errors import SchemaError
-from tiercache.packer.pack import PackOptions, pack, plan_pack
+from tiercache.packer.pack import pack
+from tiercache.packer.plan import PackOptions, plan_pack
 
 
 def write(folder, path, table):

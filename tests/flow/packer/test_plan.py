@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.packer.files import InputSplit
-from tiercache.packer.pack import PackOptions, divide_splits, pack, plan_pack
+from tiercache.packer.pack import pack
+from tiercache.packer.plan import PackOptions, divide_splits, plan_pack
 from tiercache.packer.sources import find_source, kind_of
 
 

@@ -21,7 +21,7 @@ import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.errors import SchemaError
 from tiercache.packer import rearrange, tables
-from tiercache.packer.pack import PackOptions, plan_pack
+from tiercache.packer.plan import PackOptions, plan_pack
 from tiercache.shard.verify import verify_dataset
 from tiercache.store import open_store
 

@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.errors import CorruptShard, SchemaError
-from tiercache.packer.pack import PackOptions, pack, plan_pack
+from tiercache.packer.pack import pack
+from tiercache.packer.plan import PackOptions, plan_pack
 from tiercache.packer.sources import SourceOptions, find_source, narrow
 from tiercache.packer.transform import select_source
 from tiercache.shard.schema import Schema

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from tiercache.cli.app import app
 from tiercache.errors import NotFound, SchemaError
 from tiercache.packer.images import find_damage, sniff
-from tiercache.packer.pack import PackOptions, pack, plan_pack
+from tiercache.packer.pack import pack
+from tiercache.packer.plan import PackOptions, plan_pack
 
 MDS_INDEX = {"version": 2, "shards": [{"column_encodings": ["int"], "raw_data": {"basename": "shard.00000.mds"}}]}
 LITDATA_INDEX = {"chunks": [{"chunk_bytes": 10, "filename": "chunk-0-0.bin"}], "config": {"data_format": ["int"]}}
