@@ -11,8 +11,8 @@ from tiercache.errors import TierCacheError
 T = TypeVar("T")
 # Time for cancelled tasks to end.
 _STOP_S = 10.0
-PackEngine: TypeAlias = Literal["process", "ray"]
-ENGINES: tuple[PackEngine, ...] = get_args(PackEngine)
+TaskEngine: TypeAlias = Literal["process", "ray"]
+ENGINES: tuple[TaskEngine, ...] = get_args(TaskEngine)
 
 
 def check_engine(engine: str) -> None:

@@ -41,7 +41,7 @@ from tiercache.packer.rearrange import (
 from tiercache.packer.sources import SourceKind
 from tiercache.packer.transform import MapFunction, divide
 from tiercache.packer.workers import Report, run_in_processes, run_in_ray
-from tiercache.ray_tasks import PackEngine
+from tiercache.ray_tasks import TaskEngine
 from tiercache.shard.packings import Packing, begin_packing, find_packing, pass_folder
 from tiercache.shard.schema import Schema, UserType
 from tiercache.shard.versions import Commit, Version, VersionKind
@@ -410,7 +410,7 @@ def pack(
     block_size: int | str = "1MiB",
     compression: str | Mapping[str, str] = "auto",
     workers: int = 1,
-    engine: PackEngine = "process",
+    engine: TaskEngine = "process",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     columns: Sequence[str] = (),

@@ -30,7 +30,7 @@ from tiercache.packer.rearrange import RunPlan, Shuffle, SortBy, SortOrder, chec
 from tiercache.packer.sources import SourceOptions, find_source, narrow, with_schema_of, with_types
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, MappedSource, map_source, select_source
-from tiercache.ray_tasks import PackEngine, check_engine
+from tiercache.ray_tasks import TaskEngine, check_engine
 from tiercache.shard.packings import find_packing, list_packings
 from tiercache.shard.schema import Image, Kind, check_same_schema
 from tiercache.shard.versions import (
@@ -64,7 +64,7 @@ class PackOptions(SourceOptions):
     block_size: int | str = "1MiB"
     compression: str | Mapping[str, str] = "auto"
     workers: int = 1
-    engine: PackEngine = "process"
+    engine: TaskEngine = "process"
     map: MapFunction | str | None = None
     resize: int | None = None
     encode: str | None = None
