@@ -23,7 +23,7 @@ from tiercache.layouts.contract import FileBytes, FileIndex, Folder, Layout, Lay
 from tiercache.layouts.spans import Bytes, bytes_at, take_spans, text_array
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.shard.conversion import ConversionError
-from tiercache.shard.schema import STORED, Column, Image, Kind, Ragged, Schema, Tensor, UserType, find_bad_shape
+from tiercache.shard.schema import STORED, Column, Kind, Ragged, Schema, Tensor, UserType, find_bad_shape
 from tiercache.shard.shard_file import ColumnData
 
 INDEX = "index.json"
@@ -33,7 +33,7 @@ _NUMBERS = (*(f"{sign}int{8 << i}" for sign in ("", "u") for i in range(4)), "fl
 _TYPES: Mapping[str, UserType] = MappingProxyType(
     {name: name for name in (*_NUMBERS, "bytes", "str", "json")}
     | {"int": "int64", "str_int": "int64", "str_float": "float64", "str_decimal": "str"}
-    | {"jpeg": Image("jpeg"), "png": Image("png")}
+    | {"jpeg": "image", "png": "image"}  # the first bytes say what an image is
 )
 # Encodings whose dtype and number of dimensions are those of the first record.
 _ARRAYS = ("ndarray", "pil")
@@ -80,7 +80,7 @@ def encoding_of(column: Column) -> Encoding | None:
     """Return the encoding of a column's values when they are written; None: MDS has none that fits.
 
     Nulls exist only in JSON, so nullable numbers and text are JSON. bfloat16 is widened, and an array of bool has
-    uint8. Any image is declared as png or jpeg: readers look at its first bytes.
+    uint8. An image of another encoding than PNG is declared as jpeg: readers look at its first bytes.
     """
     dtype = {"bfloat16": "float32", "bool": "uint8"}.get(column.dtype or "", column.dtype or "")
     if column.kind is Kind.TENSOR:

@@ -1,6 +1,7 @@
 """tc.export: what is exported and packed again is equal, in every format; files appear complete."""
 
 import hashlib
+import io
 import json
 import tarfile
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 from tests.support.every_kind import EVERY_KIND, columns_of_every_kind, is_same
 
 import tiercache as tc
@@ -311,3 +313,14 @@ def test_no_records_are_a_file_with_the_columns(dataset, tmp_path):
     assert pa.ipc.open_file(tmp_path / "out.arrow").schema.equals(none.schema.arrow)
     tc.export(none.select_columns(["id"]), tmp_path / "mds", format="mds")
     assert [shard["samples"] for shard in json.loads((tmp_path / "mds/index.json").read_bytes())["shards"]] == [0]
+
+
+def test_an_image_that_is_neither_jpeg_nor_png_is_not_called_a_jpeg_after_an_export_to_mds(tmp_path):
+    encoded = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(encoded, "webp")
+    with tc.Writer(tmp_path / "set", schema={"image": "image"}) as writer:
+        writer.write({"image": encoded.getvalue()})
+    tc.export(tc.Dataset(tmp_path / "set"), tmp_path / "mds", format="mds")
+    tc.pack(tmp_path / "mds", tmp_path / "again")
+    for found in (tc.Dataset(tmp_path / "mds"), tc.Dataset(tmp_path / "again")):
+        assert (str(found.schema.columns[0]), found[0]["image"]) == ("image", encoded.getvalue())
