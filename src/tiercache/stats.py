@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_left
 
@@ -9,8 +10,21 @@ from bisect import bisect_left
 _EDGES_S = tuple(10 ** (exponent / 10) for exponent in range(-60, 31))
 
 
+# One lock guards all counters, so that a forked child can replace it: another thread of the parent may have held it.
+# Re-entrant, because the garbage collector may run a finalizer that counts in the thread that holds it.
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Counters:
-    """Named sums. All methods may be called from any thread; each holds the lock for one addition or one copy.
+    """Named sums. All methods may be called from any thread and after a fork; each is one addition or one copy.
 
     Args:
         names: Names of the sums that exist from the start; add() creates others.
@@ -18,23 +32,23 @@ class Counters:
     """
 
     def __init__(self, *names: str, total: Counters | None = None) -> None:
-        self._lock, self._total = threading.Lock(), total
+        self._total = total
         self._sums: dict[str, float] = dict.fromkeys(names, 0)
 
     def add(self, name: str, n: float = 1) -> None:
         """Add n to the sum with this name."""
-        with self._lock:
+        with _lock:
             self._sums[name] = self._sums.get(name, 0) + n
         if self._total is not None:
             self._total.add(name, n)
 
     def __getitem__(self, name: str) -> float:
-        with self._lock:
+        with _lock:
             return self._sums.get(name, 0)
 
     def snapshot(self) -> dict[str, float]:
         """Return all sums as of one instant."""
-        with self._lock:
+        with _lock:
             return dict(self._sums)
 
 
