@@ -232,12 +232,16 @@ def pack(
     plan = plan_pack(source, url, options)
     _print_skipped(output, plan.skipped)
     target = redact(plan.url)
+    if plan.is_committed and not output.quiet:
+        text = "packed before, from the same source with the same options; --mode overwrite packs it again"
+        output.event("unchanged", {"url": target}, f"{target}: {text}")
     if dry_run:
         for one in plan.source.schema.columns:
             output.event("column", {"name": one.name, "type": str(one)}, f"{one.name}: {one}")
         facts = {"url": target, "mode": mode, "bytes": plan.total_bytes, "workers": plan.n_workers, "dry_run": True}
         how = "as tasks of Ray" if engine == "ray" else f"in {count(plan.n_workers, 'process', 'processes')}"
-        output.summary(facts, f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, {how}")
+        would = f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, {how}"
+        output.summary(facts, f"would leave {target} as it is" if plan.is_committed else would)
         return
     if plan.finished and not output.quiet:
         facts = {"finished": len(plan.finished), "tasks": len(plan.tasks)}

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import IO, Any, BinaryIO, Protocol, TypeAlias
 import pyarrow as pa
 
 from tiercache.errors import NotFound, SchemaError
+from tiercache.model import ObjectInfo
 from tiercache.shard.schema import Schema
 from tiercache.store import Store, StoreFile, open_store, split_url
 from tiercache.store.access import ParsedUrl, matches_glob, split_glob
@@ -91,8 +93,11 @@ _PARALLEL_READS = 16
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
+    """File of a source. state: Its ETag, or the time of its last change; another one says that it was changed."""
+
     path: str
     n_bytes: int
+    state: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +110,13 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files below a local folder. Symbolic links are followed, because image folders often consist of links."""
+    """Files below a local folder. Symbolic links are followed, because image folders often consist of links.
+
+    state: Hash of the files that are packed and of their states, for the repr of a source; "" while they are unknown.
+    """
 
     root: str
+    state: str = ""
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
         """Yield all files in any order, except ignored ones and those in ignored folders.
@@ -129,7 +138,7 @@ class LocalFiles:
                     if entry.is_dir():
                         pending.append((path, above | {real}))
                     elif entry.is_file():
-                        yield SourceFile(path, entry.stat().st_size)
+                        yield _local_file(path, entry.stat())
                     elif entry.is_symlink() and not Path(entry.path).exists():
                         yield SkippedFile(path, f"a link to {str(Path(entry.path).readlink())!r}, which does not exist")
                     else:
@@ -152,18 +161,19 @@ class StoreFiles:
 
     root: str
     storage_options: Mapping[str, Any] = field(repr=False)  # may hold credentials
+    state: str = ""
 
     @cached_property
     def store(self) -> Store:
         return open_store(self.root, **self.storage_options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoreFiles, (self.root, self.storage_options)
+        return StoreFiles, (self.root, self.storage_options, self.state)
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
         for info in self.store.list():
             if not any(map(is_ignored, info.key.split("/"))):
-                yield SourceFile(info.key, info.n_bytes)
+                yield _stored_file(info)
 
     def open(self, path: str) -> BinaryIO:
         """Open an object, which is read by ranges of at least 1 MiB."""
@@ -180,6 +190,22 @@ class StoreFiles:
 
 
 Files: TypeAlias = LocalFiles | StoreFiles
+
+
+def _local_file(path: str, status: os.stat_result) -> SourceFile:
+    return SourceFile(path, status.st_size, str(status.st_mtime_ns))
+
+
+def _stored_file(info: ObjectInfo) -> SourceFile:
+    return SourceFile(info.key, info.n_bytes, info.etag or str(info.modified_s))
+
+
+def with_state(files: Files, found: Iterable[SourceFile]) -> Files:
+    """Return the files with the hash of those that are packed."""
+    digest = hashlib.sha256()
+    for file in found:
+        digest.update(f"{file.path!r} {file.n_bytes} {file.state}\n".encode())
+    return replace(files, state=digest.hexdigest()[:32])
 
 
 # What operating systems, archivers and Spark leave beside the data.
@@ -237,11 +263,11 @@ def find_file(source: str, options: Mapping[str, Any]) -> tuple[Files, list[Sour
     text, remote = source if parsed.scheme else parsed.path, bool(parsed.scheme)
     if not remote:
         path = Path(text).absolute()
-        return (LocalFiles(str(path.parent)), [SourceFile(path.name, path.stat().st_size)]) if path.is_file() else None
+        return (LocalFiles(str(path.parent)), [_local_file(path.name, path.stat())]) if path.is_file() else None
     try:
         root, key = split_url(text)
         files = StoreFiles(root, options)
-        return files, [SourceFile(key, files.store.head(key).n_bytes)]
+        return files, [_stored_file(files.store.head(key))]
     except (NotFound, ValueError):  # ValueError: the root of a bucket is not an object
         return None
 

@@ -58,6 +58,7 @@ class Units(ABC):
     most_sampled = 100  # units
     is_read_once = False  # records of an iterator, unless its function can be called again
     is_inspected = True  # while true, read() is a sample and is repeated later
+    has_content_id = False  # repr() tells the object from any that has other records
 
     @property
     @abstractmethod
@@ -467,6 +468,10 @@ class _DataSets(_Data):
 
     def location(self, unit: int, record: int) -> str:  # noqa: ARG002
         return f"a record from {unit} on"
+
+    @property
+    def has_content_id(self) -> bool:  # type: ignore[override]
+        return self.made_by is None
 
     def _fact(self) -> str:
         return repr([(dataset.fingerprint, repr(dataset)) for dataset in self.datasets])

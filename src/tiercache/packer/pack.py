@@ -83,14 +83,15 @@ def run_pack(
     """Write the shards, then commit them and return the version of each part; "" without a split.
 
     Until the commit no reader sees anything. After an exception, Ctrl-C or a kill, the tasks that are finished stay,
-    and another call with the same source and options continues with the others. A part that was committed before a kill
+    and another call with the same source and options continues with the others. A part that this packing has committed
     is not committed again: its version is returned. on_bad is called with the number of bad records and the URL of
     their report, and on_duplicates with the number of records that dedup= has left out.
     Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
     with open_targets(plan.url, plan.options) as (store, targets):
-        parents = {part: check_target(store, target, plan.options) for part, target in targets.items()}
-        bases = {part: parent.number if parent else 0 for part, parent in parents.items()}
+        parents = {part: check_target(target, plan.options) for part, target in targets.items()}
+        is_new = plan.options.mode == "create"  # a version that is there is this packing's own
+        bases = {part: parent.number if parent and not is_new else 0 for part, parent in parents.items()}
         packing = begin_packing(store, plan.key, bases)
         versions = {part: packing.committed(target, part) for part, target in targets.items()}
         if None in versions.values():
@@ -433,7 +434,9 @@ def pack(
 
     The records are in the order of the source, unless `shuffle` or `sort` states another one. After Ctrl-C, a kill or
     an error, the same call continues: parts that are finished are kept, below the data set's URL, and no record is lost
-    or written twice.
+    or written twice. If it had come to its end, a call with mode="create" and files or data sets that have not changed
+    returns the version that is there; with an object of Python, whose content is not compared, it raises
+    CommitConflict.
 
     ::
 
@@ -564,6 +567,9 @@ def pack(
             "by name (exclude=)",
             stacklevel=2,
         )
+
+    if plan.is_committed:
+        logger.info("%s: packed before, from the same source with the same options", redact(plan.url))
 
     def warn(n_bad: int, report_at: str) -> None:
         warnings.warn(f"{n_bad:,} bad records were not packed; {report_at} lists them", stacklevel=4)

@@ -19,7 +19,6 @@ from typing import Any
 from tiercache import config
 from tiercache.data.dataset import Dataset
 from tiercache.data.scan import Split
-from tiercache.errors import CommitConflict
 from tiercache.model import parse_bytes
 from tiercache.packer import rearrange
 from tiercache.packer.files import InputSplit, RecordSource, SkippedFile, find_file
@@ -31,7 +30,7 @@ from tiercache.packer.sources import SourceOptions, find_source, narrow, with_sc
 from tiercache.packer.tokens import tokenized
 from tiercache.packer.transform import MapFunction, MappedSource, map_source, select_source
 from tiercache.ray_tasks import TaskEngine, check_engine
-from tiercache.shard.packings import find_packing, list_packings
+from tiercache.shard.packings import Packing, find_packing, list_packings
 from tiercache.shard.schema import Image, Kind, check_same_schema
 from tiercache.shard.versions import (
     Version,
@@ -142,7 +141,8 @@ class PackPlan:
 
     key: Hash of the source and of the options that decide what is written; all passes of a packing have the same key.
     is_begun: Whether an earlier run has begun this packing; finished: tasks that it has finished, if the packing has
-    one pass. run_plan: How this pass orders the records; None: they are written in the order of the source.
+    one pass. is_committed: Whether an earlier run has committed all parts, so that nothing is left to do. run_plan: How
+    this pass orders the records; None: they are written in the order of the source.
     """
 
     source: RecordSource
@@ -153,6 +153,7 @@ class PackPlan:
     finished: frozenset[int] = frozenset()
     skipped: tuple[SkippedFile, ...] = ()  # although neither include nor exclude says so
     is_begun: bool = False
+    is_committed: bool = False
     run_plan: RunPlan | None = None
 
     @property
@@ -172,7 +173,7 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
     Raises NotFound, CommitConflict, SchemaError, TypeError, ValueError, as `pack`.
     """
     with open_targets(url, options) as (store, targets):
-        parents = {part: check_target(store, target, options) for part, target in targets.items()}
+        parents = {part: check_target(target, options) for part, target in targets.items()}
         first = next(iter(parents.values()))
         find = _find if options.resize is None and options.encode is None else _find_images
         chosen, skipped = find(source, inputs, options, first if options.mode == "append" else None)
@@ -185,18 +186,16 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
             check_sortable(chosen.schema, options.sort)
         if isinstance(options.dedup, str):
             chosen.schema.index(options.dedup)
+        has_content_id = True
         if (found := object_of(chosen)) is not None:
+            has_content_id = found.units.has_content_id
             found.units.is_inspected = False
             if options.dedup and found.units.is_read_once:
                 raise ValueError("dedup= reads the source twice, and an iterator is read once: pass a function of it")
         tasks = divide_splits(chosen.splits, options.shard_options.shard_bytes)
         key = _key_of(chosen, tasks, options)
         packing = find_packing(store, key)
-        for part, target in targets.items():
-            parent = parents[part]
-            is_new = packing is None or not packing.committed(target, part)
-            if options.mode == "create" and parent is not None and is_new:
-                raise data_set_exists_error(target, parent)
+        committed = _check_committed(targets, parents, packing, options, key if has_content_id else None)
         finished = frozenset() if packing is None or options.has_passes else frozenset(packing.finished())
         if n_others := sum(records.key != key for records in list_packings(store)):
             logger.warning(
@@ -205,7 +204,30 @@ def plan_pack(source: Any, url: str | os.PathLike[str], options: PackOptions, in
                 n_others,
             )
     begun = packing is not None
-    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), key, finished, tuple(skipped), begun)
+    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), key, finished, tuple(skipped), begun, committed)
+
+
+def _check_committed(
+    targets: Mapping[str, Store],
+    parents: Mapping[str, Version | None],
+    packing: Packing | None,
+    options: PackOptions,
+    content_id: str | None,
+) -> bool:
+    """Return whether this packing has committed all parts. Raises CommitConflict if another one has made a data set.
+
+    packing: Its records; they are gone if it has ended. content_id: Its key, if that tells the content of the source.
+    """
+    is_committed = True
+    for part, parent in parents.items():
+        if parent is not None and packing is not None:
+            is_own = packing.committed(targets[part], part) is not None
+        else:
+            is_own = parent is not None and options.mode == "create" and parent.nonce == content_id
+        if parent is not None and options.mode == "create" and not is_own:
+            raise data_set_exists_error(targets[part], parent)
+        is_committed = is_committed and is_own
+    return is_committed
 
 
 def _find(
@@ -315,16 +337,11 @@ def part_url(url: str | os.PathLike[str], part: str) -> str:
     return f"{os.fspath(url).rstrip('/')}/{part}" if part else os.fspath(url)
 
 
-def check_target(store: Store, target: Store, options: PackOptions) -> Version | None:
-    """Check a data set's store, and return the newest version, if any. store: That of the packing's records."""
-    try:
-        parent = find_parent(target, options.mode)
-    except CommitConflict:  # perhaps this packing committed it, or a part of it, before it was killed
-        if options.mode != "create" or next(list_packings(store), None) is None:
-            raise
-        parent = find_parent(target, "overwrite")
-    if (options.n_workers > 1 or options.engine == "ray") and isinstance(store, MemoryStore):
-        raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with workers=1")
+def check_target(target: Store, options: PackOptions) -> Version | None:
+    """Check a data set's store, and return its newest version, which this packing may have made; None: it has none."""
+    parent = find_parent(target, "overwrite" if options.mode == "create" else options.mode)
+    if (options.n_workers > 1 or options.engine == "ray") and isinstance(target, MemoryStore):
+        raise ValueError(f"{target.url}: a memory store exists in one process only; pack into it with workers=1")
     return parent
 
 

@@ -7,9 +7,10 @@
     _tiercache/packing/<key>/<id>/bad/<task>   its bad records, if it has any: lines of JSON
     _tiercache/packing/<key>/<pass>/...        shards and records of an earlier pass (packer/rearrange.py)
 
-The key is a hash of the source and the options, so that the same command finds its records. The id is random: it is the
-nonce of the versions that the packing commits, so a packing that was killed after its commit is recognised, and never
-commits again. Records are put if absent: if two processes run one packing, each task and each commit counts once.
+The key is a hash of the source and the options, so that the same command finds its records. The id is the nonce of the
+versions that the packing commits, so a packing that was killed after its commit is recognised, and never commits again.
+The id is random, or the key if the packing makes new data sets: these are recognised after the records were removed.
+Records are put if absent: if two processes run one packing, each task and each commit counts once.
 A shard that is listed here belongs to no version yet, and must not be removed before these records are.
 """
 
@@ -112,7 +113,8 @@ def begin_packing(store: Store, key: str, bases: Mapping[str, int]) -> Packing:
     start = _start_of(store, key)
     if start.get(1) is not None and find_packing(store, key) is None:
         start.delete([1])  # damaged: nothing is known of its tasks
-    if not start.put(1, _text({"id": secrets.token_hex(16), "bases": dict(bases)})) and (text := start.get(1)):
+    packing_id = secrets.token_hex(16) if any(bases.values()) else key
+    if not start.put(1, _text({"id": packing_id, "bases": dict(bases)})) and (text := start.get(1)):
         store.put(start.key(1), text)  # its age begins anew, so that gc knows that the packing goes on
     packing = find_packing(store, key)
     if packing is None:

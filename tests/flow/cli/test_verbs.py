@@ -24,6 +24,18 @@ class TestPack:
         ]
         assert (summary["event"], summary["version"], summary["records"], summary["shards"]) == ("summary", 2, 30, 2)
 
+    def test_the_same_command_again_says_that_nothing_was_left_to_do(self, tiercache, photos, tmp_path):
+        target = tmp_path / "out"
+        assert "packed before" not in tiercache("pack", photos, target).out
+        first, last = tiercache("pack", photos, target).out.splitlines()
+        assert first.startswith(
+            f"{target}: packed before, from the same source with the same options; --mode overwrite"
+        )
+        assert last.startswith(f"{target}: version 1 has 20 records")
+        dry = tiercache("pack", photos, target, "--dry-run", "--json").events
+        assert [event["event"] for event in dry] == ["unchanged", "column", "column", "column", "summary"]
+        assert tiercache("pack", photos, target, "--dry-run").out.splitlines()[-1] == f"would leave {target} as it is"
+
     def test_a_dry_run_prints_the_columns_and_writes_nothing(self, tiercache, photos, tmp_path):
         done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-w2")
         assert done.out.splitlines()[:3] == ["image: image", "label: int64", "path: str"]

@@ -221,7 +221,7 @@ class TestSplit:
     def test_parts_are_appended_to_and_existing_ones_are_not_overwritten_by_create(self, source, tmp_path):
         tc.pack(source, tmp_path / "out", split=SHARES, **SMALL)
         with pytest.raises(CommitConflict, match="train"):
-            tc.pack(source, tmp_path / "out", split=SHARES, **SMALL)
+            tc.pack(source, tmp_path / "out", split=dict.fromkeys(SHARES, 0.5), **SMALL)
         tc.pack(source, tmp_path / "out", split=SHARES, mode="append", **SMALL)
         assert sum(len(tc.Dataset(tmp_path / "out" / part)) for part in SHARES) == 2 * N
 

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 from multiprocessing import active_children
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -489,6 +491,60 @@ def test_two_processes_that_run_the_same_packing_commit_it_once(tmp_path):
     assert [r["x"] for r in read(tmp_path / "out")] == [*range(1000), *range(3000)]
 
 
+def keys_of(url: Path) -> set[str]:
+    return {info.key for info in open_store(url).list()}
+
+
+class TestTheSameCommandAfterItsEnd:
+    def test_a_data_set_of_the_same_files_is_left_as_it_is(self, photos, tmp_path):
+        version = pack(photos, tmp_path / "out")
+        before = keys_of(tmp_path / "out")
+        for workers in (1, 2):
+            assert pack(photos, tmp_path / "out", workers=workers) == version
+            assert keys_of(tmp_path / "out") == before
+        assert pack(tmp_path / "out", tmp_path / "copy") == pack(tmp_path / "out", tmp_path / "copy")
+
+    def test_files_that_were_changed_are_another_source_although_their_sizes_are_the_same(self, tmp_path):
+        source, out = tmp_path / "x.jsonl", tmp_path / "out"
+        source.write_text('{"x": 1}\n')
+        pack(source, out)
+        source.write_text('{"x": 2}\n')
+        os.utime(source, ns=(1, 1))
+        with pytest.raises(CommitConflict, match="a data set exists already"):
+            pack(source, out)
+        assert pack(source, out, mode="overwrite").number == 2
+        assert [r["x"] for r in read(out)] == [2]
+
+    def test_a_data_set_that_has_newer_versions_is_not_that_of_the_command(self, photos, tmp_path):
+        pack(photos, tmp_path / "out")
+        pack(photos, tmp_path / "out", mode="append")
+        with pytest.raises(CommitConflict, match=r"a data set exists already \(version 2, 60 records\)"):
+            pack(photos, tmp_path / "out")
+
+    def test_objects_whose_content_is_unknown_are_refused(self, tmp_path):
+        pack(lambda i: {"x": i}, [1, 2], tmp_path / "out")
+        with pytest.raises(CommitConflict, match="a data set exists already"):
+            pack(lambda i: {"x": i}, [1, 2], tmp_path / "out")
+
+
+def test_a_packing_of_files_that_were_changed_after_a_kill_begins_anew(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for i in range(3):
+        (source / f"{i}.jsonl").write_text(f'{{"x": {i}}}\n' * 1000)
+
+    def stop(progress):
+        if progress.n_records > 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, out, shard_size=10_000, on_progress=stop)
+    assert any(records.shards for records in list_packings(open_store(out)))
+    (source / "0.jsonl").write_text('{"x": 7}\n' * 1000)
+    pack(source, out, shard_size=10_000)
+    assert [r["x"] for r in read(out)] == [7] * 1000 + [1] * 1000 + [2] * 1000
+
+
 def test_ctrl_c_or_a_lost_answer_during_the_commit_deletes_nothing_and_the_same_command_continues(
     photos, tmp_path, monkeypatch
 ):
@@ -507,8 +563,6 @@ def test_ctrl_c_or_a_lost_answer_during_the_commit_deletes_nothing_and_the_same_
     assert read(tmp_path / "out") == photo_records()
     monkeypatch.setattr(Commit, "run", lost)
     assert pack(photos, tmp_path / "out").number == 1  # the version that is there
-    with pytest.raises(CommitConflict, match="a data set exists already"):
-        pack(photos, tmp_path / "out")
     with pytest.raises(StoreError, match="the answer was lost"):
         pack(photos, tmp_path / "other")
     monkeypatch.setattr(Commit, "run", run)
