@@ -74,7 +74,7 @@ class TestOtherFormats:
         ("b.csv", "a,b\n1,2\n".encode("utf-16"), "text in UTF-16"),
         ("b.csv", b"x\0y", "no known format"),
         ("b.csv.gz", b"a,b\n1,2\n", "text"),
-        ("b.jsonl", gzip.compress(b'{"a": 1}\n'), "gzip"),
+        ("b.jsonl", gzip.compress(b'{"a": 1}\n', mtime=0), "gzip"),
         ("b.jsonl", b"PAR1" + bytes(50), "Parquet"),
         ("b.jsonl.gz", b'{"a": 1}\n', "text"),
         ("b.parquet", b'{"a": 1}\n', "text"),
