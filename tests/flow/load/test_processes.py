@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 
 import tiercache as tc
+from tiercache import stats
 
 PRELUDE = """
 import sys, threading, time
@@ -90,12 +92,24 @@ def test_a_child_forked_while_another_thread_holds_a_lock_ends_all_the_same(make
     loader = tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=4, shuffle=True)
     iterator = iter(loader)
     next(iterator)
-    with loader._engine._counters._lock, warnings.catch_warnings():
+    is_held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with stats._lock:
+            is_held.set()
+            release.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    is_held.wait(60)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": that is what is tested
         child = os.fork()
         if child == 0:
             signal.alarm(20)
             del iterator
             os._exit(0)
+    release.set()
+    holder.join()
     assert os.waitpid(child, 0)[1] == 0
     iterator.close()
