@@ -160,13 +160,27 @@ def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
 
 def table_of(infos: Iterable[ShardInfo]) -> pa.Table:
     """Return shards in the form of ShardTable.arrow."""
-    rows = [
-        (i.name, bytes.fromhex(i.shard_id), i.n_records, i.n_bytes, i.crc32c, i.footer_offset, i.footer_bytes, "{}")
-        for i in infos
+    infos = list(infos)
+    ids = pa.py_buffer(b"".join(bytes.fromhex(info.shard_id) for info in infos))
+    crc32c = as_arrow(np.array([info.crc32c for info in infos], np.int64))
+    arrays = [
+        _as_text([info.name for info in infos]),
+        pa.Array.from_buffers(pa.binary(16), len(infos), [None, ids]),
+        as_arrow(np.array([info.n_records for info in infos], np.int64)),
+        as_arrow(np.array([info.n_bytes for info in infos], np.int64)),
+        crc32c.cast(pa.uint32()),
+        as_arrow(np.array([info.footer_offset for info in infos], np.int64)),
+        as_arrow(np.array([info.footer_bytes for info in infos], np.int64)),
+        _as_text(["{}"] * len(infos)),
     ]
-    columns = zip(*rows, strict=True) if rows else [()] * len(_SCHEMA)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+
+
+def _as_text(texts: Sequence[str]) -> pa.LargeStringArray:
+    values = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.large_string(), len(values), buffers)
 
 
 def pack_segment(table: pa.Table) -> tuple[SegmentRef, bytes]:
