@@ -310,7 +310,8 @@ def taken(batch: InputBatch, rows: np.ndarray[Any, Any], names: Sequence[str] | 
     if len(rows) < batch.n_records:
         if isinstance(found, pa.RecordBatch):
             arrays = [_taken_values(values, rows) for values in found.columns]
-            found = pa.RecordBatch.from_arrays(arrays, found.schema.names)
+            fields = [field.with_type(array.type) for field, array in zip(found.schema, arrays, strict=True)]
+            found = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
         elif isinstance(found, list):
             found = [found[i] for i in rows]
         else:
