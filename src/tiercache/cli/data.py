@@ -233,7 +233,8 @@ def pack(
     _print_skipped(output, plan.skipped)
     target = redact(plan.url)
     if plan.is_committed and not output.quiet:
-        text = "packed before, from the same source with the same options; --mode overwrite packs it again"
+        text = "packed before, from the same source with the same options"
+        text += "; --mode overwrite packs it again" if mode == "create" else ""
         output.event("unchanged", {"url": target}, f"{target}: {text}")
     if dry_run:
         for one in plan.source.schema.columns:

@@ -93,11 +93,11 @@ _PARALLEL_READS = 16
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """File of a source. state: Its ETag, or the time of its last change; another one says that it was changed."""
+    """File of a source. validator: Its ETag, or the time of its last change; it differs after the file was changed."""
 
     path: str
     n_bytes: int
-    state: str = field(default="", compare=False)
+    validator: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,12 @@ class SkippedFile:
 class LocalFiles:
     """Files below a local folder. Symbolic links are followed, because image folders often consist of links.
 
-    state: Hash of the files that are packed and of their states, for the repr of a source; "" while they are unknown.
+    fingerprint: Hash of the paths, sizes and validators of the files that are packed, which the repr of a source
+    contains; "" until these files are known.
     """
 
     root: str
-    state: str = ""
+    fingerprint: str = ""
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
         """Yield all files in any order, except ignored ones and those in ignored folders.
@@ -161,14 +162,14 @@ class StoreFiles:
 
     root: str
     storage_options: Mapping[str, Any] = field(repr=False)  # may hold credentials
-    state: str = ""
+    fingerprint: str = ""
 
     @cached_property
     def store(self) -> Store:
         return open_store(self.root, **self.storage_options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoreFiles, (self.root, self.storage_options, self.state)
+        return StoreFiles, (self.root, self.storage_options, self.fingerprint)
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
         for info in self.store.list():
@@ -200,12 +201,12 @@ def _stored_file(info: ObjectInfo) -> SourceFile:
     return SourceFile(info.key, info.n_bytes, info.etag or str(info.modified_s))
 
 
-def with_state(files: Files, found: Iterable[SourceFile]) -> Files:
-    """Return the files with the hash of those that are packed."""
+def with_fingerprint(files: Files, found: Iterable[SourceFile]) -> Files:
+    """Return where files lie, with the fingerprint of those that are packed."""
     digest = hashlib.sha256()
     for file in found:
-        digest.update(f"{file.path!r} {file.n_bytes} {file.state}\n".encode())
-    return replace(files, state=digest.hexdigest()[:32])
+        digest.update(f"{file.path!r} {file.n_bytes} {file.validator}\n".encode())
+    return replace(files, fingerprint=digest.hexdigest()[:32])
 
 
 # What operating systems, archivers and Spark leave beside the data.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import CodeType, MappingProxyType
+from types import CodeType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -54,15 +54,18 @@ class Units(ABC):
     """The units of an object, with their records. schema: That of the object itself; None: inferred from records."""
 
     schema: Schema | None = None
-    types: Mapping[str, UserType] = MappingProxyType({})  # of columns, where they cannot be inferred
     most_sampled = 100  # units
     is_read_once = False  # records of an iterator, unless its function can be called again
     is_inspected = True  # while true, read() is a sample and is repeated later
-    has_content_id = False  # repr() tells the object from any that has other records
 
     @property
     @abstractmethod
     def n_units(self) -> int: ...
+
+    @property
+    def has_content_id(self) -> bool:
+        """Whether repr() tells the object from any that has other records."""
+        return False
 
     @abstractmethod
     def read(self, split: ObjectSplit) -> Iterator[tuple[int, Any]]:
@@ -470,7 +473,7 @@ class _DataSets(_Data):
         return f"a record from {unit} on"
 
     @property
-    def has_content_id(self) -> bool:  # type: ignore[override]
+    def has_content_id(self) -> bool:
         return self.made_by is None
 
     def _fact(self) -> str:
@@ -516,8 +519,6 @@ class _HuggingFaceStream(_Data):
             if _is_feature(feature, "Image"):
                 dataset = dataset.cast_column(name, type(feature)(decode=False))
         self.dataset = dataset
-        self.types = {n: "image" for n, f in self.features.items() if _is_feature(f, "Image")}
-        self.classes = {n: tuple(f.names) for n, f in self.features.items() if _is_feature(f, "ClassLabel")}
 
     @property
     def n_units(self) -> int:
@@ -607,13 +608,12 @@ class _Sample:
 
     def infer(self, given: Mapping[str, UserType]) -> Schema:
         """Return the schema of the records. given: Types of some columns."""
-        given = {**self.units.types, **given}
         if self.table is not None:
             types: dict[str, UserType] = {column.name: column.arrow for column in infer_batch(self.table).columns}
         else:
             records = [_record(item, tuple(given), self.units, 0, i) for i, item in enumerate(self.records)]
             types = infer_types(records, {**self.units.types_of(records), **given})
-        return Schema.of(types | dict(given)).with_classes(getattr(self.units, "classes", {}))
+        return Schema.of(types | dict(given))
 
     def unit_bytes(self, large: int) -> int:
         """Return the size of a unit. large: That of a unit that is larger than the sample."""

@@ -90,8 +90,8 @@ def run_pack(
     """
     with open_targets(plan.url, plan.options) as (store, targets):
         parents = {part: check_target(target, plan.options) for part, target in targets.items()}
-        is_new = plan.options.mode == "create"  # a version that is there is this packing's own
-        bases = {part: parent.number if parent and not is_new else 0 for part, parent in parents.items()}
+        creates = plan.options.mode == "create"  # then a version that is there is this packing's own
+        bases = {part: parent.number if parent and not creates else 0 for part, parent in parents.items()}
         packing = begin_packing(store, plan.key, bases)
         versions = {part: packing.committed(target, part) for part, target in targets.items()}
         if None in versions.values():

@@ -28,7 +28,7 @@ from tiercache.packer.files import (
     plain_name,
     refuse_foreign_files,
     selected,
-    with_state,
+    with_fingerprint,
 )
 from tiercache.packer.layouts import LAYOUT_SUFFIXES, LayoutSource, find_layout_source, named_as
 from tiercache.packer.litdata import LitDataChunks, LitDataTables, find_litdata
@@ -154,7 +154,7 @@ def find_source(
         kind = kind_of([f.path for f in chosen])
     chooses = not (options.include or options.exclude or split_glob(os.fspath(source))[1])
     chosen = _of_split(files, chosen, kind, split) if chooses else chosen
-    files = with_state(files, chosen)
+    files = with_fingerprint(files, chosen)
     given_for = {name: getattr(options, name) for name in ("labels", "label_pattern", "check_images")}
     if kind not in _FOLDER_KINDS and (useless := [name for name, value in given_for.items() if value]):
         raise ValueError(f"{useless[0]}= applies to folders of images or files, not to the kind {kind!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tiercache.errors import SchemaError
 from tiercache.packer.files import BadRecord, Files, InputBatch, InputSplit, RecordSource, SourceFile
+from tiercache.packer.transform import taken, values_of
 from tiercache.shard.schema import Kind, Schema, UserType
 
 TEXT_SUFFIXES = (
@@ -200,14 +201,9 @@ class TokenizedText:
             yield self._tokenized(batch) if batch.n_records else batch
 
     def _tokenized(self, batch: InputBatch) -> InputBatch:
-        columns = batch.columns
-        texts: Sequence[Any]
-        if isinstance(columns, list):
-            texts = [record.get(self.column) for record in columns]
-        elif isinstance(columns, pa.RecordBatch):
-            texts = columns[self.column].to_pylist()
-        else:
-            texts = columns[self.column]
+        texts = values_of(batch, self.column, slice(None))
+        if isinstance(texts, pa.Array):
+            texts = texts.to_pylist()
         none = np.empty(0, self.tokenizer.dtype)
         good, parts, bad = list[int](), [none], list(batch.bad)
         for i, text in enumerate(texts):
@@ -220,19 +216,18 @@ class TokenizedText:
         nulls = pa.array([texts[i] is None for i in good], pa.bool_())
         offsets = pa.array(np.cumsum([len(part) for part in parts], dtype=np.int64))
         tokens = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(parts)), mask=nulls)
-        new: Any
+        kept = taken(batch, np.array(good, np.int64))
+        columns: Any = kept.columns
         if isinstance(columns, list):
-            new = [
-                {**self._others(columns[i]), TOKENS_COLUMN: None if texts[i] is None else part}
-                for i, part in zip(good, parts[1:], strict=True)
+            columns = [
+                {**self._others(record), TOKENS_COLUMN: None if texts[i] is None else part}
+                for record, i, part in zip(columns, good, parts[1:], strict=True)
             ]
         elif isinstance(columns, pa.RecordBatch):
-            kept = columns if len(good) == len(texts) else columns.take(pa.array(good, pa.int64()))
-            new = kept.set_column(kept.schema.get_field_index(self.column), TOKENS_COLUMN, tokens)
+            columns = columns.set_column(columns.schema.get_field_index(self.column), TOKENS_COLUMN, tokens)
         else:
-            new = {name: [data[i] for i in good] for name, data in self._others(columns).items()}
-            new[TOKENS_COLUMN] = tokens
-        return InputBatch(new, len(good), batch.n_bytes, lambda i: batch.location(good[i]), bad)
+            columns = {**self._others(columns), TOKENS_COLUMN: tokens}
+        return replace(kept, columns=columns, bad=bad)
 
     def _others(self, named: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in named.items() if name != self.column}

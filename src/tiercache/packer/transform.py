@@ -75,7 +75,7 @@ class SelectedSource:
                 if self._flags(batch, keys, row)[0]:
                     kept.append(i)
             except _MISFITS as error:
-                content = {name: _values_of(batch, name, row)[0] for name in keys.names}
+                content = {name: values_of(batch, name, row)[0] for name in keys.names}
                 reason = f"its values do not fit the filter: {str(error).partition(chr(10))[0]}"
                 bad.append(BadRecord(batch.location(i), reason, content))
         return np.array(kept, np.int64), bad
@@ -83,7 +83,7 @@ class SelectedSource:
     def _flags(self, batch: InputBatch, keys: Schema, rows: slice) -> np.ndarray[Any, Any]:
         arrays = {}
         for column in keys.columns:
-            values = _values_of(batch, column.name, rows)
+            values = values_of(batch, column.name, rows)
             if isinstance(values, pa.Array):
                 plain = values.storage if isinstance(values.type, pa.BaseExtensionType) else values
                 arrays[column.name] = plain.cast(column.storage_type)
@@ -101,7 +101,8 @@ class SelectedSource:
 _MISFITS = (SchemaError, pa.ArrowException, TypeError, ValueError, OverflowError)
 
 
-def _values_of(batch: InputBatch, name: str, rows: slice) -> Any:
+def values_of(batch: InputBatch, name: str, rows: slice) -> Any:
+    """Return values of a column, as an Arrow array or a sequence. Of a list of records, an absent one is None."""
     if isinstance(batch.columns, list):
         return [record.get(name) for record in batch.columns[rows]]
     return batch.columns[name][rows]

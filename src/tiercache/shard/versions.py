@@ -159,21 +159,20 @@ def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
 
 
 def table_of(infos: Iterable[ShardInfo]) -> pa.Table:
-    """Return shards in the form of ShardTable.arrow."""
+    """Return shards in the form of ShardTable.arrow. Made from buffers, for the reason that as_arrow() states."""
     infos = list(infos)
     ids = pa.py_buffer(b"".join(bytes.fromhex(info.shard_id) for info in infos))
-    crc32c = as_arrow(np.array([info.crc32c for info in infos], np.int64))
+    rows = [(i.n_records, i.n_bytes, i.crc32c, i.footer_offset, i.footer_bytes) for i in infos]
+    n_records, n_bytes, sums, offsets, footers = map(as_arrow, np.array(rows, np.int64).reshape(-1, 5).T)
     arrays = [
         _as_text([info.name for info in infos]),
         pa.Array.from_buffers(pa.binary(16), len(infos), [None, ids]),
-        as_arrow(np.array([info.n_records for info in infos], np.int64)),
-        as_arrow(np.array([info.n_bytes for info in infos], np.int64)),
-        crc32c.cast(pa.uint32()),
-        as_arrow(np.array([info.footer_offset for info in infos], np.int64)),
-        as_arrow(np.array([info.footer_bytes for info in infos], np.int64)),
+        *(n_records, n_bytes, sums.cast(pa.uint32()), offsets, footers),
         _as_text(["{}"] * len(infos)),
     ]
-    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+    table = pa.Table.from_arrays(arrays, schema=_SCHEMA)
+    table.validate()  # an id of another length would make Arrow read beyond the buffer
+    return table
 
 
 def _as_text(texts: Sequence[str]) -> pa.LargeStringArray:

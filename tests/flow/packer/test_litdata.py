@@ -100,6 +100,12 @@ class TestTables:
         assert str(tc.Dataset(tmp_path / "all").schema.columns[1]) == "bool"
         assert [row["ok"] for row in tc.Dataset(tmp_path / "all")][:300] == [row["ok"] for row in TABLE]
 
+    def test_their_text_becomes_tokens(self, tmp_path, folder):
+        write_litdata(folder, [ROWS], as_tables=True)
+        tc.pack(folder, tmp_path / "out", tokenize="bytes")
+        found = [(record["id"], bytes(record["tokens"].tolist()).decode()) for record in tc.Dataset(tmp_path / "out")]
+        assert found == [(row["id"], row["text"]) for row in ROWS]
+
     def test_a_column_that_the_first_chunk_lacks_and_one_of_nulls_need_a_type(self, tmp_path, folder):
         write_litdata(folder, [TABLE, [{"id": 1, "new": 2}]], as_tables=True)
         with pytest.raises(SchemaError, match=r"chunk-0-1\.bin, from record 0 on: .* no column 'new'; specify"):

@@ -131,6 +131,21 @@ def test_tables_frames_and_readers_keep_types_and_values(tmp_path):
         assert [(r["x"], r["maybe"]) for r in read(tmp_path / name)] == [tuple(r.values()) for r in table.to_pylist()]
 
 
+@pytest.mark.parametrize(
+    "options", [{"filter": pc.field("x") < 40}, {"split": {"a": 0.5, "b": 0.5}}], ids=["filter", "split"]
+)
+def test_chosen_records_of_a_data_set_keep_tensors_of_bool(tmp_path, options):
+    records = [{"x": i, "mask": [i % 2 == 0, True, i % 3 == 0]} for i in range(100)]
+    with tc.Writer(tmp_path / "in", schema={"x": "int64", "mask": "bool[3]"}) as writer:
+        for record in records:
+            writer.write(record)
+    tc.pack(tmp_path / "in", tmp_path / "out", **options)
+    parts = [tmp_path / "out" / part for part in options.get("split", [""])]
+    found = [{"x": int(r["x"]), "mask": r["mask"].tolist()} for part in parts for r in tc.Dataset(part)]
+    expected = [record for record in records if "split" in options or record["x"] < 40]
+    assert sorted(found, key=lambda record: record["x"]) == expected
+
+
 def test_data_sets_are_packed_again_and_merged(tmp_path):
     for name, start in (("a", 0), ("b", 300)):
         tc.pack(
