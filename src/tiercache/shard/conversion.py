@@ -813,6 +813,9 @@ def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
         raise ConversionError(str(column), "a list of lists of different lengths") from error
     if array.size == 0:  # numpy infers float64 for an empty list
         return np.zeros(array.shape, column.stored), column.dtype or ""
+    is_rounded = array.dtype.kind == "f" and column.dtype == "uint64"  # numpy does so if only some are beyond int64
+    if is_rounded and all(type(item) is int and item >= 0 for item in _leaves(value)):
+        array = np.array(value, np.uint64)
     if array.dtype.kind not in "biuf":
         raise ConversionError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
     if (array.dtype.kind == "f" and column.dtype in INTEGERS) or _lost(array, value):

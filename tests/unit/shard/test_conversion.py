@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache.shard.conversion import ConversionError, as_numpy, fit, round_to_bfloat16, widen_bfloat16
-from tiercache.shard.schema import INTEGERS, STORED
+from tiercache.shard.conversion import ConversionError, as_numpy, convert_column, fit, round_to_bfloat16, widen_bfloat16
+from tiercache.shard.schema import INTEGERS, STORED, Column
 
 INTEGER_DTYPES = st.sampled_from(sorted(INTEGERS))
 
@@ -26,6 +26,18 @@ def test_integers_are_converted_exactly_or_the_error_names_the_first_that_does_n
         got = fit(values, source, target)
         assert got.dtype == STORED[target]
         assert got.tolist() == values.tolist()
+
+
+@given(data=st.data(), target=INTEGER_DTYPES)
+def test_lists_of_integers_are_converted_exactly_although_only_some_are_beyond_int64(data, target):
+    limits = np.iinfo(target)
+    values = data.draw(st.lists(st.sampled_from([0, 1, limits.min, limits.max]), min_size=2, max_size=2))
+    found = convert_column(Column.of("x", f"{target}[2]"), [values])
+    assert (found.values.dtype, found.values.reshape(2).tolist()) == (STORED[target], values)
+    with pytest.raises(ConversionError):
+        convert_column(Column.of("x", f"{target}[2]"), [[limits.min - 1, limits.max]])
+    with pytest.raises(ConversionError):
+        convert_column(Column.of("x", f"{target}[2]"), [[True, limits.max]])
 
 
 @given(value=st.integers(-(2**63), 2**64 - 1), target=st.sampled_from(["float16", "float32", "float64", "bfloat16"]))
